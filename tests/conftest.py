@@ -1,0 +1,23 @@
+"""Fixtures shared by all tests."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def shared_folder() -> Path:
+    """Folder with golden numbers and real data: YOLOV9_FAST_SHARED, default `../shared` beside the repository."""
+    return Path(os.environ.get("YOLOV9_FAST_SHARED", ROOT.parent / "shared"))
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    folder = shared_folder()
+    if not folder.is_dir():
+        pytest.skip(f"no reference data at {folder} (set YOLOV9_FAST_SHARED)")
+    return folder

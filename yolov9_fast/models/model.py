@@ -1,0 +1,187 @@
+"""Detection networks built from graphs.
+
+`create_model("yolov9-c")` is a training graph with PGI (main and auxiliary branch); `gelan-c` is what is deployed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from yolov9_fast.models.graph import BLOCKS, HEADS, Graph, GraphError, load_graph
+from yolov9_fast.nn import Conv, DDetect, DetectionOutput, DualDDetect, RepConv
+from yolov9_fast.ops.decode import decode
+
+MAX_STRIDE = 32
+
+
+def _build_layer(graph: Graph, index: int, channels: list[Any], head_options: dict[str, Any]) -> tuple[nn.Module, Any]:
+    """One layer and the channels it returns: a number, or a list of them for CBLinear."""
+    layer = graph.layers[index]
+    inputs = [3 if s < 0 else channels[s] for s in layer.sources]
+    block = cast(Any, BLOCKS[layer.block])
+    if layer.block in HEADS:
+        return block(inputs, **head_options), None
+    if layer.block == "Concat":
+        return block(), sum(inputs)
+    if layer.block == "CBFuse":
+        return block(*layer.arguments), inputs[-1]
+    if layer.block in ("Upsample", "Silence"):
+        return block(*layer.arguments), inputs[0]
+    return block(inputs[0], *layer.arguments), _plain_channels(layer.arguments[0])
+
+
+def _plain_channels(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+class DetectionModel(nn.Module):
+    """A network over a graph.
+
+    In training mode `model(images)` returns `DetectionOutput`; in evaluation mode [B, 4 + nc, A] of the main branch
+    (xywh in pixels, sigmoid scores), and nothing that only the auxiliary branch needs is computed.
+
+    Args:
+        graph: the network.
+        num_classes: nc.
+        class_tower: width of the class branch (None: the published rule).
+        box_groups: groups of the box branch (4 as published, 1 dense).
+
+    Attributes:
+        names: class index → name.
+        strides: of the three levels, in pixels.
+    """
+
+    def __init__(
+        self, graph: Graph, num_classes: int = 80, *, class_tower: int | None = None, box_groups: int = 4
+    ) -> None:
+        super().__init__()
+        self.graph = graph
+        self.num_classes = num_classes
+        self.box_groups = box_groups
+        self.names = {i: str(i) for i in range(num_classes)}
+        options = {"num_classes": num_classes, "class_tower": class_tower, "box_groups": box_groups}
+        layers: list[nn.Module] = []
+        channels: list[Any] = []
+        for index in range(len(graph.layers)):
+            try:
+                module, out_channels = _build_layer(graph, index, channels, options)
+            except (TypeError, ValueError, RuntimeError) as error:
+                if index == len(graph.layers) - 1 and isinstance(error, ValueError):
+                    raise
+                layer = graph.layers[index]
+                raise GraphError(f"{graph.name}: layer {index}, {layer.block}{list(layer.arguments)}: {error}") from error
+            layers.append(module)
+            channels.append(out_channels)
+        self.model = nn.ModuleList(layers)
+        self._main_layers = graph.reachable(graph.main_sources)
+
+    @property
+    def head(self) -> DDetect | DualDDetect:
+        return cast("DDetect | DualDDetect", self.model[-1])
+
+    @property
+    def graph_name(self) -> str:
+        return self.graph.name
+
+    @property
+    def class_tower(self) -> int:
+        """Width of the main branch's class tower."""
+        return self.head.class_tower
+
+    @property
+    def strides(self) -> tuple[int, ...]:
+        return self.head.strides
+
+    @property
+    def has_auxiliary(self) -> bool:
+        return self.graph.has_auxiliary
+
+    @property
+    def is_fused(self) -> bool:
+        """Whether BatchNorm and RepConv have been folded into plain convolutions."""
+        return not any(isinstance(m, nn.BatchNorm2d | nn.SyncBatchNorm) for m in self.modules())
+
+    def raw(self, images: Tensor, *, auxiliary: bool | None = None) -> DetectionOutput:
+        """Raw head maps in either mode.
+
+        Args:
+            images: [B, 3, H, W], float in [0, 1], H and W multiples of 32.
+            auxiliary: compute the auxiliary branch too (None: where the graph has one).
+        """
+        if images.dim() != 4 or images.shape[1] != 3:
+            raise ValueError(f"images must be [B, 3, H, W], got {list(images.shape)}")
+        if images.shape[2] % MAX_STRIDE or images.shape[3] % MAX_STRIDE:
+            height, width = (-(-int(s) // MAX_STRIDE) * MAX_STRIDE for s in images.shape[2:])
+            raise ValueError(
+                f"height and width must be multiples of {MAX_STRIDE}, got {list(images.shape[2:])}; "
+                f"the next larger size is [{height}, {width}]"
+            )
+        auxiliary = self.has_auxiliary if auxiliary is None else auxiliary and self.has_auxiliary
+        outputs: list[Any] = []
+        for index, layer in enumerate(self.graph.layers[:-1]):
+            if not auxiliary and index not in self._main_layers:
+                outputs.append(None)
+                continue
+            inputs = [images if s < 0 else outputs[s] for s in layer.sources]
+            module = self.model[index]
+            outputs.append(module(inputs) if layer.block in ("Concat", "CBFuse") else module(inputs[0]))
+        sources = self.graph.head.sources if auxiliary else self.graph.main_sources
+        return self.model[-1]([outputs[s] for s in sources])
+
+    def forward(self, images: Tensor) -> DetectionOutput | Tensor:
+        if self.training:
+            return self.raw(images)
+        return decode(self.raw(images, auxiliary=False).main, self.strides)
+
+
+def create_model(
+    name: str | Path,
+    num_classes: int = 80,
+    *,
+    class_tower: int | None = None,
+    box_groups: int = 4,
+    auxiliary: str | None = "default",
+) -> DetectionModel:
+    """Build a network with fresh weights.
+
+    Args:
+        name: yolov9-{t,s,m,c,e}, gelan-{t,s,m,c,e}, or a path to a graph YAML.
+        num_classes: nc ≥ 1.
+        class_tower: width of the class branch. None takes the published rule, max(channels, min(2·nc, 128)); weights of
+            -t exist 80 and 128 wide.
+        box_groups: 4 as published; 1 for a dense box branch, as Ultralytics builds it.
+        auxiliary: "default" keeps the graph's auxiliary branch, "none" builds the deployed graph.
+
+    Raises:
+        GraphError: unknown name or a graph that does not fit together.
+        ValueError: a wrong argument.
+    """
+    if not isinstance(num_classes, int) or num_classes < 1:
+        raise ValueError(f"num_classes must be an integer of at least 1, got {num_classes!r}")
+    if class_tower is not None and class_tower < 1:
+        raise ValueError(f"class_tower must be at least 1, got {class_tower!r}")
+    graph = load_graph(name)
+    if auxiliary in (None, "none"):
+        graph, _ = graph.deploy()
+    elif auxiliary != "default":
+        raise ValueError(f"auxiliary must be 'default' or 'none', got {auxiliary!r}")
+    return DetectionModel(graph, num_classes, class_tower=class_tower, box_groups=box_groups)
+
+
+def conv_units(model: nn.Module) -> Iterable[tuple[str, Conv]]:
+    """All convolution units by name, those inside RepConv included."""
+    return ((name, m) for name, m in model.named_modules() if isinstance(m, Conv))
+
+
+def rep_convs(model: nn.Module) -> Iterable[tuple[str, RepConv]]:
+    """All RepConv by name."""
+    return ((name, m) for name, m in model.named_modules() if isinstance(m, RepConv))
+
+
+def model_device(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device

@@ -1,0 +1,25 @@
+"""The blocks of the paper, by its names."""
+
+from yolov9_fast.nn.blocks import (
+    CSPELAN,
+    ELAN,
+    SPPELAN,
+    AConv,
+    ADown,
+    CBFuse,
+    CBLinear,
+    Concat,
+    Conv,
+    RepBottleneck,
+    RepConv,
+    RepCSP,
+    Silence,
+    Upsample,
+)
+from yolov9_fast.nn.heads import DFL, DDetect, DualDDetect
+from yolov9_fast.nn.output import DetectionOutput
+
+__all__ = [
+    "CSPELAN", "DFL", "ELAN", "SPPELAN", "AConv", "ADown", "CBFuse", "CBLinear", "Concat", "Conv", "DDetect",
+    "DetectionOutput", "DualDDetect", "RepBottleneck", "RepCSP", "RepConv", "Silence", "Upsample",
+]

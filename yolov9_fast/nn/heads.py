@@ -1,0 +1,135 @@
+"""Detection heads: decoupled, anchor-free, box sides as distributions over 16 bins (DFL), one group per side.
+
+Children are named as in the official checkpoints: cv2 (box tower), cv3 (class tower), dfl for one branch; in
+`DualDDetect` these are the auxiliary branch, and cv4, cv5, dfl2 the main one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from yolov9_fast.nn.blocks import Conv
+from yolov9_fast.nn.output import DetectionOutput
+
+REG_MAX = 16
+STRIDES = (8, 16, 32)
+
+
+class DFL(nn.Module):
+    """The bins' values 0..15 as a frozen 1×1 weight; only its state-dict entry is used, `ops.decode` computes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(REG_MAX, 1, 1, bias=False).requires_grad_(False)
+        with torch.no_grad():
+            self.conv.weight.copy_(torch.arange(REG_MAX, dtype=torch.float32).view(1, REG_MAX, 1, 1))
+
+
+def box_tower_width(first_channels: int, groups: int = 4) -> int:
+    """Width of the box tower: max(c // 4, 64) of the first level's channels c, rounded up to a multiple of the groups."""
+    width = max(first_channels // 4, 4 * REG_MAX, 16)
+    return math.ceil(width / groups) * groups
+
+
+def class_tower_width(first_channels: int, num_classes: int) -> int:
+    """The published width of the class tower: max(c, min(2·nc, 128)) of the first level's channels c."""
+    return max(first_channels, min(2 * num_classes, 128))
+
+
+def _box_tower(channels: int, width: int, groups: int) -> nn.Sequential:
+    return nn.Sequential(
+        Conv(channels, width, 3), Conv(width, width, 3, groups=groups), nn.Conv2d(width, 4 * REG_MAX, 1, groups=groups)
+    )
+
+
+def _class_tower(channels: int, width: int, num_classes: int) -> nn.Sequential:
+    return nn.Sequential(Conv(channels, width, 3), Conv(width, width, 3), nn.Conv2d(width, num_classes, 1))
+
+
+class _Head(nn.Module):
+    def __init__(self, num_classes: int, box_groups: int) -> None:
+        super().__init__()
+        if num_classes < 1:
+            raise ValueError(f"num_classes must be at least 1, got {num_classes}")
+        if (4 * REG_MAX) % box_groups:
+            raise ValueError(f"box_groups must divide {4 * REG_MAX}, got {box_groups}")
+        self.num_classes = num_classes
+        self.box_groups = box_groups
+        self.strides = STRIDES
+
+    def _add_branch(self, names: tuple[str, str], channels: Sequence[int], class_width: int) -> None:
+        box_width = box_tower_width(channels[0], self.box_groups)
+        boxes = nn.ModuleList(_box_tower(c, box_width, self.box_groups) for c in channels)
+        classes = nn.ModuleList(_class_tower(c, class_width, self.num_classes) for c in channels)
+        for box, cls, stride in zip(boxes, classes, self.strides, strict=True):
+            nn.init.constant_(box[-1].bias, 1.0)
+            # The prior: about 5 objects in a picture of 640 px, spread over classes and cells.
+            nn.init.constant_(cls[-1].bias, math.log(5 / self.num_classes / (640 / stride) ** 2))
+        setattr(self, names[0], boxes)
+        setattr(self, names[1], classes)
+
+    def _branch(self, names: tuple[str, str], features: Sequence[Tensor]) -> list[Tensor]:
+        boxes, classes = getattr(self, names[0]), getattr(self, names[1])
+        return [torch.cat((boxes[i](x), classes[i](x)), 1) for i, x in enumerate(features)]
+
+
+class DDetect(_Head):
+    """Head of a deployed network: inputs P3, P4, P5.
+
+    Args:
+        channels: of the three inputs.
+        num_classes: nc ≥ 1.
+        class_tower: width of the class branch; None takes the published rule.
+        box_groups: groups of the box branch: 4 as published, 1 dense.
+    """
+
+    main_names = ("cv2", "cv3")
+
+    def __init__(
+        self, channels: Sequence[int], num_classes: int, class_tower: int | None = None, box_groups: int = 4
+    ) -> None:
+        super().__init__(num_classes, box_groups)
+        self.class_tower = class_tower or class_tower_width(channels[0], num_classes)
+        self._add_branch(self.main_names, channels, self.class_tower)
+        self.dfl = DFL()
+
+    def forward(self, features: Sequence[Tensor]) -> DetectionOutput:
+        return DetectionOutput(self._branch(self.main_names, features))
+
+
+class DualDDetect(_Head):
+    """Training head of PGI: inputs A3, A4, A5 of the auxiliary branch, then P3, P4, P5 of the main branch.
+
+    `class_tower` sets the main branch; the auxiliary one follows where both start from the same width, and never gets
+    narrower than its own features.
+    """
+
+    auxiliary_names = ("cv2", "cv3")
+    main_names = ("cv4", "cv5")
+
+    def __init__(
+        self, channels: Sequence[int], num_classes: int, class_tower: int | None = None, box_groups: int = 4
+    ) -> None:
+        super().__init__(num_classes, box_groups)
+        auxiliary, main = channels[:3], channels[3:]
+        self.class_tower = class_tower or class_tower_width(main[0], num_classes)
+        auxiliary_tower = class_tower_width(auxiliary[0], num_classes)
+        if class_tower is not None:
+            auxiliary_tower = class_tower if auxiliary[0] == main[0] else max(auxiliary[0], class_tower)
+        self._add_branch(self.auxiliary_names, auxiliary, auxiliary_tower)
+        self._add_branch(self.main_names, main, self.class_tower)
+        self.dfl = DFL()
+        self.dfl2 = DFL()
+
+    def forward(self, features: Sequence[Tensor]) -> DetectionOutput:
+        """Both branches for six inputs; the main branch alone for three (P3, P4, P5)."""
+        if len(features) == 3:
+            return DetectionOutput(self._branch(self.main_names, features))
+        return DetectionOutput(
+            main=self._branch(self.main_names, features[3:]),
+            auxiliary=self._branch(self.auxiliary_names, features[:3]),
+        )

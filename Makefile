@@ -1,0 +1,39 @@
+# One command each: make install, make demo, make test, make lint, make clean.
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.yolov9_fast_installed
+SOURCES := pyproject.toml setup.py MANIFEST.in $(shell find csrc -type f -name '*.[ch]*' -o -path 'csrc/*.py')
+
+export OMP_NUM_THREADS ?= 1
+export MPLBACKEND ?= Agg
+
+.PHONY: install demo test lint clean
+
+install: $(STAMP)
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+# torch first: the compiled operators are built against it (--no-build-isolation), and its version stays the one asked for.
+$(STAMP): $(SOURCES) | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check 'setuptools>=77' wheel '$(TORCH)'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation -e '.[all,dev]' '$(TORCH)'
+	touch $@
+
+demo: install
+	env -u OMP_NUM_THREADS $(BIN)/yolov9-fast demo
+
+test: install lint
+	$(BIN)/python -m pytest -n 2
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks $(STAMP)
+	find yolov9_fast -name '_C_*.so' -delete
+	find yolov9_fast -name '_build_info.json' -delete

@@ -1,0 +1,1 @@
+"""Triton kernels, installed as `yolov9_fast.kernels`; each module imports triton itself, this one imports nothing."""

@@ -1,0 +1,355 @@
+"""COCO average precision and recall of a set of detections, computed by pycocotools."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import logging
+import math
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+
+from yolov9_fast._lazy import require
+from yolov9_fast.atomic import atomic_write
+from yolov9_fast.errors import DataError
+from yolov9_fast.metrics.curves import PrCurves, curves_from_evaluation
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ClassMetrics:
+    """Figures of one class; NaN where the class has no objects.
+
+    `precision`, `recall` and `f1` are at IoU 0.5 and at the one confidence where the mean F1 over classes is highest.
+    """
+
+    class_index: int
+    name: str
+    images: int
+    objects: int
+    ap: float
+    ap50: float
+    precision: float
+    recall: float
+    f1: float
+
+
+@dataclass(frozen=True)
+class CocoMetrics:
+    """The twelve COCO figures, each 0..1, or NaN where no object of that kind exists; figures per class; curves; images judged."""
+
+    ap: float
+    ap50: float
+    ap75: float
+    ap_small: float
+    ap_medium: float
+    ap_large: float
+    ar1: float
+    ar10: float
+    ar100: float
+    ar_small: float
+    ar_medium: float
+    ar_large: float
+    per_class: list[ClassMetrics]
+    curves: PrCurves
+    images: int
+
+    @property
+    def confidence(self) -> float:
+        """Confidence at which `precision`, `recall` and `f1` are given; NaN when no detection is right."""
+        return self.curves.best_confidence
+
+    @property
+    def precision(self) -> float:
+        return _mean(c.precision for c in self.per_class)
+
+    @property
+    def recall(self) -> float:
+        return _mean(c.recall for c in self.per_class)
+
+    @property
+    def f1(self) -> float:
+        return _mean(c.f1 for c in self.per_class)
+
+    def as_dict(self) -> dict[str, float]:
+        """The twelve figures, then precision, recall and f1 (means over classes) and their confidence."""
+        figures = {field.name: float(getattr(self, field.name)) for field in fields(self)[:12]}
+        return figures | {
+            "precision": self.precision,
+            "recall": self.recall,
+            "f1": self.f1,
+            "confidence": self.confidence,
+        }
+
+    def table(self) -> str:
+        """Aligned text: a row for all classes, a row per class with objects, and the twelve figures below."""
+        shown = [c for c in self.per_class if c.objects]
+        objects = sum(c.objects for c in shown)
+        total = ClassMetrics(-1, "all", self.images, objects, self.ap, self.ap50, self.precision, self.recall, self.f1)
+        width = max(len("class"), *(len(c.name) for c in [total, *shown]))
+        heading = (
+            f"{'class':<{width}}  {'images':>7}  {'objects':>7}  {'P':>6}  {'R':>6}  {'F1':>6}  {'AP50':>6}  {'AP':>6}"
+        )
+        rows = [heading, "-" * len(heading)]
+        for c in [total, *shown]:
+            figures = "  ".join(_cell(value) for value in (c.precision, c.recall, c.f1, c.ap50, c.ap))
+            rows.append(f"{c.name:<{width}}  {c.images:>7}  {c.objects:>7}  {figures}")
+        rows.append("")
+        rows.append(f"AP   {_cell(self.ap)}   AP50  {_cell(self.ap50)}   AP75  {_cell(self.ap75)}")
+        rows.append(f"APs  {_cell(self.ap_small)}   APm   {_cell(self.ap_medium)}   APl   {_cell(self.ap_large)}")
+        rows.append(f"AR1  {_cell(self.ar1)}   AR10  {_cell(self.ar10)}   AR100 {_cell(self.ar100)}")
+        rows.append(f"ARs  {_cell(self.ar_small)}   ARm   {_cell(self.ar_medium)}   ARl   {_cell(self.ar_large)}")
+        if not math.isnan(self.confidence):
+            rows.append(f"P, R and F1 at IoU 0.5 and confidence {self.confidence:.3f} (highest mean F1)")
+        absent = len(self.per_class) - len(shown)
+        if absent:
+            rows.append(f"{absent} of {len(self.per_class)} classes have no objects and are left out")
+        return "\n".join(rows)
+
+
+def evaluate_coco(
+    ground_truth: dict[str, Any],
+    detections: Sequence[dict[str, Any]],
+    *,
+    names: dict[int, str] | None = None,
+    image_ids: Iterable[int | str] | None = None,
+) -> CocoMetrics:
+    """Evaluate boxes by pycocotools with its settings: IoU 0.50:0.95, at most 100 detections per image and class.
+
+    `ground_truth`: a COCO dataset with `images`, `annotations`, `categories`; left as it is. `info` and `licenses`
+    may be absent, an annotation's `area` defaults to that of its box and `iscrowd` to 0. `detections`: COCO results
+    (`image_id`, `category_id`, `bbox` [x, y, w, h] in pixels, `score`); may be empty. `names`: class index → name,
+    where the class index is the position of the category among the sorted category ids; default the categories' own
+    names. `image_ids`: evaluate only these images (default all). Ids that are digits in a string equal the integer.
+
+    Raises `DataError` for a dataset without those lists, an unknown image or category in a detection, or values that
+    are not finite numbers.
+    """
+    dataset = _normalise_ground_truth(ground_truth)
+    chosen = _choose_images(dataset, image_ids)
+    results = _normalise_detections(detections, dataset)
+    evaluation = _run_pycocotools(dataset, results, chosen)
+    classes = [(names or {}).get(k, name) for k, name in enumerate(dataset.category_names)]
+    curves = curves_from_evaluation(evaluation, classes)
+    twelve = [float("nan") if value < 0 else float(value) for value in evaluation.stats]
+    return CocoMetrics(*twelve, _per_class(evaluation, dataset, classes, curves, chosen), curves, len(chosen))
+
+
+def detections_to_coco(boxes: np.ndarray, image_id: int | str, category_ids: Sequence[int]) -> list[dict[str, Any]]:
+    """COCO results of one image from `boxes` [n, 6]: x1, y1, x2, y2 in pixels of the picture, score, class index.
+
+    `category_ids[class index]` is the category. As published, boxes are rounded to 3 decimals and scores to 5. Raises
+    `ValueError` for another shape or a class index outside `category_ids`.
+    """
+    rows = np.asarray(boxes, dtype=np.float64)
+    if rows.ndim != 2 or rows.shape[1] != 6:
+        raise ValueError(f"boxes: expected shape [n, 6], got {list(rows.shape)}")
+    classes = rows[:, 5].astype(np.int64)
+    if len(rows) and (classes.min() < 0 or classes.max() >= len(category_ids)):
+        raise ValueError(
+            f"boxes: class index {classes.min()}..{classes.max()} outside the {len(category_ids)} category_ids"
+        )
+    sides = rows[:, 2:4] - rows[:, :2]
+    return [
+        {
+            "image_id": image_id,
+            "category_id": int(category_ids[index]),
+            "bbox": [round(float(value), 3) for value in (*row[:2], *side)],
+            "score": round(float(row[4]), 5),
+        }
+        for row, side, index in zip(rows, sides, classes, strict=True)
+    ]
+
+
+def save_detections(path: str | os.PathLike[str], detections: Sequence[dict[str, Any]]) -> None:
+    """Write COCO results as JSON, whole or not at all; `UserError` when the disk refuses."""
+    atomic_write(path, json.dumps(list(detections)))
+
+
+@dataclass(frozen=True)
+class _Dataset:
+    """A ground truth renumbered: image and category ids by rank, annotation ids from 1.
+
+    pycocotools takes an object with id 0 for "unmatched" and lets duplicate ids overwrite each other; ranks keep its
+    order of images, on which the ranking of equal scores depends.
+    """
+
+    images: dict[int | str, int]
+    categories: dict[int | str, int]
+    category_names: list[str]
+    annotations: list[dict[str, Any]]
+
+
+def _normalise_ground_truth(ground_truth: dict[str, Any]) -> _Dataset:
+    for key in ("images", "annotations", "categories"):
+        if not isinstance(ground_truth, dict) or not isinstance(ground_truth.get(key), list):
+            raise DataError(f"COCO ground truth: expected a JSON object with a list '{key}'")
+    images = _rank(_id(image, "id", "image") for image in ground_truth["images"])
+    names = {_id(c, "id", "category"): str(c.get("name", c["id"])) for c in ground_truth["categories"]}
+    categories = _rank(names)
+    if not images or not categories:
+        raise DataError(f"COCO ground truth: nothing to evaluate ({len(images)} images, {len(categories)} categories)")
+    annotations: list[dict[str, Any]] = []
+    for annotation in ground_truth["annotations"]:
+        image = images.get(_id(annotation, "image_id", "annotation"))
+        category = categories.get(_id(annotation, "category_id", "annotation"))
+        if image is None or category is None:
+            continue
+        box = _box(annotation, f"annotation {annotation.get('id', '?')} of image {annotation['image_id']}")
+        area = annotation.get("area")
+        annotations.append(
+            {
+                "id": len(annotations) + 1,
+                "image_id": image,
+                "category_id": category,
+                "bbox": box,
+                "area": box[2] * box[3] if area is None else _number(area, "area of an annotation"),
+                "iscrowd": int(bool(annotation.get("iscrowd", 0))),
+            }
+        )
+    strays = len(ground_truth["annotations"]) - len(annotations)
+    if strays:
+        log.warning("COCO ground truth: %d annotations of unlisted images or categories are left out", strays)
+    return _Dataset(images, categories, [names[category] for category in categories], annotations)
+
+
+def _normalise_detections(detections: Sequence[dict[str, Any]], dataset: _Dataset) -> list[dict[str, Any]]:
+    results = []
+    for row, detection in enumerate(detections):
+        image = dataset.images.get(_id(detection, "image_id", f"detection {row}"))
+        category = dataset.categories.get(_id(detection, "category_id", f"detection {row}"))
+        if image is None:
+            raise DataError(f"detection {row}: image_id {detection['image_id']!r} is not in the ground truth")
+        if category is None:
+            raise DataError(f"detection {row}: category_id {detection['category_id']!r} is not in the ground truth")
+        box = _box(detection, f"detection {row}")
+        results.append(
+            {
+                "id": row + 1,
+                "image_id": image,
+                "category_id": category,
+                "bbox": box,
+                "area": box[2] * box[3],
+                "iscrowd": 0,
+                "score": _number(detection.get("score"), f"score of detection {row}"),
+            }
+        )
+    return results
+
+
+def _choose_images(dataset: _Dataset, image_ids: Iterable[int | str] | None) -> list[int]:
+    if image_ids is None:
+        return list(dataset.images.values())
+    wanted = {_canonical(image) for image in image_ids}
+    unknown = sorted((image for image in wanted if image not in dataset.images), key=str)
+    if unknown:
+        raise DataError(f"image_ids: {len(unknown)} not in the ground truth, the first is {unknown[0]!r}")
+    if not wanted:
+        raise DataError("image_ids: expected at least one image to evaluate, got none")
+    return sorted(dataset.images[image] for image in wanted)
+
+
+def _run_pycocotools(dataset: _Dataset, results: list[dict[str, Any]], images: list[int]) -> Any:
+    coco = require("pycocotools.coco")
+    cocoeval = require("pycocotools.cocoeval")
+    with contextlib.redirect_stdout(io.StringIO()):
+        evaluation = cocoeval.COCOeval(
+            _coco_object(coco, dataset, dataset.annotations), _coco_object(coco, dataset, results), "bbox"
+        )
+        evaluation.params.imgIds = images
+        evaluation.params.catIds = list(dataset.categories.values())
+        evaluation.evaluate()
+        evaluation.accumulate()
+        evaluation.summarize()
+    return evaluation
+
+
+def _coco_object(coco: Any, dataset: _Dataset, annotations: list[dict[str, Any]]) -> Any:
+    """A `COCO` made in memory: its `loadRes` demands `info` and fails on an empty list."""
+    made = coco.COCO()
+    made.dataset = {
+        "images": [{"id": image} for image in dataset.images.values()],
+        "categories": [{"id": category} for category in dataset.categories.values()],
+        "annotations": annotations,
+    }
+    made.createIndex()
+    return made
+
+
+def _per_class(
+    evaluation: Any, dataset: _Dataset, names: list[str], curves: PrCurves, images: list[int]
+) -> list[ClassMetrics]:
+    precision = evaluation.eval["precision"][:, :, :, 0, -1]  # [T, R, K] of all areas
+    evaluated = set(images)
+    objects = [0] * len(names)
+    seen: list[set[int]] = [set() for _ in names]
+    for annotation in dataset.annotations:
+        if not annotation["iscrowd"] and annotation["image_id"] in evaluated:
+            objects[annotation["category_id"] - 1] += 1
+            seen[annotation["category_id"] - 1].add(annotation["image_id"])
+    row_of = {k: row for row, k in enumerate(curves.class_indices)}
+    best = curves.best_index
+    anything_right = not math.isnan(curves.best_confidence)
+    found = []
+    for k, name in enumerate(names):
+        row = row_of.get(k)
+        if row is None:
+            found.append(ClassMetrics(k, name, 0, 0, *[float("nan")] * 5))
+            continue
+        ap = float(precision[:, :, k].mean())
+        at_best = [float(c[row, best]) for c in (curves.precision, curves.recall, curves.f1)]
+        figures = at_best if anything_right else [0.0, 0.0, 0.0]
+        found.append(ClassMetrics(k, name, len(seen[k]), objects[k], ap, float(curves.ap50[row]), *figures))
+    return found
+
+
+def _rank(ids: Iterable[int | str]) -> dict[int | str, int]:
+    """Id → rank from 1, numbers before strings."""
+    ordered = sorted(set(ids), key=lambda value: (isinstance(value, str), value))
+    return {value: rank for rank, value in enumerate(ordered, start=1)}
+
+
+def _canonical(value: Any) -> int | str:
+    if isinstance(value, (int, np.integer)):
+        return int(value)
+    if isinstance(value, str):
+        return int(value) if value.isascii() and value.isdigit() else value
+    raise DataError(f"expected an id that is an integer or a string, got {value!r}")
+
+
+def _id(entry: Any, key: str, what: str) -> int | str:
+    if not isinstance(entry, dict) or key not in entry:
+        raise DataError(f"COCO data: {what} has no '{key}'")
+    return _canonical(entry[key])
+
+
+def _box(entry: dict[str, Any], what: str) -> list[float]:
+    box = entry.get("bbox")
+    if not isinstance(box, (list, tuple, np.ndarray)) or len(box) != 4:
+        raise DataError(f"{what}: expected bbox [x, y, w, h], got {box!r}")
+    return [_number(value, f"bbox of {what}") for value in box]
+
+
+def _number(value: Any, what: str) -> float:
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = float("nan")
+    if not math.isfinite(number):
+        raise DataError(f"{what}: expected a finite number, got {value!r}")
+    return number
+
+
+def _mean(values: Iterable[float]) -> float:
+    finite = [value for value in values if not math.isnan(value)]
+    return sum(finite) / len(finite) if finite else float("nan")
+
+
+def _cell(value: float) -> str:
+    return f"{'-':>6}" if math.isnan(value) else f"{value:6.4f}"

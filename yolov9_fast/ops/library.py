@@ -1,0 +1,90 @@
+"""The operators' registration: schemas and fake kernels in Python, compiled implementations from `_C_*.so` where they are.
+
+A schema exists whether or not a compiled file loads, so the package imports, traces and runs eagerly without any.
+`YOLOV9_FAST_SKIP_LOADING=1` leaves the compiled files alone.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+NAMESPACE = "yolov9_fast"
+PACKAGE_FOLDER = Path(__file__).resolve().parent.parent
+_DEVICE_OF_BACKEND = {"cpu": "CPU", "cuda": "CUDA"}
+
+_library = torch.library.Library(NAMESPACE, "FRAGMENT")
+
+
+def define(schema: str, *, fake: Callable[..., Any], reference: Callable[..., Any]) -> Callable[..., Any]:
+    """Register one operator and return the callable `torch.ops.yolov9_fast.NAME`.
+
+    `schema`: as `box_iou(Tensor a, Tensor b) -> Tensor`. `fake`: same arguments, returns empty tensors of the right shape,
+    stride, dtype and device. `reference`: eager PyTorch; it runs on every device that has no compiled implementation.
+    """
+    name = schema.split("(", 1)[0]
+    _library.define(schema)
+    _library.impl(name, reference, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
+    return getattr(getattr(torch.ops, NAMESPACE), name)
+
+
+def missing(name: str, backend: str) -> str | None:
+    """Why operator `name` has no compiled implementation for `backend` ("cpu" or "cuda") here; None when it has one."""
+    if torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{name}", _DEVICE_OF_BACKEND[backend]):
+        return None
+    return loaded[backend] or f"_C_{backend}.so holds no {name}; install the package again to compile it"
+
+
+def build_info() -> dict[str, Any]:
+    """What the installation compiled and why not the rest, from `_build_info.json`; empty when nothing was installed."""
+    try:
+        info = json.loads((PACKAGE_FOLDER / "_build_info.json").read_text())
+    except (OSError, ValueError):
+        return {}
+    return info if isinstance(info, dict) else {}
+
+
+def _load(backend: str, info: dict[str, Any]) -> str | None:
+    """Load `_C_BACKEND.so`; the reason when that cannot be."""
+    if os.environ.get("YOLOV9_FAST_SKIP_LOADING", "").strip().lower() not in ("", "0", "false", "no", "off"):
+        return "YOLOV9_FAST_SKIP_LOADING is set"
+    path = PACKAGE_FOLDER / f"_C_{backend}.so"
+    if not path.exists():
+        part = info.get("parts", {}).get(backend) or {}
+        return f"not compiled: {part.get('reason') or 'the package was not installed (pip install)'}"
+    lacking = sorted(set(info.get("cpu_features", [])) - _cpu_features()) if backend == "cpu" else []
+    if lacking:
+        return (
+            f"compiled for a CPU with {', '.join(lacking)}, which this one lacks; compile with YOLOV9_FAST_PORTABLE=1"
+        )
+    if info.get("machine", platform.machine()) != platform.machine():
+        return f"compiled for {info['machine']}, this machine is {platform.machine()}"
+    try:
+        torch.ops.load_library(str(path))
+    except (OSError, RuntimeError) as error:
+        return f"{path.name} cannot be loaded: {error}"
+    return None
+
+
+def _cpu_features() -> set[str]:
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return set()
+    match = re.search(r"^(?:flags|Features)\s*:\s*(.*)$", text, re.MULTILINE)
+    return set(match.group(1).split()) if match else set()
+
+
+loaded: dict[str, str | None] = {}
+"""For each compiled part ("cpu", "cuda"): None once loaded, else the reason."""
+
+_info = build_info()
+loaded.update({_backend: _load(_backend, _info) for _backend in _DEVICE_OF_BACKEND})

@@ -1,4 +1,4 @@
-"""Installs the package and compiles `csrc/` by the recipe in `csrc/build.py`; a machine that cannot compile gets the package without it."""
+"""Installs the package and compiles `csrc/` by the recipe in `csrc/build.py`, or goes without where that cannot be."""
 
 from __future__ import annotations
 
@@ -32,8 +32,10 @@ class BuildOperators(build_ext):
     def run(self) -> None:
         in_place = self.inplace or self.editable_mode
         package = (ROOT if in_place else Path(self.build_lib).resolve()) / "yolov9_fast"
+        # pip's own folder goes after each call; a kept one makes the next `make install` compile only what changed.
+        scratch = ROOT / "build" / "operators" if in_place else Path(self.build_temp).resolve()
         package.mkdir(parents=True, exist_ok=True)
-        self.written = load_recipe().build(ROOT / "csrc", package, Path(self.build_temp).resolve())
+        self.written = load_recipe().build(ROOT / "csrc", package, scratch)
         type(self).written = self.written
 
     def get_source_files(self) -> list[str]:
@@ -47,7 +49,7 @@ class BuildOperators(build_ext):
 
 
 class OperatorWheel(bdist_wheel):
-    """The compiled files link neither Python nor one torch: the wheel is for any Python 3 of the platform, or for anyone."""
+    """The compiled files link neither Python nor one torch version: the wheel is for any Python 3 of the platform."""
 
     def get_tag(self) -> tuple[str, str, str]:
         compiled = any(path.suffix == ".so" for path in BuildOperators.written)

@@ -1,13 +1,13 @@
 """The one build recipe of the compiled operators: sources, flags, CUDA architectures, jobs.
 
-`_C_cpu.so` and `_C_cuda.so` are plain shared libraries against PyTorch's stable ABI: they link no Python and serve every
-torch from 2.10 on. Nothing here raises for a missing tool; the reason goes into `_build_info.json` beside the libraries.
+`_C_cpu.so` and `_C_cuda.so` are plain shared libraries against PyTorch's stable ABI: they link no Python and serve
+every torch from 2.10 on. A missing tool is no error; the reason goes into `_build_info.json` beside the libraries.
 
     YOLOV9_FAST_SKIP_EXT=1      compile nothing
     YOLOV9_FAST_SKIP_CUDA=1     compile the CPU part only
     YOLOV9_FAST_FORCE_CUDA=1    compile CUDA although torch was built for another CUDA major version
-    YOLOV9_FAST_PORTABLE=1      for any machine of this architecture, not only for one with this machine's vector units
-    YOLOV9_FAST_CUDA_ARCHS      such as "8.0;9.0+PTX"; default: those of DEFAULT_ARCHS that nvcc knows, PTX for the newest
+    YOLOV9_FAST_PORTABLE=1      for any CPU of this architecture, not only those with this one's vector units
+    YOLOV9_FAST_CUDA_ARCHS      such as "8.0;9.0+PTX"; default: what nvcc knows of DEFAULT_ARCHS, PTX of the newest
     MAX_JOBS                    compilers at a time; default min(cores / 2, free memory / 5 GB)
     CXX, CUDA_HOME              the compiler (default c++) and the CUDA toolkit (default: the one of the nvcc on PATH)
 """
@@ -170,7 +170,7 @@ def cpu_recipe(torch: Torch) -> Recipe:
 
 
 def cuda_recipe(torch: Torch) -> Recipe:
-    """Flags for csrc/cuda/*.cu: against any torch, a CPU one too; cudart is linked statically, so no CUDA is needed to load."""
+    """Flags for csrc/cuda/*.cu: against any torch, a CPU one too; static cudart, so that no CUDA is needed to load."""
     if flag("YOLOV9_FAST_SKIP_CUDA"):
         raise Unbuildable("YOLOV9_FAST_SKIP_CUDA=1")
     nvcc = find_nvcc()
@@ -190,7 +190,7 @@ def cuda_recipe(torch: Torch) -> Recipe:
 
 
 def link_flags(torch: Torch, prefix: str) -> list[str]:
-    """libtorch.so is kept though nothing of it is named: in a CUDA torch it brings libtorch_cuda's symbols into reach."""
+    """libtorch.so is kept though nothing of it is named: in a CUDA torch it brings libtorch_cuda into reach."""
     if sys.platform == "darwin":
         return ["-undefined", "dynamic_lookup"]
     keep = f"{prefix}--no-as-needed" if prefix else "-Wl,--no-as-needed"
@@ -223,7 +223,7 @@ def find_torch() -> Torch:
         import torch
     except Exception as error:
         raise Unbuildable(
-            f"torch cannot be imported while building ({error}); install torch first, then this with --no-build-isolation"
+            f"torch cannot be imported while building ({error}): install torch, then this with --no-build-isolation"
         ) from error
     folder = Path(torch.__file__).parent
     headers = [folder / "include", folder / "include" / "torch" / "csrc" / "api" / "include"]
@@ -292,7 +292,7 @@ def max_jobs() -> int:
 
 
 def cpu_features() -> list[str]:
-    """Vector extensions of this machine, which `-march=native` may use and the machine that loads the result must have."""
+    """Vector extensions of this machine, which `-march=native` may use and whoever loads the result must have."""
     path = Path("/proc/cpuinfo")
     if not path.exists():
         return []

@@ -1,4 +1,4 @@
-"""YOLOv9 with programmable gradient information: train, evaluate, run. `import yolov9_fast as yf`; every name loads when first used."""
+"""YOLOv9 with programmable gradient information: train, evaluate, predict; every public name loads when first used."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _MODULE_OF = {
 }
 _SUBMODULES = ("data", "engine", "losses", "metrics", "models", "nn", "ops", "viz")
 
-__all__ = ["__version__", *_MODULE_OF, *_SUBMODULES]  # noqa: PLE0604
+__all__ = ["__version__", *_MODULE_OF, *_SUBMODULES]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,4 +1,7 @@
-"""The operators: public functions of the same names as their modules (`ops.box_iou(...)`, `from yolov9_fast.ops.box_iou import ...`)."""
+"""The operators, as functions: `ops.NAME` is the function of the module of the same name.
+
+Each module is imported here, at once: importing it later would bind the module over the function.
+"""
 
 from yolov9_fast.ops.box_iou import box_iou
 

@@ -1,6 +1,7 @@
 """Which implementation of an operator runs: by name when asked for, else the fastest that supports the arguments.
 
-Order of authority: `set_backend(name, op)`, `YOLOV9_FAST_BACKEND_<OP>`, `set_backend(name)`, `YOLOV9_FAST_BACKEND`, auto.
+A setting for one operator wins over the one for all. `YOLOV9_FAST_BACKEND` and `YOLOV9_FAST_BACKEND_<OP>` are where the
+settings begin (read at import), `set_backend` replaces them; without any it is "auto".
 """
 
 from __future__ import annotations
@@ -35,9 +36,9 @@ def _anything(*args: Any, **kwargs: Any) -> str | None:
 class Implementation:
     """One way to run an operator.
 
-    `call` takes the operator's arguments. `unavailable`: why it cannot run on this machine at all, None when it can; fixed at
-    import, without touching a GPU. `supports(*args)`: why it cannot take these arguments, None when it can; plain
-    Python that torch.compile can trace.
+    `call` takes the operator's arguments. `unavailable`: why it cannot run on this machine at all, None when it can;
+    fixed at import, without touching a GPU. `supports(*args)`: why it cannot take these arguments, None when it can;
+    plain Python that torch.compile can trace.
     """
 
     call: Callable[..., Any]
@@ -47,7 +48,7 @@ class Implementation:
 
 @dataclass
 class Operator:
-    """An operator's name, one line on what it computes, and its implementations by backend name; "eager" is always there."""
+    """An operator's name, what it computes in one line, and its implementations by backend; "eager" is always there."""
 
     name: str
     summary: str
@@ -69,7 +70,7 @@ _GLOBAL = ""
 
 
 def set_backend(name: str | None, op: str | None = None) -> None:
-    """Use backend `name` ("auto", "eager", "cpu", "triton", "cuda") for operator `op`, or for all without an own setting.
+    """Use backend `name` ("auto", "eager", "cpu", "triton", "cuda") for operator `op`, or for all without their own.
 
     None takes a setting back. Raises `ValueError` for an unknown name. Whether the backend can run is decided at
     each call, by its arguments; there it raises `RuntimeError` with the reason if it cannot.

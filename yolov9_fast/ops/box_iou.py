@@ -12,9 +12,9 @@ from yolov9_fast.ops.backend import Implementation, Operator, needs_gradient, no
 def box_iou(a: Tensor, b: Tensor) -> Tensor:
     """IoU matrix of boxes `a` [N, 4] and `b` [M, 4], both x1, y1, x2, y2 in any one unit: float32 [N, M].
 
-    Any floating dtype, any strides; computed in float32. Boxes without area (x2 <= x1 or y2 <= y1) have IoU 0; a NaN coordinate
-    gives NaN. Differentiable: arguments that require a gradient run the eager form. Raises `TypeError` for
-    something that is no floating tensor, `ValueError` for a wrong shape or tensors on different devices.
+    Any floating dtype, any strides; computed in float32. Boxes without area (x2 <= x1 or y2 <= y1) have IoU 0; a NaN
+    coordinate gives NaN. Differentiable: under "auto", arguments that require a gradient run the eager form. Raises
+    `TypeError` for what is no floating tensor, `ValueError` for a wrong shape or tensors on different devices.
     """
     _check(a, "a")
     _check(b, "b")

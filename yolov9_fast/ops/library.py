@@ -1,4 +1,4 @@
-"""The operators' registration: schemas and fake kernels in Python, compiled implementations from `_C_*.so` where they are.
+"""The operators' registration: schemas and fake kernels in Python, compiled implementations from `_C_*.so` if present.
 
 A schema exists whether or not a compiled file loads, so the package imports, traces and runs eagerly without any.
 `YOLOV9_FAST_SKIP_LOADING=1` leaves the compiled files alone.
@@ -26,8 +26,8 @@ _library = torch.library.Library(NAMESPACE, "FRAGMENT")
 def define(schema: str, *, fake: Callable[..., Any], reference: Callable[..., Any]) -> Callable[..., Any]:
     """Register one operator and return the callable `torch.ops.yolov9_fast.NAME`.
 
-    `schema`: as `box_iou(Tensor a, Tensor b) -> Tensor`. `fake`: same arguments, returns empty tensors of the right shape,
-    stride, dtype and device. `reference`: eager PyTorch; it runs on every device that has no compiled implementation.
+    `schema`: as `box_iou(Tensor a, Tensor b) -> Tensor`. `fake`: same arguments, returns empty tensors of the right
+    shape, stride, dtype and device. `reference`: eager PyTorch; it runs where there is no compiled implementation.
     """
     name = schema.split("(", 1)[0]
     _library.define(schema)
@@ -44,7 +44,7 @@ def missing(name: str, backend: str) -> str | None:
 
 
 def build_info() -> dict[str, Any]:
-    """What the installation compiled and why not the rest, from `_build_info.json`; empty when nothing was installed."""
+    """What the installation compiled and why not the rest, from `_build_info.json`; empty before any installation."""
     try:
         info = json.loads((PACKAGE_FOLDER / "_build_info.json").read_text())
     except (OSError, ValueError):

@@ -1,0 +1,326 @@
+"""Weights in files of any origin: read without running anything from them, and recognised by their graph.
+
+Known are the whole-module pickles of WongKinYiu/yolov9 and Ultralytics, state dicts of MultimediaTechLab/YOLO (MIT),
+Lightning checkpoints, `.npz` and `.safetensors`. What a file is, is read from its keys and shapes, never from its name.
+"""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from yolov9_fast._lazy import require
+from yolov9_fast.errors import CheckpointError
+from yolov9_fast.models.foreign_archive import restricted_load
+from yolov9_fast.models.foreign_keys import official_keys
+from yolov9_fast.models.graph import Graph, graph_names, load_graph
+from yolov9_fast.models.model import DetectionModel
+from yolov9_fast.models.reparameterize import fuse
+from yolov9_fast.models.restricted_pickle import Stub
+
+__all__ = ["Layout", "identify", "read_state_dict", "restricted_load"]
+
+_MAX_MODULE_DEPTH = 64
+_MAX_MODULES = 100_000
+_MAX_PLAIN_VALUES = 20_000
+_METADATA = ("names", "nc", "yaml", "stride")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The network that a state dict belongs to.
+
+    Attributes:
+        source: whose spelling or form it is: "official", "mit" or "ultralytics" (dense box towers).
+        graph: the network's layers.
+        num_classes: of the class convolutions.
+        class_tower: width of the main branch's class tower.
+        box_groups: groups of the box tower's convolutions.
+        fused: BatchNorm and RepConv are folded.
+    """
+
+    source: str
+    graph: Graph
+    num_classes: int
+    class_tower: int | None
+    box_groups: int
+    fused: bool
+
+    @property
+    def graph_name(self) -> str:
+        return self.graph.name
+
+    def build(self) -> DetectionModel:
+        """The network without numbers (on the meta device), to be loaded with `assign=True`."""
+        with torch.device("meta"):
+            model = DetectionModel(
+                self.graph, self.num_classes, class_tower=self.class_tower, box_groups=self.box_groups
+            )
+            return fuse(model) if self.fused else model
+
+    def __str__(self) -> str:
+        form = "fused" if self.fused else "not fused"
+        return (
+            f"{self.graph_name} ({self.num_classes} classes, class tower {self.class_tower or 'as published'}, "
+            f"box groups {self.box_groups}, {form})"
+        )
+
+
+def read_state_dict(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Weights of a file, keys in official spelling, floating-point numbers as float32 on the CPU.
+
+    Of a training file the averaged weights (`ema`) are taken before `model`.
+
+    Args:
+        path: `.pt`, `.pth`, `.ckpt`, `.npz` or `.safetensors`.
+
+    Returns:
+        The state dict, and what the file says about it: `source`, and where present as plain data `names`, `nc`,
+        `yaml`, `stride`, `class_path`; for safetensors its metadata.
+
+    Raises:
+        CheckpointError: missing, damaged, of another kind, or without weights.
+    """
+    state, metadata = read_file(path)
+    numbers, source = official_state(state)
+    return numbers, {"source": source, **metadata}
+
+
+def official_state(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], str]:
+    """`state` in official spelling as float32, and whose spelling it was."""
+    renamed, source = official_keys(state)
+    return {k: v.float() if v.is_floating_point() else v for k, v in renamed.items()}, source
+
+
+def read_file(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Weights and metadata of a file as they are; errors as `read_state_dict`."""
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(f"no such checkpoint: {path}")
+    readers = {".npz": _read_npz, ".safetensors": read_safetensors}
+    state, metadata = readers.get(path.suffix.lower(), _read_torch)(path)
+    if not state:
+        raise CheckpointError(f"{path} holds no weights")
+    return state, metadata
+
+
+def _read_npz(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            return {key: torch.from_numpy(np.array(archive[key])) for key in archive.files}, {}
+    except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile, KeyError, AttributeError) as error:
+        raise CheckpointError(f"{path} is not a readable .npz file of plain arrays: {error}") from error
+
+
+def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and metadata of a safetensors file, as they are.
+
+    Raises:
+        CheckpointError: missing, truncated or damaged.
+    """
+    safetensors = require("safetensors")
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            metadata = dict(file.metadata() or {})
+            return {key: file.get_tensor(key) for key in file.keys()}, metadata
+    except (OSError, safetensors.SafetensorError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"{path} is not a readable safetensors file: {error}") from error
+
+
+def _read_torch(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    content = restricted_load(path)
+    weights = _find_weights(content)
+    if weights is None:
+        keys = ", ".join(str(k) for k in list(content)[:8]) if isinstance(content, dict) else type(content).__name__
+        raise CheckpointError(f"{path} holds no weights that can be found (it holds: {keys})")
+    if isinstance(weights, dict):
+        return weights, {}
+    assert isinstance(weights.state, dict)
+    metadata = {key: _plain(weights.state[key]) for key in _METADATA if _plain(weights.state.get(key)) is not None}
+    try:
+        return module_state(weights), {"class_path": weights.path, **metadata}
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+
+
+def _find_weights(content: Any, depth: int = 0) -> dict[str, Tensor] | Stub | None:
+    """A state dict or a pickled module, sought under the keys where the projects keep it."""
+    if depth > 4:
+        return None
+    if isinstance(content, Stub):
+        state = content.state
+        if not isinstance(state, dict):
+            return None
+        return content if "_modules" in state else _find_weights(state.get("ema"), depth + 1)
+    if not isinstance(content, dict):
+        return None
+    for key in ("ema", "model", "state_dict", "model_state_dict"):
+        value = content.get(key)
+        found = None if value is None or isinstance(value, Tensor) else _find_weights(value, depth + 1)
+        if found is not None:
+            return found
+    tensors = {key: value for key, value in content.items() if isinstance(key, str) and isinstance(value, Tensor)}
+    return tensors if tensors and 2 * len(tensors) > len(content) else None
+
+
+def module_state(module: Stub) -> dict[str, Tensor]:
+    """State dict of a pickled `nn.Module`: its parameters and persistent buffers by path.
+
+    Raises:
+        ValueError: modules nested without end.
+    """
+    result: dict[str, Tensor] = {}
+    pending: list[tuple[str, Any, int]] = [("", module, 0)]
+    visited = 0
+    while pending:
+        prefix, stub, depth = pending.pop()
+        visited += 1
+        if depth > _MAX_MODULE_DEPTH or visited > _MAX_MODULES:
+            raise ValueError("its modules are nested without end")
+        state = stub.state if isinstance(stub, Stub) and isinstance(stub.state, dict) else {}
+        transient = state.get("_non_persistent_buffers_set") or ()
+        for group in ("_parameters", "_buffers"):
+            for name, value in _items(state.get(group)):
+                if isinstance(value, Tensor) and not (group == "_buffers" and name in transient):
+                    result[f"{prefix}{name}"] = value
+        children = _items(state.get("_modules"))
+        pending.extend((f"{prefix}{name}.", child, depth + 1) for name, child in reversed(children))
+    return result
+
+
+def _items(group: Any) -> list[tuple[Any, Any]]:
+    return list(group.items()) if isinstance(group, dict) else []
+
+
+def _plain(value: Any) -> Any:
+    """`value` where it is plain data of reasonable size, small tensors as lists; None otherwise."""
+    budget = [_MAX_PLAIN_VALUES]
+    try:
+        return _plain_within(value, budget)
+    except RecursionError:
+        return None
+
+
+def _plain_within(value: Any, budget: list[int]) -> Any:
+    budget[0] -= 1
+    if budget[0] < 0:
+        return None
+    if isinstance(value, Tensor):
+        return value.tolist() if value.numel() <= 16 else None
+    if isinstance(value, str | int | float | bool):
+        return value
+    if isinstance(value, list | tuple) and len(value) <= budget[0]:
+        return [_plain_within(v, budget) for v in value]
+    if isinstance(value, dict) and len(value) <= budget[0]:
+        return {k: _plain_within(v, budget) for k, v in value.items() if isinstance(k, str | int)}
+    return None
+
+
+def identify(
+    state: Mapping[str, Tensor],
+    *,
+    source: str = "official",
+    graphs: Iterable[Graph] = (),
+    origin: str = "the state dict",
+) -> Layout:
+    """Recognise the network of a state dict in official spelling by its keys and shapes.
+
+    Args:
+        state: from `read_state_dict`.
+        source: whose spelling it was, for the record.
+        graphs: networks to consider besides the published ten.
+        origin: the file, for the error.
+
+    Raises:
+        CheckpointError: no network fits; names the nearest one and the first key that differs.
+    """
+    shapes = {key: tuple(value.shape) for key, value in state.items()}
+    best: tuple[int, Layout, str] | None = None
+    for layout in _candidates(shapes, source, graphs):
+        wanted = _shapes(layout)
+        if wanted is None:
+            continue
+        if wanted == shapes:
+            return layout
+        count = sum(shapes.get(k) != s for k, s in wanted.items()) + len(shapes.keys() - wanted.keys())
+        if best is None or count < best[0]:
+            best = count, layout, first_difference(wanted, shapes)
+    assert best is not None
+    count, nearest, difference = best
+    hint = ""
+    if any(".cv3.0.0.0.conv." in key or ".cv3.0.0.1.conv." in key for key in shapes):
+        hint = "; its class tower is depth-wise, as newer Ultralytics versions build it, which is not supported"
+    raise CheckpointError(
+        f"{origin} fits no known network; nearest is {nearest}: {difference} ({count} keys differ){hint}"
+    )
+
+
+def _candidates(shapes: Mapping[str, tuple[int, ...]], source: str, graphs: Iterable[Graph]) -> list[Layout]:
+    """A layout for every known graph, options read from the head's shapes, the likeliest first."""
+    known = [*graphs, *(load_graph(name) for name in graph_names())]
+    indices = [key.split(".")[1] for key in shapes if key.startswith("model.")]
+    last = max((int(index) for index in indices if index.isdigit()), default=-1)
+    dual = any(k.startswith(f"model.{last}.cv5.") for k in shapes)
+    box, classes = (f"model.{last}.cv{n}.0" for n in ((4, 5) if dual else (2, 3)))
+    fused = not any(key.endswith(".running_var") for key in shapes)
+    num_classes = _first(shapes.get(f"{classes}.2.weight")) or 80
+    tower = _first(shapes.get(f"{classes}.0.conv.weight")) or None
+    groups = 4
+    grouped = shapes.get(f"{box}.1.conv.weight", ())
+    if len(grouped) == 4 and grouped[1] and grouped[0] % grouped[1] == 0 and 64 % (grouped[0] // grouped[1]) == 0:
+        groups = grouped[0] // grouped[1]
+    if source == "official" and groups == 1:
+        source = "ultralytics"
+    unlikely = [graph.has_auxiliary != dual or len(graph.layers) != last + 1 for graph in known]
+    order = sorted(range(len(known)), key=lambda i: unlikely[i])
+    return [Layout(source, known[i], num_classes, tower, groups, fused) for i in order]
+
+
+def _first(shape: tuple[int, ...] | None) -> int:
+    return shape[0] if shape else 0
+
+
+@lru_cache(maxsize=64)
+def _shapes(layout: Layout) -> dict[str, tuple[int, ...]] | None:
+    """Keys and shapes of the layout's state dict; None where these options cannot be built."""
+    try:
+        return {key: tuple(value.shape) for key, value in layout.build().state_dict().items()}
+    except ValueError:
+        return None
+
+
+def first_difference(wanted: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]) -> str:
+    for key, shape in wanted.items():
+        if key not in found:
+            return f"{key} is missing (expected {list(shape)})"
+        if found[key] != shape:
+            return f"{key} has shape {list(found[key])}, expected {list(shape)}"
+    key = next(k for k in found if k not in wanted)
+    return f"{key} is unexpected (shape {list(found[key])})"
+
+
+def parse_names(value: Any, num_classes: int) -> dict[int, str] | None:
+    """Class names from a list or a mapping, or from JSON text; None unless there is one for every class."""
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except ValueError:
+            return None
+    if isinstance(value, list):
+        value = dict(enumerate(value))
+    if not isinstance(value, dict):
+        return None
+    try:
+        names = {int(k): str(v) for k, v in value.items()}
+    except (TypeError, ValueError):
+        return None
+    return names if sorted(names) == list(range(num_classes)) else None

@@ -1,0 +1,187 @@
+"""Transfer of weights into a network that differs: other classes, other tower, the training graph of a deployed one."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from yolov9_fast.errors import CheckpointError
+from yolov9_fast.models.checkpoint import CheckpointContent, read_checkpoint
+from yolov9_fast.models.foreign import Layout, identify
+from yolov9_fast.models.foreign_keys import official_keys
+from yolov9_fast.models.graph import Graph
+from yolov9_fast.models.model import DetectionModel
+from yolov9_fast.models.reparameterize import deployed_key_origin, fuse, unfuse
+
+_BOX_TOWER = re.compile(r"\.cv[24]\.\d\.[12]\.(?:conv\.)?weight$")
+_CLASS_TOWER = re.compile(r"\.cv[35]\.\d\.")
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class TransferReport:
+    """What became of each weight.
+
+    Attributes:
+        origin: the network that the weights come from.
+        loaded: keys of the model that were copied.
+        skipped: (key, reason) of weights in the file that were not.
+        missing: keys of the model that the file has nothing for; they keep their values.
+    """
+
+    origin: str
+    loaded: list[str] = field(default_factory=list)
+    skipped: list[tuple[str, str]] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+
+    def summary(self) -> str:
+        """Counts, and the reasons for what was skipped."""
+        total = len(self.loaded) + len(self.skipped) + len(self.missing)
+        lines = [f"weights from {self.origin}: {len(self.loaded)} of {total} entries loaded"]
+        reasons = Counter(reason for _, reason in self.skipped)
+        for reason, count in reasons.items():
+            keys = [key for key, why in self.skipped if why == reason]
+            shown = ", ".join(keys[:6]) + (", …" if count > 6 else "")
+            lines.append(f"  skipped {count} ({reason}): {shown}")
+        if self.missing:
+            layers = sorted({int(key.split(".")[1]) for key in self.missing})
+            lines.append(f"  kept as they were: {len(self.missing)} that the file lacks (layers {_ranges(layers)})")
+        return "\n".join(lines)
+
+
+def load_pretrained(model: DetectionModel, path: str | Path) -> TransferReport:
+    """Start `model` from a file's weights as far as they fit, and log what was loaded and what not.
+
+    Raises:
+        CheckpointError: a file that fits no known network, or has nothing for this one.
+    """
+    content = read_checkpoint(path, graphs=_related(model.graph))
+    report = _transfer(model, content)
+    report.origin = f"{path}, {report.origin}"
+    if not report.loaded:
+        raise CheckpointError(f"{path} holds {content.layout}; none of its weights fits {model.graph_name}")
+    logger.info("%s", report.summary())
+    return report
+
+
+def transfer_weights(model: DetectionModel, state_dict: Mapping[str, Tensor]) -> TransferReport:
+    """Copy what fits of a state dict (any known spelling, fused or not) into `model`, in place.
+
+    Keys are matched by graph: a deployed network's weights go to the main branch of its training graph, and back.
+    Where class counts, tower widths or box groups differ, those weights are skipped and the reason is reported; a
+    grouped box tower fits a dense one exactly, as a block-diagonal weight.
+
+    Raises:
+        CheckpointError: the state dict fits no known network, or has nothing for this one.
+    """
+    state, source = official_keys(state_dict)
+    layout = identify(state, source=source, graphs=_related(model.graph))
+    report = _transfer(model, CheckpointContent(state, layout, None, {}))
+    if not report.loaded:
+        raise CheckpointError(f"the weights are those of {layout}; none of them fits {model.graph_name}")
+    return report
+
+
+def _related(graph: Graph) -> tuple[Graph, ...]:
+    return (graph, graph.deploy()[0]) if graph.has_auxiliary else (graph,)
+
+
+@torch.no_grad()
+def _transfer(model: DetectionModel, content: CheckpointContent) -> TransferReport:
+    layout = content.layout
+    source = _same_form(content, fused=model.is_fused)
+    names = _key_map(layout, model)
+    target = model.state_dict()
+    report = TransferReport(str(layout))
+    for key, value in source.items():
+        name = names.get(key)
+        if name is None or name not in target:
+            report.skipped.append((key, "the model has no such layer"))
+            continue
+        fitted = _fit(name, value, target[name])
+        if fitted is None:
+            report.skipped.append((name, _reason(name, value, target[name], layout, model)))
+        else:
+            target[name].copy_(fitted)
+            report.loaded.append(name)
+    met = {*report.loaded, *(key for key, _ in report.skipped)}
+    report.missing = [key for key in target if key not in met]
+    return report
+
+
+def _same_form(content: CheckpointContent, *, fused: bool) -> Mapping[str, Tensor]:
+    """The weights with BatchNorm and RepConv folded or not, as the receiving network has them."""
+    if content.layout.fused == fused:
+        return content.state
+    model = content.build()
+    return (fuse(model) if fused else unfuse(model)).state_dict()
+
+
+def _key_map(layout: Layout, model: DetectionModel) -> dict[str, str]:
+    """Key of the file → key of the model."""
+    keys = _form_of(layout, fused=model.is_fused).state_dict().keys()
+    if layout.graph.layers == model.graph.layers:
+        return {key: key for key in keys}
+    deployed, origin = model.graph.deploy()
+    if deployed.layers == layout.graph.layers:
+        return {key: deployed_key_origin(model, key, origin) for key in keys}
+    deployed, origin = layout.graph.deploy()
+    if deployed.layers == model.graph.layers:
+        training = _form_of(layout, fused=model.is_fused)
+        return {deployed_key_origin(training, key, origin): key for key in model.state_dict()}
+    return {key: key for key in keys}
+
+
+def _form_of(layout: Layout, *, fused: bool) -> DetectionModel:
+    return Layout(layout.source, layout.graph, layout.num_classes, layout.class_tower, layout.box_groups, fused).build()
+
+
+def _fit(name: str, value: Tensor, target: Tensor) -> Tensor | None:
+    """`value` in the target's shape, or None."""
+    if value.shape == target.shape:
+        return value
+    if _BOX_TOWER.search(name) and value.shape[0] == target.shape[0] and value.shape[2:] == target.shape[2:]:
+        groups, rest = divmod(target.shape[1], value.shape[1])
+        if groups > 1 and not rest and not value.shape[0] % groups:
+            dense = torch.zeros_like(target)
+            rows, columns = value.shape[0] // groups, value.shape[1]
+            for g in range(groups):
+                block = slice(g * rows, (g + 1) * rows)
+                dense[block, g * columns : (g + 1) * columns] = value[block].to(dense)
+            return dense
+    return None
+
+
+def _reason(name: str, value: Tensor, target: Tensor, layout: Layout, model: DetectionModel) -> str:
+    if _CLASS_TOWER.search(name) and name.startswith(f"model.{len(model.graph.layers) - 1}."):
+        differences = []
+        if layout.num_classes != model.num_classes and name.rsplit(".", 2)[-2] == "2":
+            differences.append(f"{layout.num_classes} classes in the file, {model.num_classes} in the model")
+        if layout.class_tower != model.class_tower:
+            differences.append(f"class tower {layout.class_tower} wide in the file, {model.class_tower} in the model")
+        if differences:
+            return "; ".join(differences)
+    if _BOX_TOWER.search(name) and layout.box_groups != model.box_groups:
+        return f"box tower with {layout.box_groups} groups in the file, {model.box_groups} in the model"
+    if layout.graph_name != model.graph_name:
+        return f"other shape in {layout.graph_name} than in {model.graph_name}"
+    return f"shape {list(value.shape)} in the file, {list(target.shape)} in the model"
+
+
+def _ranges(numbers: list[int]) -> str:
+    """`[1, 2, 3, 7]` → "1-3, 7"."""
+    parts: list[list[int]] = []
+    for number in numbers:
+        if parts and number == parts[-1][-1] + 1:
+            parts[-1].append(number)
+        else:
+            parts.append([number])
+    return ", ".join(str(p[0]) if len(p) == 1 else f"{p[0]}-{p[-1]}" for p in parts)

@@ -1,0 +1,182 @@
+"""Detection loss of YOLOv9: task-aligned targets for the main branch and, with PGI, for the auxiliary one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from yolov9_fast.losses.targets import PaddedTargets, pad_targets
+from yolov9_fast.nn.output import DetectionOutput
+from yolov9_fast.ops.assign import Assignment, assign
+from yolov9_fast.ops.boxes import REG_MAX, STRIDES
+from yolov9_fast.ops.decode import check_maps, expected_sides, flatten_maps, map_anchor_points
+from yolov9_fast.ops.detection_loss import detection_loss
+
+
+class Loss(NamedTuple):
+    """`total` (with gradient, times the batch size) and its parts after gains, detached, not times the batch size."""
+
+    total: Tensor
+    box: Tensor
+    cls: Tensor
+    dfl: Tensor
+
+
+class DetectionLoss:
+    """Box (CIoU), class (BCE) and DFL loss of a detector's raw maps; single, dual or lead-head guided.
+
+    Without an auxiliary branch in the output the loss is that of the main branch. With one, each branch is assigned
+    from its own predictions, or, `lead_head_guided`, both from the main branch's; the auxiliary part enters with
+    `auxiliary_weight`. Each branch is divided by its S, the sum of the assigned weights: at least 1; lead-head guided
+    as it is, and 1 where the batch has no positive weight (0/0 as published).
+
+    Args:
+        num_classes: nc ≥ 1.
+        lead_head_guided: one assignment, from the main branch, for both.
+        auxiliary_weight: factor of the auxiliary branch's loss.
+        box_gain, cls_gain, dfl_gain: factors of the parts.
+        class_pos_weight, label_smoothing, focal_gamma: as in `ops.detection_loss`.
+        topk, alpha, beta: as in `ops.assign`.
+        sync_normaliser: while training with several processes, S is the mean over them, and its least value 1 holds
+            for their sum; so the sum over the processes of (total × world size) / world size, which DDP's averaging
+            of gradients computes when each multiplies its total by the world size, is the total of one process that
+            sees all images.
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        *,
+        lead_head_guided: bool = False,
+        auxiliary_weight: float = 0.25,
+        box_gain: float = 7.5,
+        cls_gain: float = 0.5,
+        dfl_gain: float = 1.5,
+        class_pos_weight: float = 1.0,
+        label_smoothing: float = 0.0,
+        focal_gamma: float = 0.0,
+        topk: int = 10,
+        alpha: float = 0.5,
+        beta: float = 6.0,
+        strides: Sequence[int] = STRIDES,
+        sync_normaliser: bool = True,
+    ) -> None:
+        if num_classes < 1:
+            raise ValueError(f"num_classes: expected at least 1, got {num_classes}")
+        if not 0 <= label_smoothing < 1:
+            raise ValueError(f"label_smoothing: expected a value in [0, 1), got {label_smoothing}")
+        self.num_classes = num_classes
+        self.lead_head_guided = lead_head_guided
+        self.auxiliary_weight = auxiliary_weight
+        self.gains = (box_gain, cls_gain, dfl_gain)
+        self.class_pos_weight = class_pos_weight
+        self.label_smoothing = label_smoothing
+        self.focal_gamma = focal_gamma
+        self.topk = topk
+        self.alpha = alpha
+        self.beta = beta
+        self.strides = tuple(strides)
+        self.sync_normaliser = sync_normaliser
+
+    def __call__(self, output: DetectionOutput, targets: Tensor, image_size: int | tuple[int, int]) -> Loss:
+        """Loss of a batch, in float32 whatever the maps' dtype or autocast.
+
+        Args:
+            output: raw maps [B, 64 + nc, H/s, W/s] per branch.
+            targets: [n, 6] rows (image, class, x, y, w, h), normalised centre form; n may be 0.
+            image_size: (H, W) of the network's input in pixels, or one number for both.
+
+        Raises:
+            ValueError: maps, targets or image size that do not fit each other.
+        """
+        size = (image_size, image_size) if isinstance(image_size, int) else (int(image_size[0]), int(image_size[1]))
+        branches = [output.main] if output.auxiliary is None else [output.main, output.auxiliary]
+        for maps in branches:
+            self._check(maps, size)
+        main = output.main
+        with torch.autocast(main[0].device.type, enabled=False):
+            dtype = torch.float64 if main[0].dtype == torch.float64 else torch.float32
+            truth = pad_targets(targets.to(main[0].device), main[0].shape[0], size, dtype)
+            assignments = self._assignments(branches, truth)
+            normalisers = self._normalisers(assignments)
+            items = main[0].new_zeros(3, dtype=dtype)
+            weights = (1.0, self.auxiliary_weight)
+            for maps, assignment, normaliser, weight in zip(branches, assignments, normalisers, weights, strict=False):
+                items = items + weight * self._branch(maps, assignment, truth, normaliser)
+            items = items * items.new_tensor(self.gains)
+            box, cls, dfl = items.detach()
+            return Loss(items.sum() * main[0].shape[0], box, cls, dfl)
+
+    @torch.no_grad()
+    def evaluate(self, output: DetectionOutput, targets: Tensor, image_size: int | tuple[int, int]) -> Loss:
+        """The same without gradient and without talking to other processes, for validation."""
+        return self(output, targets, image_size)
+
+    def _branch(
+        self, maps: Sequence[Tensor], assignment: Assignment, truth: PaddedTargets, normaliser: Tensor
+    ) -> Tensor:
+        return detection_loss(
+            maps,
+            assignment,
+            truth.labels,
+            truth.boxes,
+            normaliser,
+            strides=self.strides,
+            class_pos_weight=self.class_pos_weight,
+            label_smoothing=self.label_smoothing,
+            focal_gamma=self.focal_gamma,
+        )
+
+    @torch.no_grad()
+    def _assignments(self, branches: Sequence[Sequence[Tensor]], truth: PaddedTargets) -> list[Assignment]:
+        if self.lead_head_guided:
+            return [self._assign(branches[0], truth)] * len(branches)
+        return [self._assign(maps, truth) for maps in branches]
+
+    def _assign(self, maps: Sequence[Tensor], truth: PaddedTargets) -> Assignment:
+        raw = flatten_maps([level.detach() for level in maps])
+        points, stride = map_anchor_points(maps, self.strides, raw.dtype)
+        sides = expected_sides(raw[:, : 4 * REG_MAX])
+        boxes = torch.cat((points.T - sides[:, :2], points.T + sides[:, 2:]), 1) * stride.T
+        return assign(
+            raw[:, 4 * REG_MAX :].sigmoid().transpose(1, 2),
+            boxes.transpose(1, 2),
+            points * stride,
+            truth.labels,
+            truth.boxes,
+            truth.mask,
+            topk=self.topk,
+            alpha=self.alpha,
+            beta=self.beta,
+        )
+
+    def _normalisers(self, assignments: Sequence[Assignment]) -> Tensor:
+        """S of each branch, [branches]."""
+        total = torch.stack([assignment.weight.sum() for assignment in assignments])
+        world = 1
+        if self.sync_normaliser and torch.is_grad_enabled() and dist.is_available() and dist.is_initialized():
+            world = dist.get_world_size()
+            if world > 1:
+                dist.all_reduce(total)
+        if self.lead_head_guided:
+            total = torch.where(total > 0, total, torch.ones_like(total))
+        else:
+            total = total.clamp(min=1)
+        return total / world
+
+    def _check(self, maps: Sequence[Tensor], size: tuple[int, int]) -> None:
+        check_maps(maps, self.strides)
+        if maps[0].shape[1] != 4 * REG_MAX + self.num_classes:
+            raise ValueError(
+                f"output: expected {4 * REG_MAX} + {self.num_classes} channels for {self.num_classes} classes, "
+                f"got {maps[0].shape[1]}"
+            )
+        for level, stride in zip(maps, self.strides, strict=True):
+            if (level.shape[2] * stride, level.shape[3] * stride) != size:
+                raise ValueError(
+                    f"image_size: {size} does not fit a map of {tuple(level.shape[2:])} cells of {stride} px"
+                )

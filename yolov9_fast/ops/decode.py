@@ -1,0 +1,68 @@
+"""Raw head maps to boxes and scores: the expectation of each side's distribution (DFL) around the anchor points."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from yolov9_fast.ops.boxes import REG_MAX, STRIDES, anchor_points
+
+
+def decode(maps: Sequence[Tensor], strides: Sequence[int] = STRIDES) -> Tensor:
+    """Boxes and scores of a batch; differentiable, computed in float32 (float64 stays).
+
+    Args:
+        maps: one raw map [B, 64 + nc, H/s, W/s] per stride: 4 sides (left, top, right, bottom) × 16 bins, side-major,
+            then class logits. Any floating dtype and memory layout.
+        strides: s in pixels.
+
+    Returns:
+        [B, 4 + nc, A]: centre x, y, width, height in pixels, sigmoid scores; anchors level by level, row-major.
+
+    Raises:
+        ValueError: maps that do not fit each other or the strides.
+    """
+    check_maps(maps, strides)
+    return decode_reference(maps, strides)
+
+
+def decode_reference(maps: Sequence[Tensor], strides: Sequence[int]) -> Tensor:
+    """`decode` in eager PyTorch."""
+    raw = flatten_maps(maps)
+    points, stride = map_anchor_points(maps, strides, raw.dtype)
+    sides = expected_sides(raw[:, : 4 * REG_MAX])
+    low = points.T - sides[:, :2]
+    high = points.T + sides[:, 2:]
+    boxes = torch.cat(((low + high) / 2, high - low), 1) * stride.T
+    return torch.cat((boxes, raw[:, 4 * REG_MAX :].sigmoid()), 1)
+
+
+def expected_sides(bins: Tensor) -> Tensor:
+    """Expectation Σ k · softmax(bins)_k of each side: [B, 64, A] logits to [B, 4, A] in units of the stride."""
+    batch, _, anchors = bins.shape
+    values = torch.arange(REG_MAX, device=bins.device, dtype=bins.dtype).view(REG_MAX, 1)
+    return (bins.reshape(batch, 4, REG_MAX, anchors).softmax(2) * values).sum(2)
+
+
+def flatten_maps(maps: Sequence[Tensor]) -> Tensor:
+    """All levels side by side, [B, 64 + nc, A], in float32 (float64 stays)."""
+    raw = torch.cat([level.flatten(2) for level in maps], 2)
+    return raw if raw.dtype == torch.float64 else raw.float()
+
+
+def map_anchor_points(maps: Sequence[Tensor], strides: Sequence[int], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """`anchor_points` of the levels of `maps`."""
+    sizes = [(level.shape[2], level.shape[3]) for level in maps]
+    return anchor_points(sizes, strides, device=maps[0].device, dtype=dtype)
+
+
+def check_maps(maps: Sequence[Tensor], strides: Sequence[int]) -> None:
+    """Raise `ValueError` unless `maps` are raw maps of one head, one per stride."""
+    if len(maps) != len(strides) or not maps:
+        raise ValueError(f"maps: expected one per stride {tuple(strides)}, got {len(maps)}")
+    for level in maps:
+        if level.dim() != 4 or level.shape[1] <= 4 * REG_MAX or level.shape[:2] != maps[0].shape[:2]:
+            shapes = [tuple(each.shape) for each in maps]
+            raise ValueError(f"maps: expected [B, {4 * REG_MAX} + nc, H, W] with the same B and nc ≥ 1, got {shapes}")

@@ -1,0 +1,150 @@
+"""The chooser of operators' implementations: who runs, who may not, and what is said about it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+import yolov9_fast as yf
+from yolov9_fast.errors import UserError
+from yolov9_fast.ops import backend as backends
+from yolov9_fast.ops.backend import Implementation, Operator, select
+
+
+@pytest.fixture
+def operator() -> Iterator[Operator]:
+    """An operator whose cpu form takes small numbers only and whose cuda form was never compiled."""
+    example = Operator(
+        "example",
+        "says who ran",
+        {
+            "eager": Implementation(lambda x: "eager"),
+            "cpu": Implementation(lambda x: "cpu", supports=lambda x: "x is too large" if x > 9 else None),
+            "cuda": Implementation(lambda x: "cuda", unavailable="no nvcc"),
+        },
+    )
+    saved = dict(backends._chosen)
+    backends._chosen.clear()
+    yield backends.register(example)
+    del backends.operators["example"]
+    backends._chosen.clear()
+    backends._chosen.update(saved)
+
+
+def run(operator: Operator, x: int = 1) -> str:
+    return select(operator, x)(x)
+
+
+def test_auto_takes_the_fastest_that_is_there(operator: Operator) -> None:
+    assert run(operator) == "cpu"
+
+
+def test_auto_falls_to_the_next_when_the_arguments_do_not_fit(operator: Operator) -> None:
+    assert run(operator, 10) == "eager"
+
+
+def test_a_named_backend_runs_although_a_faster_one_is_there(operator: Operator) -> None:
+    yf.set_backend("eager")
+    assert run(operator) == "eager"
+
+
+@pytest.mark.parametrize(
+    ("name", "x", "reason"),
+    [("cuda", 1, "no nvcc"), ("cpu", 10, "x is too large"), ("triton", 1, "only eager, cpu, cuda")],
+)
+def test_a_named_backend_that_cannot_run_raises_with_the_reason(
+    operator: Operator, name: str, x: int, reason: str
+) -> None:
+    with yf.backend(name), pytest.raises(RuntimeError, match=f"example.*{name}.*{reason}") as caught:
+        run(operator, x)
+    assert isinstance(caught.value, UserError)
+
+
+def test_a_setting_for_one_operator_wins_over_the_one_for_all(operator: Operator) -> None:
+    yf.set_backend("cuda")
+    yf.set_backend("eager", "example")
+    assert run(operator) == "eager"
+    assert (yf.get_backend(), yf.get_backend("example"), yf.get_backend("box_iou")) == ("cuda", "eager", "cuda")
+
+
+def test_none_takes_a_setting_back(operator: Operator) -> None:
+    yf.set_backend("eager", "example")
+    yf.set_backend(None, "example")
+    assert (run(operator), yf.get_backend("example")) == ("cpu", "auto")
+
+
+def test_the_with_block_ends_also_after_an_error(operator: Operator) -> None:
+    yf.set_backend("cpu", "example")
+    with pytest.raises(KeyError), yf.backend("eager", "example"):
+        assert run(operator) == "eager"
+        raise KeyError
+    assert yf.get_backend("example") == "cpu"
+
+
+def test_with_blocks_nest(operator: Operator) -> None:
+    with yf.backend("eager"), yf.backend("cpu"):
+        assert run(operator) == "cpu"
+    assert yf.get_backend() == "auto"
+
+
+def test_unknown_names_are_refused_with_the_choices() -> None:
+    with pytest.raises(ValueError, match="unknown backend 'gpu'; choose from auto, eager, cpu, triton, cuda"):
+        yf.set_backend("gpu")
+    with pytest.raises(ValueError, match="unknown operator 'nnms'; choose from .*box_iou"):
+        yf.get_backend("nnms")
+    with pytest.raises(ValueError, match="unknown operator"), yf.backend("eager", "nnms"):
+        pass
+
+
+def test_an_operator_without_eager_is_refused() -> None:
+    with pytest.raises(ValueError, match="with eager"):
+        Operator("broken", "", {"cpu": Implementation(len)})
+
+
+def in_new_python(code: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, **variables}, timeout=120
+    )
+
+
+def test_the_environment_sets_where_settings_begin() -> None:
+    code = "import yolov9_fast as yf; print(yf.get_backend(), yf.get_backend('box_iou'))"
+    done = in_new_python(code, YOLOV9_FAST_BACKEND="eager", YOLOV9_FAST_BACKEND_BOX_IOU="cpu")
+    assert done.stdout.split() == ["eager", "cpu"], done.stderr
+
+
+def test_a_wrong_environment_variable_is_named() -> None:
+    done = in_new_python("import yolov9_fast.ops", YOLOV9_FAST_BACKEND_BOX_IOU="fast")
+    assert done.returncode != 0
+    assert "YOLOV9_FAST_BACKEND_BOX_IOU" in done.stderr and "'fast'; choose from auto" in done.stderr
+
+
+def test_without_compiled_files_everything_runs_eagerly_and_says_so() -> None:
+    code = (
+        "import torch, yolov9_fast as yf\n"
+        "from yolov9_fast.info import environment_report\n"
+        "b = torch.tensor([[0., 0., 2., 2.]])\n"
+        "print(float(yf.ops.box_iou(b, b)), float(torch.ops.yolov9_fast.box_iou(b, b)))\n"
+        "print(environment_report())\n"
+        "yf.set_backend('cpu'); yf.ops.box_iou(b, b)"
+    )
+    done = in_new_python(code, YOLOV9_FAST_SKIP_LOADING="1")
+    assert done.stdout.startswith("1.0 1.0\n"), done.stderr
+    assert "cpu  no   YOLOV9_FAST_SKIP_LOADING is set" in done.stdout
+    assert "BackendUnavailable: box_iou: backend 'cpu' was asked for and cannot run: YOLOV9_FAST_SKIP" in done.stderr
+
+
+def test_a_choice_is_seen_by_compiled_code() -> None:
+    boxes = torch.tensor([[0.0, 0.0, 2.0, 2.0]])
+    compiled = torch.compile(yf.ops.box_iou, fullgraph=True, backend="eager")
+    with yf.backend("eager"):
+        assert compiled(boxes, boxes).item() == 1
+    with yf.backend("auto"):
+        assert compiled(boxes, boxes).item() == 1
+    with yf.backend("triton"), pytest.raises(Exception, match="only eager, cpu, cuda"):
+        compiled(boxes, boxes)

@@ -1,0 +1,134 @@
+"""The house's floors: a module imports from floors below its own or from its own folder (docs/architecture.md, 1)."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import yolov9_fast as yf
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "yolov9_fast"
+FLOORS = {
+    "kernels": 0,
+    "ops": 1,
+    "nn": 2,
+    "models": 3,
+    "losses": 3,
+    "data": 3,
+    "metrics": 3,
+    "viz": 3,
+    "engine": 4,
+    "accelerate": 5,
+    "paper": 5,
+    "info": 5,
+    "cli": 6,
+    "__main__": 6,
+}
+"""By the first name below `yolov9_fast`. The command is the door to everything else on the top floor: one above it."""
+BESIDE_THE_FLOORS = {"errors", "_lazy", "atomic"}
+"""Modules that every floor may use; they use nothing but each other."""
+
+
+def modules() -> list[Path]:
+    return sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
+
+
+def home(path: Path) -> str:
+    """The first name below the package: `ops` of yolov9_fast/ops/nms.py, `errors` of yolov9_fast/errors.py."""
+    return path.relative_to(PACKAGE).with_suffix("").parts[0]
+
+
+def imported(tree: ast.AST, package: str = "yolov9_fast") -> Iterator[tuple[int, str]]:
+    """Line and first name below `yolov9_fast` of each import of it, inside functions too; "" for the package itself."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = ".".join(package.split(".")[: len(package.split(".")) - node.level + 1]) if node.level else ""
+            module = ".".join(part for part in (base, node.module or "") if part)
+            names = [f"{module}.{alias.name}" if module == "yolov9_fast" else module for alias in node.names]
+        else:
+            continue
+        for name in names:
+            if name.split(".")[0] == "yolov9_fast":
+                yield node.lineno, (name.split(".") + [""])[1]
+
+
+def home_of_public_name(name: str) -> str:
+    """`models` for the public name `create_model`, names of folders and modules as they are."""
+    return yf._MODULE_OF.get(name, f"yolov9_fast.{name}").split(".")[1]
+
+
+def violations(source: str, target: str) -> str | None:
+    """Why `source` (a first name) may not import `target`; None when it may."""
+    target = home_of_public_name(target)
+    if target == source or target in BESIDE_THE_FLOORS or target == "__version__":
+        return None
+    if source in BESIDE_THE_FLOORS:
+        return f"{source} stands beside the floors and may not use {target}"
+    if target == "":
+        return None if FLOORS[source] >= 5 else "a floor imports modules, not the whole house"
+    if target not in FLOORS:
+        return f"{target} has no floor; give it one in docs/architecture.md and here"
+    if FLOORS[target] >= FLOORS[source]:
+        return f"{source} (floor {FLOORS[source]}) may not use {target} (floor {FLOORS[target]})"
+    return None
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda path: path.relative_to(PACKAGE).as_posix())
+def test_imports_go_down(path: Path) -> None:
+    folder = ".".join(("yolov9_fast", *path.relative_to(PACKAGE).parent.parts))
+    assert home(path) in FLOORS.keys() | BESIDE_THE_FLOORS, f"{path.name} has no floor"
+    found = [
+        f"line {line}: {reason}"
+        for line, target in imported(ast.parse(path.read_text()), folder)
+        if (reason := violations(home(path), target))
+    ]
+    assert not found, "\n".join(found)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "kernels").rglob("*.py")), ids=lambda path: path.name)
+def test_kernels_know_nothing_of_the_package(path: Path) -> None:
+    assert not list(imported(ast.parse(path.read_text())))
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda path: path.relative_to(PACKAGE).as_posix())
+def test_a_file_is_one_room(path: Path) -> None:
+    text = path.read_text()
+    assert len(text.splitlines()) < 500
+    assert path.name == "__init__.py" and not text.strip() or ast.get_docstring(ast.parse(text)), "no opening sentence"
+
+
+@pytest.mark.parametrize(
+    ("code", "names"),
+    [
+        ("import yolov9_fast.engine.trainer", ["engine"]),
+        ("from yolov9_fast.nn import blocks", ["nn"]),
+        ("from yolov9_fast import models, create_model", ["models", "create_model"]),
+        ("import yolov9_fast as yf", [""]),
+        ("def f():\n    from ..engine import ema", ["engine"]),
+        ("from . import nms", ["ops"]),
+        ("import torch", []),
+    ],
+)
+def test_every_form_of_import_is_seen(code: str, names: list[str]) -> None:
+    assert [name for _, name in imported(ast.parse(code), "yolov9_fast.ops")] == names
+
+
+@pytest.mark.parametrize(
+    ("source", "target"),
+    [
+        ("ops", "engine"),
+        ("models", "losses"),
+        ("nn", "create_model"),
+        ("models", ""),
+        ("errors", "ops"),
+        ("ops", "hut"),
+    ],
+)
+def test_imports_upwards_sideways_and_of_the_whole_are_violations(source: str, target: str) -> None:
+    assert violations(source, target)

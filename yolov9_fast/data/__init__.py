@@ -1,0 +1,33 @@
+"""Datasets: the data file, checked labels, augmentation, loaders, and sources of images to predict on."""
+
+from yolov9_fast.data.augment import AugmentConfig
+from yolov9_fast.data.coco import category_ids, coco_ground_truth
+from yolov9_fast.data.config import DataConfig, Split, load_data_config
+from yolov9_fast.data.dataset import DetectionDataset
+from yolov9_fast.data.images import Letterboxed, letterbox, read_image, scale_boxes_to_original, to_tensor
+from yolov9_fast.data.labels import load_split
+from yolov9_fast.data.loader import DetectionLoader, create_loader
+from yolov9_fast.data.records import ImageRecord, LabelReport
+from yolov9_fast.data.sample import Batch, Sample
+
+__all__ = [
+    "AugmentConfig",
+    "Batch",
+    "DataConfig",
+    "DetectionDataset",
+    "DetectionLoader",
+    "ImageRecord",
+    "LabelReport",
+    "Letterboxed",
+    "Sample",
+    "Split",
+    "category_ids",
+    "coco_ground_truth",
+    "create_loader",
+    "letterbox",
+    "load_data_config",
+    "load_split",
+    "read_image",
+    "scale_boxes_to_original",
+    "to_tensor",
+]

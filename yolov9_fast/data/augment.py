@@ -1,0 +1,211 @@
+"""Augmentation of one labelled image: colours, flips, affine map, mixing and pasting; every draw comes from the given generator."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+
+import numpy as np
+from numpy.random import Generator
+from numpy.typing import NDArray
+
+from yolov9_fast._lazy import require
+from yolov9_fast.data.geometry import Floats, clip, covered_share, resample, transform
+from yolov9_fast.data.images import GREY, Image
+
+
+@dataclass(frozen=True)
+class AugmentConfig:
+    """Strengths and probabilities of the published recipe.
+
+    `hsv_*`: largest relative change; `degrees`, `shear`: largest angle; `translate`: share of the side; `scale`: largest
+    relative change of size; `flipud`, `fliplr`, `mosaic`, `mixup`: probabilities; `copy_paste`: share of outlined objects.
+    """
+
+    hsv_h: float = 0.015
+    hsv_s: float = 0.7
+    hsv_v: float = 0.4
+    degrees: float = 0.0
+    translate: float = 0.1
+    scale: float = 0.9
+    shear: float = 0.0
+    perspective: float = 0.0
+    flipud: float = 0.0
+    fliplr: float = 0.5
+    mosaic: float = 1.0
+    mixup: float = 0.15
+    copy_paste: float = 0.3
+
+    def __post_init__(self) -> None:
+        limits = {"degrees": 180.0, "shear": 89.0, "perspective": 0.001}
+        for item in fields(self):
+            value, limit = getattr(self, item.name), limits.get(item.name, 1.0)
+            if not 0 <= value <= limit:
+                raise ValueError(f"{item.name} must lie in 0..{limit:g}, got {value}")
+        if self.scale >= 1:
+            raise ValueError(f"scale must be below 1, got {self.scale}: an image would shrink to nothing")
+
+
+@dataclass
+class Scene:
+    """An image with its objects, in pixels.
+
+    `image`: uint8 BGR [H, W, 3]; `classes`: float32 [n]; `boxes`: float32 [n, 4] x1, y1, x2, y2; `outlines`: per object its
+    polygon [k, 2] or None; an empty list when none has one.
+    """
+
+    image: Image
+    classes: Floats
+    boxes: Floats
+    outlines: list[Floats | None] = field(default_factory=list)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(height, width)."""
+        return self.image.shape[0], self.image.shape[1]
+
+
+def random_hsv(image: Image, config: AugmentConfig, rng: Generator) -> Image:
+    """Scale hue, saturation and value of uint8 BGR by 1 + U(−1, 1) · strength; hue wraps around."""
+    strengths = np.array([config.hsv_h, config.hsv_s, config.hsv_v])
+    if not strengths.any():
+        return image
+    cv2 = require("cv2")
+    gains = 1 + rng.uniform(-1, 1, 3) * strengths
+    ramp = np.arange(256, dtype=np.float64)
+    tables = np.stack(
+        (ramp * gains[0] % 180, np.clip(ramp * gains[1], 0, 255), np.clip(ramp * gains[2], 0, 255)), axis=1
+    )
+    changed = cv2.LUT(cv2.cvtColor(image, cv2.COLOR_BGR2HSV), tables.astype(np.uint8)[None])
+    return cv2.cvtColor(changed, cv2.COLOR_HSV2BGR)
+
+
+def random_flips(scene: Scene, config: AugmentConfig, rng: Generator) -> Scene:
+    """Mirror upside down and left to right with their probabilities; outlines are dropped."""
+    height, width = scene.size
+    image, boxes = scene.image, scene.boxes
+    if rng.random() < config.flipud:
+        image = require("cv2").flip(image, 0)
+        boxes = np.stack((boxes[:, 0], height - boxes[:, 3], boxes[:, 2], height - boxes[:, 1]), axis=1)
+    if rng.random() < config.fliplr:
+        image = require("cv2").flip(image, 1)
+        boxes = np.stack((width - boxes[:, 2], boxes[:, 1], width - boxes[:, 0], boxes[:, 3]), axis=1)
+    return Scene(image, scene.classes, boxes)
+
+
+def random_affine(scene: Scene, shape: tuple[int, int], config: AugmentConfig, rng: Generator) -> Scene:
+    """Scale, rotate, shear and shift about the centre onto a grey canvas of `shape` (height, width).
+
+    Boxes come from the outlines where there are any (a turned box would be too large), are cut to the canvas, and are kept
+    if wider and higher than 2 px, not thinner than 1:100, and if 1 % (outlines) or 10 % (boxes) of their area is left.
+    """
+    matrix, scale = _random_matrix(scene.size, shape, config, rng)
+    image = _warp(scene.image, matrix, shape, perspective=config.perspective > 0)
+    if not len(scene.boxes):
+        return Scene(image, scene.classes, scene.boxes)
+    boxes = _transform_boxes(scene.boxes, matrix)
+    least = np.full(len(boxes), 0.10)
+    for index, outline in enumerate(scene.outlines):
+        if outline is not None:
+            boxes[index] = _outline_box(transform(resample(outline), matrix), shape)
+            least[index] = 0.01
+    boxes = clip(boxes, shape[1], shape[0])
+    keep = _still_visible(scene.boxes * scale, boxes, least)
+    return Scene(image, scene.classes[keep], boxes[keep])
+
+
+def mixup(first: Scene, second: Scene, rng: Generator) -> Scene:
+    """Blend two scenes of one size, the share drawn from Beta(32, 32); the objects of both stay."""
+    share = float(rng.beta(32.0, 32.0))
+    image = require("cv2").addWeighted(first.image, share, second.image, 1 - share, 0)
+    return Scene(image, np.concatenate((first.classes, second.classes)), np.concatenate((first.boxes, second.boxes)))
+
+
+def copy_paste(scene: Scene, share: float, rng: Generator) -> Scene:
+    """Paste mirrored copies of round(share · n) outlined objects at their mirrored places.
+
+    A copy is left out if its box would cover 30 % or more of any box present. Changes `scene.image` in place.
+    """
+    eligible = [index for index, outline in enumerate(scene.outlines) if outline is not None]
+    chosen = rng.permutation(eligible)[: round(share * len(eligible))]
+    if not len(chosen):
+        return scene
+    width = scene.size[1]
+    source = scene.image.copy()
+    boxes, classes, outlines = [*scene.boxes], [*scene.classes], list(scene.outlines)
+    for index in chosen:
+        x1, y1, x2, y2 = scene.boxes[index]
+        box = np.array([width - x2, y1, width - x1, y2], dtype=np.float32)
+        if (covered_share(box, np.stack(boxes)) >= 0.30).any():
+            continue
+        outline = scene.outlines[index]
+        assert outline is not None
+        mirrored = outline * np.array([-1, 1], dtype=np.float32) + np.array([width, 0], dtype=np.float32)
+        _paste_mirrored(scene.image, source, mirrored)
+        boxes.append(box)
+        classes.append(scene.classes[index])
+        outlines.append(mirrored)
+    return Scene(scene.image, np.asarray(classes, np.float32), np.stack(boxes), outlines)
+
+
+def _paste_mirrored(target: Image, source: Image, outline: Floats) -> None:
+    cv2 = require("cv2")
+    height, width = source.shape[:2]
+    low = np.maximum(np.floor(outline.min(0)).astype(int), 0)
+    high = np.minimum(np.ceil(outline.max(0)).astype(int) + 1, (width, height))
+    if (high <= low).any():
+        return
+    # Pixel centres lie at +0.5 in the coordinates of labels and at whole numbers in those of fillPoly.
+    points = np.round(outline - low - 0.5).astype(np.int32)
+    mask = np.zeros((high[1] - low[1], high[0] - low[0]), dtype=np.uint8)
+    cv2.fillPoly(mask, [points], 1)
+    patch = source[low[1] : high[1], width - high[0] : width - low[0]][:, ::-1]
+    region = target[low[1] : high[1], low[0] : high[0]]
+    np.copyto(region, patch, where=mask[:, :, None].astype(bool))
+
+
+def _random_matrix(
+    size: tuple[int, int], shape: tuple[int, int], config: AugmentConfig, rng: Generator
+) -> tuple[NDArray[np.float64], float]:
+    centre, lens, turn, slant, shift = (np.eye(3) for _ in range(5))
+    centre[0, 2], centre[1, 2] = -size[1] / 2, -size[0] / 2
+    lens[2, :2] = rng.uniform(-config.perspective, config.perspective, 2)
+    angle = np.deg2rad(rng.uniform(-config.degrees, config.degrees))
+    scale = float(rng.uniform(1 - config.scale, 1 + config.scale))
+    turn[:2, :2] = scale * np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])
+    slant[0, 1], slant[1, 0] = np.tan(np.deg2rad(rng.uniform(-config.shear, config.shear, 2)))
+    shift[0, 2], shift[1, 2] = rng.uniform(0.5 - config.translate, 0.5 + config.translate, 2) * (shape[1], shape[0])
+    return shift @ slant @ turn @ lens @ centre, scale
+
+
+def _warp(image: Image, matrix: NDArray[np.float64], shape: tuple[int, int], *, perspective: bool) -> Image:
+    if image.shape[:2] == shape and np.array_equal(matrix, np.eye(3)):
+        return image
+    cv2 = require("cv2")
+    # Labels count pixel edges from 0, warpAffine counts pixel centres: shift by half a pixel on either side.
+    half = np.eye(3)
+    half[:2, 2] = 0.5
+    matrix = np.linalg.inv(half) @ matrix @ half
+    size, border = (shape[1], shape[0]), (GREY, GREY, GREY)
+    if perspective:
+        return cv2.warpPerspective(image, matrix, dsize=size, borderValue=border)
+    return cv2.warpAffine(image, matrix[:2], dsize=size, borderValue=border)
+
+
+def _transform_boxes(boxes: Floats, matrix: NDArray[np.float64]) -> Floats:
+    corners = boxes[:, [0, 1, 2, 1, 2, 3, 0, 3]].reshape(-1, 2)
+    points = transform(corners, matrix).reshape(-1, 4, 2)
+    return np.concatenate((points.min(1), points.max(1)), axis=1)
+
+
+def _outline_box(points: Floats, shape: tuple[int, int]) -> Floats:
+    """Box of the part of an outline that lies on the canvas; zeros if none does."""
+    inside = points[((points >= 0) & (points <= (shape[1], shape[0]))).all(1)]
+    return np.concatenate((inside.min(0), inside.max(0))) if len(inside) else np.zeros(4, np.float32)
+
+
+def _still_visible(before: Floats, after: Floats, least: NDArray[np.float64]) -> NDArray[np.bool_]:
+    size = after[:, 2:] - after[:, :2]
+    area_before = (before[:, 2] - before[:, 0]) * (before[:, 3] - before[:, 1])
+    area = size[:, 0] * size[:, 1]
+    aspect = np.maximum(size[:, 0] / (size[:, 1] + 1e-9), size[:, 1] / (size[:, 0] + 1e-9))
+    return (size > 2).all(1) & (area / (area_before + 1e-9) > least) & (aspect < 100)

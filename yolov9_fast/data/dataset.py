@@ -1,0 +1,171 @@
+"""The dataset: a record's image and objects, augmented for training or letterboxed for evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+from numpy.random import Generator
+from torch.utils.data import Dataset
+
+from yolov9_fast.data.augment import AugmentConfig, Scene, copy_paste, mixup, random_affine, random_flips, random_hsv
+from yolov9_fast.data.geometry import corners_from_normalised, normalised_from_corners
+from yolov9_fast.data.images import Image, check_size, pad_to, read_image, resize_long_side, to_tensor
+from yolov9_fast.data.mosaic import mosaic4
+from yolov9_fast.data.packed import PackedRecords
+from yolov9_fast.data.records import ImageRecord
+from yolov9_fast.data.rectangles import rectangular_batches
+from yolov9_fast.data.sample import Sample
+from yolov9_fast.data.stores import DiskStore, ImageStore, MemoryStore, NoStore, fits_memory
+from yolov9_fast.errors import DataError
+
+
+class Token(NamedTuple):
+    """What the loader asks for: epoch and mosaic travel with the index, so that long-lived workers know them too."""
+
+    epoch: int
+    mosaic: bool
+    index: int
+
+
+class DetectionDataset(Dataset[Sample]):
+    """Samples of `records`.
+
+    `augment`: the training pipeline, or None for evaluation (letterbox only). `image_size`: side in pixels, a multiple of
+    `stride`. `rect`: evaluation canvases of `rectangular_batches` for loaders of `batch_size`. `cache`: keep resized images in
+    "ram" or on "disk" (`cache_dir`). All random draws of a sample come from (`seed`, epoch, index) alone.
+    """
+
+    def __init__(
+        self,
+        records: Sequence[ImageRecord],
+        *,
+        image_size: int,
+        augment: AugmentConfig | None,
+        rect: bool = False,
+        batch_size: int = 1,
+        stride: int = 32,
+        rect_pad: float = 0.5,
+        cache: Literal["ram", "disk"] | None = None,
+        cache_dir: str | Path | None = None,
+        seed: int = 0,
+    ) -> None:
+        check_size(image_size, stride)
+        if not records:
+            raise DataError("a dataset needs at least one image")
+        if seed < 0:
+            raise ValueError(f"seed must not be negative, got {seed}")
+        if rect and augment is not None:
+            raise ValueError("rect batches are for evaluation: they need augment=None")
+        if cache not in (None, "ram", "disk"):
+            raise ValueError(f"cache must be None, 'ram' or 'disk', got {cache!r}")
+        self.records: list[ImageRecord] | None = list(records)
+        self.image_size, self.augment, self.seed, self.rect, self.batch_size = (
+            image_size,
+            augment,
+            seed,
+            rect,
+            batch_size,
+        )
+        self.epoch, self.mosaic_enabled = 0, True
+        self._packed = PackedRecords(records)
+        self.order = list(range(len(records)))
+        self._shapes: list[tuple[int, int]] | None = None
+        if rect:
+            self.order, self._shapes = rectangular_batches(self._packed.sizes, batch_size, image_size, stride, rect_pad)
+        self._store = self._make_store(cache, None if cache_dir is None else Path(cache_dir))
+
+    def __len__(self) -> int:
+        return len(self._packed)
+
+    def __getitem__(self, index: int | Token) -> Sample:
+        token = index if isinstance(index, Token) else Token(self.epoch, self.mosaic_enabled, index)
+        if not 0 <= token.index < len(self):
+            raise IndexError(f"sample {token.index} of {len(self)}")
+        if self.augment is None:
+            return self._evaluation_sample(token.index)
+        return self._training_sample(token, self.augment)
+
+    def __getstate__(self) -> dict:
+        # A spawned worker needs the packed arrays only.
+        return {**self.__dict__, "records": None}
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the random draws of `dataset[index]`; a loader passes its own epoch with each index."""
+        self.epoch = epoch
+
+    def close_mosaic(self) -> None:
+        """From now on no mosaic, mixup or copy-paste in `dataset[index]`; loaders take it from `set_epoch(..., mosaic=False)`."""
+        self.mosaic_enabled = False
+
+    def _evaluation_sample(self, index: int) -> Sample:
+        image = self._store.get(index)
+        height, width = image.shape[:2]
+        shape = self._shapes[index] if self._shapes else (self.image_size, self.image_size)
+        canvas, pad = pad_to(image, shape)
+        rows = self._packed.boxes(index)
+        boxes = corners_from_normalised(rows[:, 1:], width, height) + np.array([*pad, *pad], dtype=np.float32)
+        return self._sample(Scene(canvas, rows[:, 0], boxes), index, (height, width), pad)
+
+    def _training_sample(self, token: Token, augment: AugmentConfig) -> Sample:
+        rng = np.random.default_rng((self.seed, token.epoch, token.index))
+        size = self.image_size
+        if token.mosaic and rng.random() < augment.mosaic:
+            scene = self._mosaic(token.index, augment, rng)
+            if rng.random() < augment.mixup:
+                scene = mixup(scene, self._mosaic(int(rng.integers(len(self))), augment, rng), rng)
+            resized, pad = self._resized_size(token.index), (0, 0)
+        else:
+            plain = self._scene(token.index)
+            resized = plain.size
+            canvas, pad = pad_to(plain.image, (size, size))
+            moved = plain.boxes + np.array([*pad, *pad], dtype=np.float32)
+            scene = random_affine(Scene(canvas, plain.classes, moved), (size, size), augment, rng)
+        image = random_hsv(scene.image, augment, rng)
+        scene = random_flips(Scene(image, scene.classes, scene.boxes), augment, rng)
+        return self._sample(scene, token.index, resized, pad)
+
+    def _mosaic(self, index: int, augment: AugmentConfig, rng: Generator) -> Scene:
+        members = rng.permutation([index, *rng.integers(len(self), size=3)])
+        canvas = mosaic4([self._scene(int(member)) for member in members], self.image_size, rng)
+        canvas = copy_paste(canvas, augment.copy_paste, rng)
+        return random_affine(canvas, (self.image_size, self.image_size), augment, rng)
+
+    def _scene(self, index: int) -> Scene:
+        image = self._store.get(index)
+        height, width = image.shape[:2]
+        rows = self._packed.boxes(index)
+        scale = np.array([width, height], dtype=np.float32)
+        outlines = [None if outline is None else outline * scale for outline in self._packed.outlines(index)]
+        return Scene(image, rows[:, 0], corners_from_normalised(rows[:, 1:], width, height), outlines)
+
+    def _sample(self, scene: Scene, index: int, resized: tuple[int, int], pad: tuple[int, int]) -> Sample:
+        height, width = scene.size
+        boxes = normalised_from_corners(scene.boxes, width, height)
+        targets = np.concatenate((scene.classes[:, None], boxes), axis=1).astype(np.float32)
+        original = self._packed.size(index)
+        ratio = (resized[0] / original[0], resized[1] / original[1])
+        return Sample(to_tensor(scene.image), torch.from_numpy(targets), index, original, ratio, pad)
+
+    def _resized_size(self, index: int) -> tuple[int, int]:
+        image = self._packed.size(index)
+        longest = max(image)
+        return image[0] * self.image_size // longest, image[1] * self.image_size // longest
+
+    def _load(self, index: int) -> Image:
+        image = read_image(self._packed.path(index))
+        if image.shape[:2] != self._packed.size(index):
+            raise DataError(f"{self._packed.path(index)} changed while in use: it was another size when it was checked")
+        return resize_long_side(image, self.image_size, training=self.augment is not None)
+
+    def _make_store(self, cache: str | None, folder: Path | None) -> ImageStore:
+        sizes = [self._packed.size(index) for index in range(len(self))]
+        if cache == "ram" and fits_memory(sizes, self.image_size):
+            return MemoryStore(self._load, sizes, self.image_size)
+        if cache == "disk":
+            mode = "train" if self.augment is not None else "eval"
+            return DiskStore(self._load, self._packed.path, folder, self.image_size, mode)
+        return NoStore(self._load)

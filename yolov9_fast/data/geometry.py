@@ -1,0 +1,53 @@
+"""Boxes and outlines in pixels: conversions, overlap, resampling."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float32]
+
+OUTLINE_POINTS = 1000
+
+
+def corners_from_normalised(boxes: Floats, width: float, height: float) -> Floats:
+    """[n, 4] (cx, cy, w, h) normalised → (x1, y1, x2, y2) pixels."""
+    scale = np.array([width, height], dtype=np.float32)
+    centre, half = boxes[:, :2] * scale, boxes[:, 2:4] * scale / 2
+    return np.concatenate((centre - half, centre + half), axis=1)
+
+
+def normalised_from_corners(boxes: Floats, width: float, height: float) -> Floats:
+    """[n, 4] (x1, y1, x2, y2) pixels → (cx, cy, w, h) normalised."""
+    scale = np.array([width, height], dtype=np.float32)
+    low, high = boxes[:, :2] / scale, boxes[:, 2:4] / scale
+    return np.concatenate(((low + high) / 2, high - low), axis=1)
+
+
+def clip(boxes: Floats, width: float, height: float) -> Floats:
+    """Cut (x1, y1, x2, y2) [n, 4] to the image."""
+    return np.clip(boxes, 0, np.array([width, height, width, height], dtype=np.float32))
+
+
+def covered_share(box: Floats, boxes: Floats) -> Floats:
+    """Share [n] of each of `boxes` [n, 4] that `box` [4] covers."""
+    low = np.maximum(box[:2], boxes[:, :2])
+    high = np.minimum(box[2:], boxes[:, 2:])
+    area = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
+    return np.clip(high - low, 0, None).prod(1) / (area + 1e-7)
+
+
+def resample(outline: Floats, points: int = OUTLINE_POINTS) -> Floats:
+    """`points` points [points, 2] spread over a closed outline [k, 2]: evenly by vertex number, as published."""
+    closed = np.concatenate((outline, outline[:1]))
+    where = np.linspace(0, len(closed) - 1, points)
+    knots = np.arange(len(closed))
+    return np.stack([np.interp(where, knots, closed[:, axis]) for axis in (0, 1)], axis=1).astype(np.float32)
+
+
+def transform(points: Floats, matrix: NDArray[np.float64]) -> Floats:
+    """Points [n, 2] under a 3 × 3 homogeneous matrix."""
+    result = points @ matrix[:2, :2].T + matrix[:2, 2]
+    if matrix[2, 0] or matrix[2, 1]:
+        result = result / (points @ matrix[2, :2] + matrix[2, 2])[:, None]
+    return result.astype(np.float32)

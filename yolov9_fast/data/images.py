@@ -1,0 +1,159 @@
+"""Images as arrays: decoding to 3 channels, resizing, letterboxing, and the way back for boxes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from yolov9_fast._lazy import require
+from yolov9_fast.errors import DataError
+
+Image = NDArray[np.uint8]
+
+GREY = 114
+IMAGE_SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".jp2", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
+
+
+def read_image(path: str | Path) -> Image:
+    """Decode a file to uint8 BGR [H, W, 3], turned upright by its EXIF tag; raises `DataError` that says what is wrong.
+
+    Grey, 16-bit and transparent images come as 3 channels of 8 bits. A truncated file is refused: decoders fill what is
+    missing with grey, under labels that stay.
+    """
+    try:
+        data = np.fromfile(path, dtype=np.uint8)
+    except FileNotFoundError as error:
+        raise DataError(f"image file is missing: {path}") from error
+    except OSError as error:
+        raise DataError(f"image file cannot be read: {path}: {error}") from error
+    return decode_image(data, str(path))
+
+
+def decode_image(data: NDArray[np.uint8], name: str) -> Image:
+    """Decode the bytes of an image file (uint8 [n]) as `read_image` does; `name` is for the error."""
+    if data.size == 0:
+        raise DataError(f"image file is empty: {name}")
+    if _is_truncated(data.tobytes()):
+        raise DataError(f"image file is truncated: {name}")
+    cv2 = require("cv2")
+    try:
+        image = cv2.imdecode(data, cv2.IMREAD_COLOR)
+    except cv2.error as error:
+        raise DataError(f"image file cannot be decoded: {name}: {error}") from error
+    if image is None:
+        raise DataError(f"image file cannot be decoded: {name}")
+    return image
+
+
+def _is_truncated(data: bytes) -> bool:
+    if data[:2] == b"\xff\xd8":
+        return not _jpeg_is_complete(data)
+    if data[:8] == b"\x89PNG\r\n\x1a\n":
+        return b"IEND" not in data
+    return False
+
+
+def _jpeg_is_complete(data: bytes) -> bool:
+    # Walk the segments to the first scan, so that the end marker of an embedded thumbnail is not taken for the image's.
+    position = 2
+    while position + 4 <= len(data) and data[position] == 0xFF:
+        marker = data[position + 1]
+        if marker == 0xDA:
+            return data.find(b"\xff\xd9", position) >= 0
+        if marker == 0xFF or marker == 0x01 or 0xD0 <= marker <= 0xD8:
+            position += 1 if marker == 0xFF else 2
+            continue
+        position += 2 + int.from_bytes(data[position + 2 : position + 4], "big")
+    return False
+
+
+def scaled_size(height: int, width: int, size: int) -> tuple[int, int]:
+    """(height, width) after bringing the long side to `size`; the short side is cut to a whole number, at least 1."""
+    longest = max(height, width)
+    return max(height * size // longest, 1), max(width * size // longest, 1)
+
+
+def resize_long_side(image: Image, size: int, *, training: bool) -> Image:
+    """Bring the long side of [H, W, 3] to `size`: bilinear in training or when enlarging, area average otherwise."""
+    cv2 = require("cv2")
+    height, width = image.shape[:2]
+    new_height, new_width = scaled_size(height, width, size)
+    if (new_height, new_width) == (height, width):
+        return image
+    bilinear = training or size > max(height, width)
+    return cv2.resize(image, (new_width, new_height), interpolation=cv2.INTER_LINEAR if bilinear else cv2.INTER_AREA)
+
+
+@dataclass(frozen=True)
+class Letterboxed:
+    """An image on a grey canvas: `ratio` = (gain of height, gain of width), `pad` = (left, top) in canvas pixels."""
+
+    image: Image
+    ratio: tuple[float, float]
+    pad: tuple[int, int]
+
+
+def letterbox(
+    image: Image, size: int, *, rectangle: bool = False, stride: int = 32, training: bool = False
+) -> Letterboxed:
+    """Scale the long side of uint8 [H, W, 3] to `size` and centre it on grey.
+
+    The canvas is `size` × `size`, or with `rectangle` the smallest multiple of `stride` on either side.
+    """
+    check_size(size, stride)
+    resized = resize_long_side(image, size, training=training)
+    height, width = resized.shape[:2]
+    shape = (_round_up(height, stride), _round_up(width, stride)) if rectangle else (size, size)
+    canvas, pad = pad_to(resized, shape)
+    return Letterboxed(canvas, (height / image.shape[0], width / image.shape[1]), pad)
+
+
+def pad_to(image: Image, shape: tuple[int, int]) -> tuple[Image, tuple[int, int]]:
+    """Centre [h, w, 3] on a grey canvas of `shape` (height, width) ≥ (h, w); returns it and the (left, top) padding."""
+    height, width = image.shape[:2]
+    if height > shape[0] or width > shape[1]:
+        raise ValueError(f"an image of {height}x{width} does not fit a canvas of {shape[0]}x{shape[1]}")
+    if (height, width) == shape:
+        return image, (0, 0)
+    left, top = round((shape[1] - width) / 2 - 0.1), round((shape[0] - height) / 2 - 0.1)
+    canvas = np.full((*shape, 3), GREY, dtype=np.uint8)
+    canvas[top : top + height, left : left + width] = image
+    return canvas, (left, top)
+
+
+def scale_boxes_to_original(
+    boxes: Tensor, ratio: tuple[float, float], pad: tuple[float, float], original_shape: tuple[int, int]
+) -> Tensor:
+    """Take boxes from letterboxed to original pixels.
+
+    `boxes`: floating [n, ≥4], x1, y1, x2, y2 first (further columns are kept); `ratio` (height, width gain), `pad` (left, top)
+    and `original_shape` (height, width) as in a `Sample`. Returns a new tensor, clipped to the image.
+    """
+    if boxes.ndim != 2 or boxes.shape[1] < 4:
+        raise ValueError(f"boxes must be [n, 4 or more], got {list(boxes.shape)}")
+    height, width = original_shape
+    result = boxes.clone()
+    result[:, 0:4:2] = ((boxes[:, 0:4:2] - pad[0]) / ratio[1]).clamp(0, width)
+    result[:, 1:4:2] = ((boxes[:, 1:4:2] - pad[1]) / ratio[0]).clamp(0, height)
+    return result
+
+
+def to_tensor(image: Image) -> Tensor:
+    """uint8 BGR [H, W, 3] → uint8 RGB tensor [3, H, W], contiguous."""
+    blue, green, red = require("cv2").split(image)
+    return torch.from_numpy(np.stack((red, green, blue)))
+
+
+def check_size(size: int, stride: int = 32) -> None:
+    """Raise `ValueError` unless `size` is a positive multiple of `stride`."""
+    if size <= 0 or size % stride:
+        raise ValueError(f"image_size must be a positive multiple of {stride}, got {size}")
+
+
+def _round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple

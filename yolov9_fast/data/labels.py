@@ -1,0 +1,137 @@
+"""Images and objects of a split, each checked once; what cannot be used is counted and listed, never silently dropped."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from yolov9_fast.data.coco import class_of_category, coco_objects, read_coco
+from yolov9_fast.data.config import DataConfig
+from yolov9_fast.data.listing import label_path, list_images
+from yolov9_fast.data.records import ImageRecord, LabelReport
+from yolov9_fast.data.scan import check_images
+from yolov9_fast.data.yolo import parse_yolo
+from yolov9_fast.errors import DataError
+
+
+def load_split(config: DataConfig, split: str, *, for_training: bool) -> tuple[list[ImageRecord], LabelReport]:
+    """All usable images of a split with their objects, and the report of what was skipped.
+
+    Raises `DataError` when the split has no usable image, and in training when no image has an object.
+    """
+    report = LabelReport()
+    coco = config.split(split).annotations is not None
+    records = (_coco_records if coco else _yolo_records)(config, split, report, for_training)
+    for record in records:
+        report.add(record)
+    if not records:
+        raise DataError(f"split '{split}' of {config.file} has no usable image\n{report.summary()}")
+    if for_training and not report.objects:
+        where = config.split(split).annotations or label_path(records[0].path)
+        raise DataError(
+            f"split '{split}' of {config.file} has {len(records)} images and no object to learn from; "
+            f"labels were looked for in {where}\n{report.summary()}"
+        )
+    return records, report
+
+
+def _yolo_records(config: DataConfig, split: str, report: LabelReport, for_training: bool) -> list[ImageRecord]:
+    paths = list_images(config, split)
+    records = []
+    missing = 0
+    for path, image_id, checked in zip(paths, _image_ids(paths), check_images(paths, _key(config, split)), strict=True):
+        if checked.problem:
+            report.skip(str(path), checked.problem)
+            continue
+        record = ImageRecord(
+            path, checked.width, checked.height, image_id, np.zeros((0, 5), np.float32), None, path.name
+        )
+        missing += not _read_labels(record, config.num_classes, report)
+        records.append(record)
+    if missing:
+        report.notes.append(f"  {missing} images have no label file and count as images without objects")
+    return records
+
+
+def _read_labels(record: ImageRecord, num_classes: int, report: LabelReport) -> bool:
+    """Fill in the objects of a record; False when there is no label file."""
+    file = label_path(record.path)
+    try:
+        text = file.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        return False
+    except (OSError, UnicodeDecodeError):
+        report.skip(str(file), "label file cannot be read as text")
+        return True
+    parsed = parse_yolo(text, num_classes)
+    record.boxes, record.polygons = parsed.boxes, parsed.polygons
+    for row, reason in parsed.problems:
+        report.skip(f"{file}:{row}", reason)
+    return True
+
+
+def _image_ids(paths: Sequence[Path]) -> list[int]:
+    """The numbers that the files are named by, as COCO does, if all are and differ; else 1..n."""
+    stems = [path.stem for path in paths]
+    if all(stem.isascii() and stem.isdigit() for stem in stems):
+        ids = [int(stem) for stem in stems]
+        if len(set(ids)) == len(ids):
+            return ids
+    return list(range(1, len(paths) + 1))
+
+
+def _coco_records(config: DataConfig, split: str, report: LabelReport, for_training: bool) -> list[ImageRecord]:
+    definition = config.split(split)
+    assert definition.annotations is not None
+    coco = read_coco(definition.annotations)
+    classes = class_of_category(coco, config)
+    if not coco.images:
+        raise DataError(f"split '{split}' of {config.file} is empty: {coco.file} lists no images")
+    _reject_doubles(coco.images, coco.file)
+    paths = [_find(image["file_name"], definition.images) for image in coco.images]
+    if not any(path.is_file() for path in paths):
+        places = ", ".join(str(folder) for folder in definition.images)
+        raise DataError(
+            f"split '{split}' of {config.file}: none of the {len(paths)} images of {coco.file} is in {places}"
+        )
+    records = []
+    for image, path, checked in zip(coco.images, paths, check_images(paths, _key(config, split)), strict=True):
+        problem = checked.problem or _size_mismatch(image, checked.width, checked.height)
+        if problem:
+            report.skip(str(path), problem)
+            continue
+        annotations = coco.annotations.get(image["id"], [])
+        size = (checked.height, checked.width)
+        boxes, polygons = coco_objects(annotations, size, classes, report, for_training=for_training)
+        name = str(image["file_name"])
+        records.append(ImageRecord(path, checked.width, checked.height, image["id"], boxes, polygons, name))
+    unlisted = set(coco.annotations) - {image["id"] for image in coco.images}
+    if unlisted:
+        count = sum(len(coco.annotations[key]) for key in unlisted)
+        report.notes.append(f"  {count} annotations belong to images that {coco.file.name} does not list")
+    return records
+
+
+def _reject_doubles(images: list[dict], file: Path) -> None:
+    repeated = [image_id for image_id, count in Counter(image["id"] for image in images).items() if count > 1]
+    if repeated:
+        raise DataError(f"{file}: image id {repeated[0]} is given to more than one image")
+
+
+def _find(name: str, folders: tuple[Path, ...]) -> Path:
+    candidates = [folder / name for folder in folders]
+    return next((path for path in candidates if path.is_file()), candidates[0])
+
+
+def _size_mismatch(image: dict, width: int, height: int) -> str | None:
+    stated = (image.get("width", width), image.get("height", height))
+    if stated == (width, height):
+        return None
+    return f"image size differs from the annotations' ({width}x{height}, stated {stated[0]}x{stated[1]})"
+
+
+def _key(config: DataConfig, split: str) -> str:
+    return f"{config.path}\0{split}\0{config.split(split)}"

@@ -1,0 +1,41 @@
+"""Mosaic of four: images meet at a random point of a canvas of twice the side, each cut where it leaves the canvas."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.random import Generator
+
+from yolov9_fast.data.augment import Scene
+from yolov9_fast.data.geometry import Floats, clip
+from yolov9_fast.data.images import GREY
+
+
+def mosaic4(tiles: Sequence[Scene], size: int, rng: Generator) -> Scene:
+    """Canvas [2 · size, 2 · size, 3] of four scenes: upper left, upper right, lower left, lower right of a point drawn
+    uniformly from its middle half. Boxes and outlines are shifted with their tile and cut to the canvas.
+    """
+    side = 2 * size
+    centre_y, centre_x = (int(value) for value in rng.uniform(size / 2, 3 * size / 2, 2))
+    canvas = np.full((side, side, 3), GREY, dtype=np.uint8)
+    boxes, outlines = [], []
+    with_outlines = any(tile.outlines for tile in tiles)
+    for position, tile in enumerate(tiles):
+        height, width = tile.size
+        left = centre_x if position % 2 else centre_x - width
+        top = centre_y if position // 2 else centre_y - height
+        x1, y1 = max(left, 0), max(top, 0)
+        x2, y2 = min(left + width, side), min(top + height, side)
+        canvas[y1:y2, x1:x2] = tile.image[y1 - top : y2 - top, x1 - left : x2 - left]
+        offset = np.array([left, top], dtype=np.float32)
+        boxes.append(clip(tile.boxes + np.tile(offset, 2), side, side))
+        if with_outlines:
+            outlines += _shift(tile, offset, side)
+    classes = np.concatenate([tile.classes for tile in tiles])
+    return Scene(canvas, classes, np.concatenate(boxes), outlines)
+
+
+def _shift(tile: Scene, offset: Floats, side: int) -> list[Floats | None]:
+    outlines = tile.outlines or [None] * len(tile.boxes)
+    return [None if outline is None else np.clip(outline + offset, 0, side) for outline in outlines]

@@ -1,0 +1,58 @@
+"""What a dataset and a loader hand out: one labelled image, and a batch of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Sample:
+    """One image ready for the network.
+
+    `image`: uint8 RGB [3, H, W]; `targets`: float32 [n, 5] (class, cx, cy, w, h), normalised to W and H; `index`: position in the
+    dataset's records. In evaluation `original_shape` (height, width), `ratio` (gain of height, gain of width) and `pad`
+    (left, top pixels) lead back to the file's pixels; after augmentation they only describe the image first drawn.
+    """
+
+    image: Tensor
+    targets: Tensor
+    index: int
+    original_shape: tuple[int, int]
+    ratio: tuple[float, float]
+    pad: tuple[int, int]
+
+
+@dataclass
+class Batch:
+    """Samples together: `images` uint8 [B, 3, H, W]; `targets` float32 [n, 6] (image, class, cx, cy, w, h); lists of length B."""
+
+    images: Tensor
+    targets: Tensor
+    indices: list[int]
+    original_shapes: list[tuple[int, int]]
+    ratios: list[tuple[float, float]]
+    pads: list[tuple[int, int]]
+
+    def pin_memory(self) -> Batch:
+        """The same batch with tensors in page-locked memory, for asynchronous copies to a GPU."""
+        return replace(self, images=self.images.pin_memory(), targets=self.targets.pin_memory())
+
+
+def collate(samples: Sequence[Sample]) -> Batch:
+    """Stack samples of one shape into a batch."""
+    targets = [
+        torch.cat((torch.full((len(sample.targets), 1), float(position)), sample.targets), dim=1)
+        for position, sample in enumerate(samples)
+    ]
+    return Batch(
+        images=torch.stack([sample.image for sample in samples]),
+        targets=torch.cat(targets),
+        indices=[sample.index for sample in samples],
+        original_shapes=[sample.original_shape for sample in samples],
+        ratios=[sample.ratio for sample in samples],
+        pads=[sample.pad for sample in samples],
+    )

@@ -1,0 +1,96 @@
+"""Opens every image of a split once, in parallel, and remembers the outcome until the file changes."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from yolov9_fast.data.cache import cache_folder, digest, write_atomically
+from yolov9_fast.data.images import read_image
+from yolov9_fast.errors import DataError
+
+_log = logging.getLogger(__name__)
+
+MIN_PIXELS = 10
+_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Checked:
+    """Size in pixels of an upright, decoded image, or the problem that makes it unusable."""
+
+    width: int
+    height: int
+    problem: str | None = None
+
+
+def check_images(paths: Sequence[Path], key: str) -> list[Checked]:
+    """Decode each image, or take the outcome from the cache named by `key` if its file is unchanged (size and time)."""
+    file = cache_folder() / "images" / f"{digest(key)}.json"
+    known = _load(file)
+    stamps = [_stamp(path) for path in paths]
+    results = [_recall(known.get(str(path)), stamp) for path, stamp in zip(paths, stamps, strict=True)]
+    unknown = [position for position, result in enumerate(results) if result is None]
+    with ThreadPoolExecutor(max_workers=min(os.cpu_count() or 1, 16)) as pool:
+        for position, checked in zip(unknown, pool.map(lambda i: _check(paths[i]), unknown), strict=True):
+            results[position] = checked
+    outcome = [result for result in results if result is not None]
+    if unknown:
+        _store(file, paths, stamps, outcome)
+    return outcome
+
+
+def _check(path: Path) -> Checked:
+    try:
+        image = read_image(path)
+    except DataError as error:
+        return Checked(0, 0, str(error).split(": ")[0])
+    height, width = image.shape[:2]
+    if min(height, width) < MIN_PIXELS:
+        return Checked(width, height, f"image is smaller than {MIN_PIXELS} pixels ({width}x{height})")
+    return Checked(width, height)
+
+
+def _stamp(path: Path) -> list[int] | None:
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return [status.st_size, status.st_mtime_ns]
+
+
+def _recall(entry: Any, stamp: list[int] | None) -> Checked | None:
+    if stamp is None or not isinstance(entry, list) or len(entry) != 5 or entry[:2] != stamp:
+        return None
+    width, height, problem = entry[2:]
+    if not isinstance(width, int) or not isinstance(height, int) or not (problem is None or isinstance(problem, str)):
+        return None
+    return Checked(width, height, problem)
+
+
+def _load(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    valid = isinstance(content, dict) and content.get("version") == _VERSION and isinstance(content.get("images"), dict)
+    return content["images"] if valid else {}
+
+
+def _store(file: Path, paths: Sequence[Path], stamps: Sequence[list[int] | None], results: Sequence[Checked]) -> None:
+    images = {
+        str(path): [*stamp, result.width, result.height, result.problem]
+        for path, stamp, result in zip(paths, stamps, results, strict=True)
+        if stamp is not None
+    }
+    text = json.dumps({"version": _VERSION, "images": images}, separators=(",", ":")).encode()
+    try:
+        write_atomically(file, lambda stream: stream.write(text))
+    except OSError as error:
+        _log.warning("the outcome of checking images could not be kept in %s: %s", file, error)

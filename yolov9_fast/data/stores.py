@@ -1,0 +1,125 @@
+"""Kept images: decoded and resized once, then taken from memory or from disk."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from yolov9_fast.data.cache import cache_folder, digest, write_atomically
+from yolov9_fast.data.images import Image, scaled_size
+
+_log = logging.getLogger(__name__)
+
+# Left to the rest of the machine when images are kept in memory.
+_MEMORY_SHARE = 0.8
+
+
+class ImageStore(Protocol):
+    """Hands out the resized image of a record; uint8 BGR [h, w, 3], to be copied before it is written to."""
+
+    def get(self, index: int) -> Image: ...
+
+
+class NoStore:
+    """Decodes anew each time."""
+
+    def __init__(self, load: Callable[[int], Image]) -> None:
+        self.get = load
+
+
+class MemoryStore:
+    """All images in one array, filled at construction by threads; forked workers share it."""
+
+    def __init__(self, load: Callable[[int], Image], sizes: Sequence[tuple[int, int]], image_size: int) -> None:
+        self._shapes = [scaled_size(height, width, image_size) for height, width in sizes]
+        self._ends = np.cumsum([0, *(height * width * 3 for height, width in self._shapes)])
+        self._pixels = np.empty(int(self._ends[-1]), dtype=np.uint8)
+
+        def fill(index: int) -> None:
+            self._pixels[self._ends[index] : self._ends[index + 1]] = load(index).reshape(-1)
+
+        with ThreadPoolExecutor(max_workers=min(os.cpu_count() or 1, 16)) as pool:
+            list(pool.map(fill, range(len(self._shapes))))
+
+    def get(self, index: int) -> Image:
+        return self._pixels[self._ends[index] : self._ends[index + 1]].reshape(*self._shapes[index], 3)
+
+
+class DiskStore:
+    """One `.npy` per image, written when first needed and named by the image file's path, size and time.
+
+    When the disk is full or not writable it says so once and goes on decoding.
+    """
+
+    def __init__(
+        self, load: Callable[[int], Image], path: Callable[[int], Path], folder: Path | None, image_size: int, mode: str
+    ) -> None:
+        self._load, self._path = load, path
+        self._folder = folder or cache_folder() / "pixels"
+        self._form = (image_size, mode)
+        self._writable = True
+
+    def get(self, index: int) -> Image:
+        path = self._path(index)
+        status = path.stat()
+        file = self._folder / f"{digest(path.resolve(), status.st_size, status.st_mtime_ns, *self._form)}.npy"
+        kept = _read(file)
+        if kept is not None:
+            return kept
+        image = self._load(index)
+        if self._writable:
+            try:
+                write_atomically(file, lambda stream: np.save(stream, image, allow_pickle=False))
+            except OSError as error:
+                self._writable = False
+                _log.warning("images are no longer kept on disk in %s: %s", self._folder, error)
+        return image
+
+
+def fits_memory(sizes: Sequence[tuple[int, int]], image_size: int) -> bool:
+    """Whether all images fit the free memory; says what they need."""
+    needed = sum(height * width * 3 for height, width in (scaled_size(h, w, image_size) for h, w in sizes))
+    free = available_memory()
+    text = f"{len(sizes)} images at {image_size} px need {needed / 2**30:.2f} GiB of memory"
+    if free is not None and needed > _MEMORY_SHARE * free:
+        _log.warning("%s, %.2f GiB are free: they are decoded anew each time instead", text, free / 2**30)
+        return False
+    _log.info("%s", text)
+    return True
+
+
+def available_memory() -> int | None:
+    """Bytes that this process may still take, under the machine's and the control group's limits; None if unknown."""
+    limits = []
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                limits.append(int(line.split()[1]) * 1024)
+    except OSError:
+        pass
+    group = Path("/sys/fs/cgroup")
+    try:
+        limit = (group / "memory.max").read_text().strip()
+        if limit != "max":
+            limits.append(int(limit) - int((group / "memory.current").read_text()))
+    except (OSError, ValueError):
+        pass
+    return min(limits) if limits else None
+
+
+def _read(file: Path) -> Image | None:
+    try:
+        image = np.load(file, allow_pickle=False)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, EOFError):
+        _log.warning("the kept image %s is damaged and is made anew", file)
+        return None
+    valid = image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3
+    return image if valid else None

@@ -7,9 +7,9 @@ import io
 import json
 import logging
 import math
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -42,7 +42,7 @@ class ClassMetrics:
 
 @dataclass(frozen=True)
 class CocoMetrics:
-    """The twelve COCO figures, each 0..1, or NaN where no object of that kind exists; figures per class; curves; images judged."""
+    """The twelve COCO figures, 0..1 or NaN where no such object exists; figures per class; curves; images judged."""
 
     ap: float
     ap50: float
@@ -138,7 +138,23 @@ def evaluate_coco(
     classes = [(names or {}).get(k, name) for k, name in enumerate(dataset.category_names)]
     curves = curves_from_evaluation(evaluation, classes)
     twelve = [float("nan") if value < 0 else float(value) for value in evaluation.stats]
-    return CocoMetrics(*twelve, _per_class(evaluation, dataset, classes, curves, chosen), curves, len(chosen))
+    return CocoMetrics(
+        ap=twelve[0],
+        ap50=twelve[1],
+        ap75=twelve[2],
+        ap_small=twelve[3],
+        ap_medium=twelve[4],
+        ap_large=twelve[5],
+        ar1=twelve[6],
+        ar10=twelve[7],
+        ar100=twelve[8],
+        ar_small=twelve[9],
+        ar_medium=twelve[10],
+        ar_large=twelve[11],
+        per_class=_per_class(evaluation, dataset, classes, curves, chosen),
+        curves=curves,
+        images=len(chosen),
+    )
 
 
 def detections_to_coco(boxes: np.ndarray, image_id: int | str, category_ids: Sequence[int]) -> list[dict[str, Any]]:
@@ -167,7 +183,7 @@ def detections_to_coco(boxes: np.ndarray, image_id: int | str, category_ids: Seq
     ]
 
 
-def save_detections(path: str | os.PathLike[str], detections: Sequence[dict[str, Any]]) -> None:
+def save_detections(path: str | Path, detections: Sequence[dict[str, Any]]) -> None:
     """Write COCO results as JSON, whole or not at all; `UserError` when the disk refuses."""
     atomic_write(path, json.dumps(list(detections)))
 

@@ -166,7 +166,9 @@ def load_graph(name: str | Path) -> Graph:
     if text not in graph_names():
         path = Path(text)
         if path.suffix not in (".yaml", ".yml"):
-            raise GraphError(f"unknown network {text!r}; known are {', '.join(graph_names())}, or a path to a graph YAML")
+            raise GraphError(
+                f"unknown network {text!r}; known are {', '.join(graph_names())}, or a path to a graph YAML"
+            )
         if not path.is_file():
             raise GraphError(f"no graph file {text}")
     return _read(path, path.stat().st_mtime)

@@ -74,7 +74,9 @@ class DetectionModel(nn.Module):
                 if index == len(graph.layers) - 1 and isinstance(error, ValueError):
                     raise
                 layer = graph.layers[index]
-                raise GraphError(f"{graph.name}: layer {index}, {layer.block}{list(layer.arguments)}: {error}") from error
+                raise GraphError(
+                    f"{graph.name}: layer {index}, {layer.block}{list(layer.arguments)}: {error}"
+                ) from error
             layers.append(module)
             channels.append(out_channels)
         self.model = nn.ModuleList(layers)

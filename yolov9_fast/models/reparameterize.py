@@ -6,7 +6,7 @@ Folding: W' = W·γ/√(σ² + ε), b' = β − μγ/√(σ² + ε); RepConv's 1
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 import torch.nn.functional as F
@@ -24,9 +24,7 @@ def to_deploy(model: DetectionModel) -> DetectionModel:
         RuntimeError: the main branch's outputs differ (they are compared on one random image).
     """
     graph, origin = model.graph.deploy()
-    deployed = DetectionModel(
-        graph, model.num_classes, class_tower=model.class_tower, box_groups=model.box_groups
-    )
+    deployed = DetectionModel(graph, model.num_classes, class_tower=model.class_tower, box_groups=model.box_groups)
     if model.is_fused:
         _fuse_in_place(deployed)
     source = model.state_dict()
@@ -87,10 +85,16 @@ def unfuse(model: DetectionModel, images: Iterable[Tensor] | None = None) -> Det
 
 
 @torch.no_grad()
-def calibrate_batch_norm(model: DetectionModel, images: Iterable[Tensor]) -> int:
+def calibrate_batch_norm(
+    model: DetectionModel, images: Iterable[Tensor], *, only: Callable[[str], bool] | None = None
+) -> int:
     """Set every BatchNorm's running statistics to those of `images` without changing the evaluation output.
 
     γ and β are changed along with mean and variance, so that γ(x − μ)/√(σ² + ε) + β stays the same function.
+
+    Args:
+        images: batches [B, 3, H, W] in [0, 1].
+        only: which BatchNorm to set, by module name (None: all).
 
     Returns: the number of images seen.
     """
@@ -105,7 +109,7 @@ def calibrate_batch_norm(model: DetectionModel, images: Iterable[Tensor]) -> int
         total[1] += x.shape[1] * mean
         total[2] += x.shape[1] * (variance + mean * mean)
 
-    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+    norms = [m for n, m in model.named_modules() if isinstance(m, nn.BatchNorm2d) and (only is None or only(n))]
     hooks = [m.register_forward_pre_hook(measure) for m in norms]
     training = model.training
     seen = 0
@@ -126,7 +130,7 @@ def calibrate_batch_norm(model: DetectionModel, images: Iterable[Tensor]) -> int
 
 
 def _restate(norm: nn.BatchNorm2d, mean: Tensor, variance: Tensor) -> None:
-    """Give `norm` new statistics and the γ, β that keep its function; a constant channel (variance ~ 0) is left alone."""
+    """Give `norm` new statistics and the γ, β that keep its function; a constant channel is left alone."""
     assert norm.running_mean is not None and norm.running_var is not None
     old_scale = norm.weight.double() / (norm.running_var.double() + norm.eps).sqrt()
     old_shift = norm.bias.double() - norm.running_mean.double() * old_scale
@@ -152,9 +156,7 @@ def _folded(unit: Conv) -> tuple[Tensor, Tensor]:
 
 def _convolution_like(conv: nn.Conv2d, *, bias: bool) -> nn.Conv2d:
     (kernel, _), (stride, _) = conv.kernel_size, conv.stride
-    new = nn.Conv2d(
-        conv.in_channels, conv.out_channels, kernel, stride, kernel // 2, groups=conv.groups, bias=bias
-    )
+    new = nn.Conv2d(conv.in_channels, conv.out_channels, kernel, stride, kernel // 2, groups=conv.groups, bias=bias)
     return new.to(conv.weight.device, conv.weight.dtype)
 
 
@@ -196,12 +198,11 @@ def _unfuse_unit(unit: Conv) -> None:
 
 @torch.no_grad()
 def _unfuse_rep(rep: RepConv) -> None:
-    """Share the centre tap between the 3×3 and the 1×1 branch, so that neither starts dead; the bias stays with the 3×3."""
+    """Share the centre tap between the 3×3 and the 1×1 branch, so that neither starts dead; the 3×3 keeps the bias."""
     old = rep.conv
     assert old is not None and old.bias is not None
-    options = {"device": old.weight.device, "dtype": old.weight.dtype}
-    conv1 = Conv(old.in_channels, old.out_channels, 3, activation=False).to(**options)
-    conv2 = Conv(old.in_channels, old.out_channels, 1, activation=False).to(**options)
+    conv1 = Conv(old.in_channels, old.out_channels, 3, activation=False).to(old.weight)
+    conv2 = Conv(old.in_channels, old.out_channels, 1, activation=False).to(old.weight)
     centre = old.weight[:, :, 1:2, 1:2] / 2
     conv1.conv.weight.copy_(old.weight - F.pad(centre, (1, 1, 1, 1)))
     conv2.conv.weight.copy_(centre)
@@ -230,4 +231,6 @@ def _check_same(before: DetectionModel, after: DetectionModel, what: str) -> Non
         scale = a.abs().max().clamp_min(1)
         error = float((a - b).abs().max() / scale)
         if not error <= tolerance and bool(torch.isfinite(a).all()):
-            raise RuntimeError(f"{what}: outputs differ by {error:.2e} of their largest value (allowed {tolerance:.0e})")
+            raise RuntimeError(
+                f"{what}: outputs differ by {error:.2e} of their largest value (allowed {tolerance:.0e})"
+            )

@@ -20,6 +20,22 @@ from yolov9_fast.nn.heads import DFL, DDetect, DualDDetect
 from yolov9_fast.nn.output import DetectionOutput
 
 __all__ = [
-    "CSPELAN", "DFL", "ELAN", "SPPELAN", "AConv", "ADown", "CBFuse", "CBLinear", "Concat", "Conv", "DDetect",
-    "DetectionOutput", "DualDDetect", "RepBottleneck", "RepCSP", "RepConv", "Silence", "Upsample",
+    "CSPELAN",
+    "DFL",
+    "ELAN",
+    "SPPELAN",
+    "AConv",
+    "ADown",
+    "CBFuse",
+    "CBLinear",
+    "Concat",
+    "Conv",
+    "DDetect",
+    "DetectionOutput",
+    "DualDDetect",
+    "RepBottleneck",
+    "RepCSP",
+    "RepConv",
+    "Silence",
+    "Upsample",
 ]

@@ -27,7 +27,13 @@ class Conv(nn.Module):
     """
 
     def __init__(
-        self, in_channels: int, out_channels: int, kernel: int = 1, stride: int = 1, groups: int = 1, activation: bool = True
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel: int = 1,
+        stride: int = 1,
+        groups: int = 1,
+        activation: bool = True,
     ) -> None:
         super().__init__()
         self.conv = nn.Conv2d(in_channels, out_channels, kernel, stride, kernel // 2, groups=groups, bias=False)
@@ -151,7 +157,7 @@ class AConv(nn.Module):
 
 
 class ADown(nn.Module):
-    """Down-sampling by 2 in two halves after an average pool 2×2 stride 1: Conv 3×3 stride 2, and max pool + Conv 1×1."""
+    """Down-sampling by 2 in two halves after an average pool 2×2 stride 1: Conv 3×3 stride 2; max pool, Conv 1×1."""
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()

@@ -30,7 +30,7 @@ class DFL(nn.Module):
 
 
 def box_tower_width(first_channels: int, groups: int = 4) -> int:
-    """Width of the box tower: max(c // 4, 64) of the first level's channels c, rounded up to a multiple of the groups."""
+    """Width of the box tower: max(c // 4, 64) of the first level's channels c, made divisible by the groups."""
     width = max(first_channels // 4, 4 * REG_MAX, 16)
     return math.ceil(width / groups) * groups
 
@@ -66,6 +66,9 @@ class _Head(nn.Module):
         boxes = nn.ModuleList(_box_tower(c, box_width, self.box_groups) for c in channels)
         classes = nn.ModuleList(_class_tower(c, class_width, self.num_classes) for c in channels)
         for box, cls, stride in zip(boxes, classes, self.strides, strict=True):
+            assert isinstance(box, nn.Sequential) and isinstance(cls, nn.Sequential)
+            assert isinstance(box[-1], nn.Conv2d) and isinstance(cls[-1], nn.Conv2d)
+            assert box[-1].bias is not None and cls[-1].bias is not None
             nn.init.constant_(box[-1].bias, 1.0)
             # The prior: about 5 objects in a picture of 640 px, spread over classes and cells.
             nn.init.constant_(cls[-1].bias, math.log(5 / self.num_classes / (640 / stride) ** 2))

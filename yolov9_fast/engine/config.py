@@ -1,0 +1,152 @@
+"""Options of a training run; the defaults are the published recipe (appendix, table 1 of the paper)."""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from yolov9_fast._lazy import require
+from yolov9_fast.atomic import atomic_write
+from yolov9_fast.data import AugmentConfig
+from yolov9_fast.errors import UserError
+
+AMP_MODES = ("auto", "off", "bf16", "fp16")
+
+
+def _option(default: Any, text: str, **extra: Any) -> Any:
+    return field(default=default, metadata={"help": text, **extra})
+
+
+@dataclass
+class TrainConfig:
+    """Everything that defines a run; written to `config.yaml` beside its results."""
+
+    model: str = _option("yolov9-t", "network name or graph YAML")
+    data: str = _option("", "data file (YAML)")
+    weights: str | None = _option(None, "weights to start from (ours or foreign)")
+    epochs: int = _option(100, "epochs")
+    imgsz: int = _option(640, "image size in pixels (long side), a multiple of 32")
+    batch: int = _option(16, "images per step, over all processes")
+    device: str | None = _option(None, "cpu, 0, or 0,1 (several: one process each)")
+    amp: str = _option("auto", "mixed precision: auto (bf16 on a GPU that has it, else off)", choices=AMP_MODES)
+    workers: int | None = _option(None, "loader processes (default: by the machine's cores)")
+    seed: int = _option(0, "seed of weights, order and augmentation")
+    project: str = _option("runs/train", "folder of runs")
+    name: str = _option("exp", "name of this run; an existing one is never overwritten")
+
+    optimizer: str = _option("sgd", "optimiser", choices=("sgd", "adam", "adamw"))
+    lr0: float = _option(0.01, "learning rate")
+    lrf: float = _option(0.01, "final learning rate as a factor of lr0")
+    schedule: str = _option("linear", "learning-rate schedule", choices=("linear", "cosine", "constant"))
+    momentum: float = _option(0.937, "SGD momentum, Adam beta1")
+    weight_decay: float = _option(5e-4, "weight decay for a batch of 64")
+    warmup_epochs: float = _option(3.0, "warm-up (at least 100 iterations unless 0)")
+    warmup_momentum: float = _option(0.8, "momentum at the start of warm-up")
+    warmup_bias_lr: float = _option(0.1, "learning rate of biases at the start of warm-up")
+    nominal_batch: int = _option(64, "images per optimiser step, by accumulation")
+    clip: float = _option(10.0, "largest gradient norm (0: no clipping)")
+    ema_decay: float = _option(0.9999, "decay of the averaged weights")
+    patience: int = _option(100, "epochs without improvement before stopping (0: never)")
+    freeze: int = _option(0, "number of first layers to keep as they are")
+    multi_scale: bool = _option(False, "vary the image size by a factor of 0.5 to 1.5 per batch")
+    sync_bn: bool = _option(True, "BatchNorm statistics over all processes")
+    channels_last: bool = _option(True, "channels_last memory format")
+
+    box: float = _option(7.5, "gain of the box loss")
+    cls: float = _option(0.5, "gain of the class loss")
+    dfl: float = _option(1.5, "gain of the distribution focal loss")
+    cls_pw: float = _option(1.0, "weight of positive classes in the class loss")
+    label_smoothing: float = _option(0.0, "label smoothing")
+    fl_gamma: float = _option(0.0, "gamma of focal loss (0: off)")
+    auxiliary_weight: float = _option(0.25, "weight of the auxiliary branch's loss")
+    lead_head_guided: bool = _option(False, "assign the auxiliary branch by the main head")
+    class_tower: int | None = _option(None, "width of the class branch")
+    box_groups: int | None = _option(None, "groups of the box branch: 4 as published, 1 dense")
+
+    close_mosaic: int = _option(15, "last epochs without mosaic, mixup and copy-paste")
+    rect: bool = _option(True, "rectangular batches in validation")
+    cache: Literal["ram", "disk"] | None = _option(None, "keep decoded images", choices=("ram", "disk"))
+    save_period: int = _option(0, "keep the weights of every n-th epoch (0: only last and best)")
+    conf: float = _option(0.001, "confidence threshold of validation")
+    iou: float = _option(0.7, "IoU threshold of NMS in validation")
+    max_det: int = _option(300, "detections per image in validation")
+    plots: bool = _option(True, "draw plots")
+    tensorboard: bool = _option(True, "write TensorBoard events where tensorboard is installed")
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+
+    def check(self) -> None:
+        """Raise `UserError` for a value that no run can use."""
+        if not self.data:
+            raise UserError("no data file given: --data FILE.yaml")
+        for name in ("epochs", "imgsz", "batch", "nominal_batch", "max_det"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("lr0", "lrf", "weight_decay", "warmup_epochs", "clip", "freeze", "patience", "close_mosaic"):
+            if not getattr(self, name) >= 0:
+                raise UserError(f"{name} must not be negative, got {getattr(self, name)}")
+        for f in option_fields():
+            choices = f.metadata.get("choices")
+            value = getattr(self, f.name)
+            if choices and value is not None and value not in choices:
+                raise UserError(f"{f.name} must be one of {', '.join(choices)}, got {value!r}")
+
+
+def option_fields() -> list[dataclasses.Field[Any]]:
+    """The plain options of `TrainConfig` (without the augmentation's)."""
+    return [f for f in dataclasses.fields(TrainConfig) if f.name != "augment"]
+
+
+def plain_type(cls: type, name: str) -> tuple[type, bool]:
+    """The type of a field and whether it may be None."""
+    hint = typing.get_type_hints(cls)[name]
+    optional = isinstance(hint, types.UnionType | typing._UnionGenericAlias)  # type: ignore[attr-defined]
+    if optional:
+        hint = next(t for t in typing.get_args(hint) if t is not type(None))
+    return str if typing.get_origin(hint) is Literal else hint, optional
+
+
+def _converted(cls: type, name: str, value: Any, origin: str) -> Any:
+    kind, optional = plain_type(cls, name)
+    if value is None and optional:
+        return None
+    if kind is float and isinstance(value, int | float) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise UserError(f"{origin}: {name} must be {kind.__name__}, got {value!r}")
+    return value
+
+
+def config_from_dict(data: dict[str, Any], origin: str) -> TrainConfig:
+    """A `TrainConfig` from plain data; augmentation options may stand flat beside the others or under `augment`."""
+    if not isinstance(data, dict):
+        raise UserError(f"{origin}: expected a table of options")
+    flat = {**data, **(data.get("augment") or {})}
+    flat.pop("augment", None)
+    own = {f.name for f in option_fields()}
+    augmentation = {f.name for f in dataclasses.fields(AugmentConfig)}
+    unknown = sorted(set(flat) - own - augmentation)
+    if unknown:
+        raise UserError(f"{origin}: unknown option {', '.join(unknown)}")
+    options = {k: _converted(TrainConfig, k, v, origin) for k, v in flat.items() if k in own}
+    augment = {k: _converted(AugmentConfig, k, v, origin) for k, v in flat.items() if k in augmentation}
+    return TrainConfig(**options, augment=AugmentConfig(**augment))
+
+
+def read_config(path: Path) -> TrainConfig:
+    yaml = require("yaml")
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+    except yaml.YAMLError as error:
+        raise UserError(f"{path}: not a YAML file: {error}") from error
+    return config_from_dict(data or {}, str(path))
+
+
+def write_config(config: TrainConfig, path: Path) -> None:
+    yaml = require("yaml")
+    atomic_write(path, yaml.safe_dump(dataclasses.asdict(config), sort_keys=False))

@@ -1,0 +1,44 @@
+"""Moving average of weights and BatchNorm statistics: e ← d·e + (1 − d)·w, d = 0.9999·(1 − exp(−n / 2000))."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import torch
+from torch import Tensor
+
+from yolov9_fast.models import DetectionModel
+
+
+class ModelEMA:
+    """Keeps `model`, the average; `update` after every optimiser step.
+
+    Args:
+        source: the trained model, copied.
+        decay: the final decay.
+        time_constant: updates after which the decay reaches 63 % of it.
+    """
+
+    def __init__(self, source: DetectionModel, decay: float = 0.9999, time_constant: float = 2000.0) -> None:
+        self.model = copy.deepcopy(source).eval().requires_grad_(False)
+        self.decay = decay
+        self.time_constant = time_constant
+        self.updates = 0
+
+    def current_decay(self) -> float:
+        return self.decay * (1 - math.exp(-self.updates / self.time_constant))
+
+    @torch.no_grad()
+    def update(self, source: DetectionModel) -> None:
+        self.updates += 1
+        averaged: list[Tensor] = []
+        current: list[Tensor] = []
+        own = self.model.state_dict()
+        for key, value in source.state_dict().items():
+            if value.is_floating_point():
+                averaged.append(own[key])
+                current.append(value)
+            else:
+                own[key].copy_(value)
+        torch._foreach_lerp_(averaged, current, 1 - self.current_decay())

@@ -1,0 +1,68 @@
+"""Everything of a run that changes from epoch to epoch, as one object that can be saved and restored exactly."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from yolov9_fast.engine.ema import ModelEMA
+from yolov9_fast.models import DetectionModel
+
+
+@dataclass
+class TrainingState:
+    """Model, average, optimiser and counters.
+
+    Attributes:
+        epoch: last finished epoch, counted from 0; −1 before the first.
+        last_step: iteration of the last optimiser step; gradients since then are pending and part of the state.
+        rows: one table row per finished epoch (results.csv).
+    """
+
+    model: DetectionModel
+    ema: ModelEMA
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    epoch: int = -1
+    last_step: int = -1
+    best_fitness: float = -1.0
+    best_epoch: int = -1
+    skipped_steps: int = 0
+    rows: list[dict[str, Any]] = field(default_factory=list)
+
+    _COUNTERS = ("epoch", "last_step", "best_fitness", "best_epoch", "skipped_steps")
+
+    def capture(self) -> dict[str, Any]:
+        """Tensors, numbers and text only, so that it can be read back without executing anything."""
+        return {
+            "model": self.model.state_dict(),
+            "ema": self.ema.model.state_dict(),
+            "ema_updates": self.ema.updates,
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "gradients": [None if p.grad is None else p.grad.detach().clone() for p in self.model.parameters()],
+            "rows": json.dumps(self.rows),
+            "torch_rng": torch.get_rng_state(),
+            **{name: getattr(self, name) for name in self._COUNTERS},
+        }
+
+    def restore(self, saved: dict[str, Any]) -> None:
+        """Become what `capture` returned.
+
+        Raises:
+            KeyError, RuntimeError, ValueError: it belongs to another run.
+        """
+        self.model.load_state_dict(saved["model"])
+        self.ema.model.load_state_dict(saved["ema"])
+        self.ema.updates = saved["ema_updates"]
+        self.optimizer.load_state_dict(saved["optimizer"])
+        self.scaler.load_state_dict(saved["scaler"])
+        for parameter, gradient in zip(self.model.parameters(), saved["gradients"], strict=True):
+            parameter.grad = None if gradient is None else gradient.to(parameter.device)
+        self.rows = json.loads(saved["rows"])
+        torch.set_rng_state(saved["torch_rng"])
+        for name in self._COUNTERS:
+            setattr(self, name, saved[name])

@@ -1,0 +1,210 @@
+"""Evaluation of a detector on a labelled split: COCO AP by pycocotools, loss, confusion matrix, detections."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+from yolov9_fast.ops.nms import nms
+
+from yolov9_fast._lazy import require
+from yolov9_fast.data import (
+    Batch,
+    DataConfig,
+    DetectionDataset,
+    DetectionLoader,
+    ImageRecord,
+    LabelReport,
+    category_ids,
+    coco_ground_truth,
+    create_loader,
+    load_split,
+    scale_boxes_to_original,
+)
+from yolov9_fast.engine.distributed import World
+from yolov9_fast.errors import UserError
+from yolov9_fast.losses import DetectionLoss
+from yolov9_fast.metrics import CocoMetrics, ConfusionMatrix, detections_to_coco, evaluate_coco
+from yolov9_fast.models import DetectionModel
+from yolov9_fast.nn import DetectionOutput
+from yolov9_fast.ops.decode import decode
+
+
+@dataclass(frozen=True)
+class EvaluationSet:
+    """A split ready to be evaluated: its images, its ground truth in COCO form, and the category of each class."""
+
+    split: str
+    names: dict[int, str]
+    records: list[ImageRecord]
+    report: LabelReport
+    ground_truth: dict[str, Any]
+    categories: list[int]
+    loader: DetectionLoader
+
+
+@dataclass
+class ValidationResult:
+    """What an evaluation found; on other ranks than 0 only `loss` means anything."""
+
+    metrics: CocoMetrics | None
+    loss: tuple[float, float, float] | None
+    detections: list[dict[str, Any]]
+    confusion: ConfusionMatrix
+    images: int
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+def open_evaluation_set(
+    data: DataConfig,
+    split: str,
+    *,
+    image_size: int,
+    batch_size: int,
+    workers: int = 0,
+    rect: bool = True,
+    cache: Literal["ram", "disk"] | None = None,
+    world: World | None = None,
+) -> EvaluationSet:
+    """Read a split's images and labels and make its loader.
+
+    Raises:
+        DataError: no such split, or nothing usable in it.
+    """
+    records, report = load_split(data, split, for_training=False)
+    dataset = DetectionDataset(
+        records,
+        image_size=image_size,
+        augment=None,
+        rect=rect,
+        batch_size=batch_size,
+        cache=cache,
+        cache_dir=data.path,
+    )
+    rank, size = (world.rank, world.size) if world else (0, 1)
+    loader = create_loader(dataset, batch_size=batch_size, workers=workers, shuffle=False, rank=rank, world_size=size)
+    return EvaluationSet(
+        split, data.names, records, report, coco_ground_truth(data, split, records), category_ids(data, split), loader
+    )
+
+
+def prepare_images(batch: Batch, device: torch.device, *, channels_last: bool = False) -> Tensor:
+    """The batch's images on `device`, float32 in [0, 1]."""
+    images = batch.images.to(device, non_blocking=True)
+    if channels_last:
+        images = images.contiguous(memory_format=torch.channels_last)
+    return images.float().div_(255)
+
+
+def autocast(device: torch.device, amp: str) -> contextlib.AbstractContextManager[Any]:
+    """Autocast for `amp` ∈ off, bf16, fp16."""
+    dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16}
+    if amp == "off":
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, dtype=dtypes[amp])
+
+
+@contextlib.contextmanager
+def _evaluating(model: torch.nn.Module) -> Iterator[None]:
+    training = model.training
+    model.eval()
+    try:
+        with torch.inference_mode():
+            yield
+    finally:
+        model.train(training)
+
+
+def _labels_in_pixels(record: ImageRecord) -> np.ndarray:
+    """[m, 5]: class, x1, y1, x2, y2 in pixels of the original image."""
+    boxes = record.boxes.astype(np.float64)
+    size = np.array([record.width, record.height], np.float64)
+    centre, half = boxes[:, 1:3] * size, boxes[:, 3:5] * size / 2
+    return np.concatenate((boxes[:, :1], centre - half, centre + half), 1)
+
+
+def validate(
+    model: DetectionModel,
+    evaluation: EvaluationSet,
+    *,
+    conf: float = 0.001,
+    iou: float = 0.7,
+    max_det: int = 300,
+    amp: str = "off",
+    criterion: DetectionLoss | None = None,
+    world: World | None = None,
+    channels_last: bool = False,
+    progress: bool = True,
+    title: str = "val",
+) -> ValidationResult:
+    """Evaluate `model` with the published settings: class-wise multi-label NMS, 300 detections, COCO AP.
+
+    Every process evaluates its share of the images; rank 0 gathers and computes the metrics.
+
+    Args:
+        model: in any mode; only its main branch is computed.
+        conf, iou, max_det: of NMS.
+        amp: off, bf16 or fp16.
+        criterion: also compute the main branch's loss (box, cls, dfl; weighted by images).
+    """
+    device = next(model.parameters()).device
+    world = world or World(0, 1, device)
+    if model.num_classes != len(evaluation.names):
+        raise UserError(f"the model has {model.num_classes} classes, the data has {len(evaluation.names)}")
+    detections: list[dict[str, Any]] = []
+    confusion = ConfusionMatrix(model.num_classes)
+    losses = torch.zeros(4, dtype=torch.float64, device=device)
+    clock = {"data": 0.0, "forward": 0.0, "nms": 0.0, "metrics": 0.0}
+    tqdm = require("tqdm").tqdm
+    bar = tqdm(evaluation.loader, desc=title, unit="batch", leave=False, disable=not (progress and world.is_main))
+    with _evaluating(model):
+        mark = time.perf_counter()
+        for batch in bar:
+            started = time.perf_counter()
+            clock["data"] += started - mark
+            images = prepare_images(batch, device, channels_last=channels_last)
+            with autocast(device, amp):
+                maps = [m.float() for m in model.raw(images, auxiliary=False).main]
+            if criterion is not None:
+                loss = criterion(DetectionOutput(maps), batch.targets.to(device), (images.shape[2], images.shape[3]))
+                items = torch.stack([loss.box, loss.cls, loss.dfl]).double()
+                losses += torch.cat((items * len(images), items.new_tensor([len(images)])))
+            prediction = decode(maps, model.strides)
+            forwarded = time.perf_counter()
+            clock["forward"] += forwarded - started
+            found = nms(prediction, conf=conf, iou=iou, max_det=max_det)
+            for position, (rows, count) in enumerate(zip(found.boxes.cpu(), found.count.tolist(), strict=True)):
+                record = evaluation.records[batch.indices[position]]
+                rows = rows[:count].clone()
+                rows[:, :4] = scale_boxes_to_original(
+                    rows[:, :4], batch.ratios[position], batch.pads[position], batch.original_shapes[position]
+                )
+                detections.extend(detections_to_coco(rows.numpy(), record.image_id, evaluation.categories))
+                confusion.update(rows, torch.from_numpy(_labels_in_pixels(record)).float())
+            mark = time.perf_counter()
+            clock["nms"] += mark - forwarded
+    losses = world.sum(losses)
+    gathered = world.gather_objects((detections, confusion.matrix))
+    metrics = None
+    if world.is_main:
+        detections = [d for part, _ in gathered for d in part]
+        confusion.matrix = sum(matrix for _, matrix in gathered)  # type: ignore[assignment]
+        started = time.perf_counter()
+        metrics = evaluate_coco(
+            evaluation.ground_truth,
+            detections,
+            names=evaluation.names,
+            image_ids=[record.image_id for record in evaluation.records],
+        )
+        clock["metrics"] = time.perf_counter() - started
+    loss_items = None
+    if criterion is not None:
+        box, cls, dfl = (losses[:3] / losses[3].clamp_min(1)).tolist()
+        loss_items = (box, cls, dfl)
+    return ValidationResult(metrics, loss_items, detections, confusion, len(evaluation.records), clock)

@@ -9,6 +9,7 @@ from yolov9_fast.data.labels import load_split
 from yolov9_fast.data.loader import DetectionLoader, create_loader
 from yolov9_fast.data.records import ImageRecord, LabelReport
 from yolov9_fast.data.sample import Batch, Sample
+from yolov9_fast.data.sources import Frame, open_source
 
 __all__ = [
     "AugmentConfig",
@@ -16,6 +17,7 @@ __all__ = [
     "DataConfig",
     "DetectionDataset",
     "DetectionLoader",
+    "Frame",
     "ImageRecord",
     "LabelReport",
     "Letterboxed",
@@ -27,6 +29,7 @@ __all__ = [
     "letterbox",
     "load_data_config",
     "load_split",
+    "open_source",
     "read_image",
     "scale_boxes_to_original",
     "to_tensor",

@@ -1,4 +1,4 @@
-"""Augmentation of one labelled image: colours, flips, affine map, mixing and pasting; every draw comes from the given generator."""
+"""Augmentation of one labelled image: colours, flips, affine map, mixing, pasting; all draws from a given generator."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ from yolov9_fast.data.images import GREY, Image
 class AugmentConfig:
     """Strengths and probabilities of the published recipe.
 
-    `hsv_*`: largest relative change; `degrees`, `shear`: largest angle; `translate`: share of the side; `scale`: largest
-    relative change of size; `flipud`, `fliplr`, `mosaic`, `mixup`: probabilities; `copy_paste`: share of outlined objects.
+    `hsv_*`: largest relative change; `degrees`, `shear`: largest angle; `translate`: share of the side; `scale`:
+    largest relative change of size; `flipud`, `fliplr`, `mosaic`, `mixup`: probabilities; `copy_paste`: share of
+    outlined objects.
     """
 
     hsv_h: float = 0.015
@@ -49,8 +50,8 @@ class AugmentConfig:
 class Scene:
     """An image with its objects, in pixels.
 
-    `image`: uint8 BGR [H, W, 3]; `classes`: float32 [n]; `boxes`: float32 [n, 4] x1, y1, x2, y2; `outlines`: per object its
-    polygon [k, 2] or None; an empty list when none has one.
+    `image`: uint8 BGR [H, W, 3]; `classes`: float32 [n]; `boxes`: float32 [n, 4] x1, y1, x2, y2; `outlines`: per object
+    its polygon [k, 2] or None; an empty list when none has one.
     """
 
     image: Image
@@ -95,8 +96,9 @@ def random_flips(scene: Scene, config: AugmentConfig, rng: Generator) -> Scene:
 def random_affine(scene: Scene, shape: tuple[int, int], config: AugmentConfig, rng: Generator) -> Scene:
     """Scale, rotate, shear and shift about the centre onto a grey canvas of `shape` (height, width).
 
-    Boxes come from the outlines where there are any (a turned box would be too large), are cut to the canvas, and are kept
-    if wider and higher than 2 px, not thinner than 1:100, and if 1 % (outlines) or 10 % (boxes) of their area is left.
+    Boxes come from the outlines where there are any (a turned box would be too large), are cut to the canvas, and are
+    kept if wider and higher than 2 px, not thinner than 1:100, and if 1 % (outlines) or 10 % (boxes) of their area is
+    left.
     """
     matrix, scale = _random_matrix(scene.size, shape, config, rng)
     image = _warp(scene.image, matrix, shape, perspective=config.perspective > 0)

@@ -40,17 +40,24 @@ def read_coco(file: Path) -> CocoFile:
     for key in ("images", "annotations", "categories"):
         if not isinstance(content, dict) or not isinstance(content.get(key), list):
             raise DataError(f"the annotation file {file} has no list '{key}'; it is not in COCO's detection form")
-    for image in content["images"]:
-        if "id" not in image or "file_name" not in image:
-            raise DataError(f"{file}: an image entry lacks 'id' or 'file_name': {image}")
+    _check_entries(content["images"], "images", {"id": int, "file_name": str}, file)
+    _check_entries(content["annotations"], "annotations", {"image_id": int}, file)
+    _check_entries(content["categories"], "categories", {"id": int, "name": str}, file)
     by_image: dict[int, list[Annotation]] = defaultdict(list)
     for annotation in content["annotations"]:
-        by_image[annotation.get("image_id")].append(annotation)
+        by_image[annotation["image_id"]].append(annotation)
     return CocoFile(file, content["images"], dict(by_image), content["categories"])
 
 
+def _check_entries(entries: list[Any], name: str, keys: dict[str, type], file: Path) -> None:
+    for number, entry in enumerate(entries):
+        for key, kind in keys.items():
+            if not isinstance(entry, dict) or not isinstance(entry.get(key), kind):
+                raise DataError(f"{file}: {name}[{number}] needs '{key}' ({kind.__name__}), got {str(entry)[:200]}")
+
+
 def category_ids(config: DataConfig, split: str) -> list[int]:
-    """Category id of each class 0..nc-1: the JSON's id of the category of the same name, or class + 1 for YOLO txt labels."""
+    """Category id of each class 0..nc-1: the JSON's id of the category so named, or class + 1 for YOLO txt labels."""
     file = config.split(split).annotations
     if file is None:
         return list(range(1, config.num_classes + 1))
@@ -82,7 +89,7 @@ def coco_objects(
     *,
     for_training: bool,
 ) -> tuple[Floats, list[Floats | None] | None]:
-    """Boxes and polygons of one image of `size` (height, width); crowds are left out, bad annotations counted in `report`."""
+    """Boxes and polygons of an image of `size` (height, width), without crowds; bad annotations go to `report`."""
     height, width = size
     boxes: list[list[float]] = []
     polygons: list[Floats | None] = []
@@ -117,8 +124,9 @@ def _problem(annotation: Annotation, classes: dict[int, int]) -> str | None:
         return f"bbox is not 4 numbers ({box})"
     if not np.isfinite(values).all():
         return "NaN or infinite number"
-    if annotation.get("category_id") not in classes:
-        return f"unknown category ({annotation.get('category_id')})"
+    category = annotation.get("category_id")
+    if not isinstance(category, int) or category not in classes:
+        return f"unknown category ({category})"
     if values[2] <= 0 or values[3] <= 0:
         return "box without area"
     return None
@@ -127,17 +135,17 @@ def _problem(annotation: Annotation, classes: dict[int, int]) -> str | None:
 def _polygon(segmentation: Any, width: int, height: int) -> Floats | None:
     if not isinstance(segmentation, list):
         return None
-    parts = []
+    parts: list[Floats] = []
     for part in segmentation:
         if not isinstance(part, list) or len(part) < 6 or len(part) % 2:
             continue
         try:
-            points = np.asarray(part, dtype=np.float32).reshape(-1, 2) / np.array([width, height], dtype=np.float32)
+            points: Floats = np.asarray(part, dtype=np.float32).reshape(-1, 2)
         except (TypeError, ValueError):
             return None
         if not np.isfinite(points).all():
             return None
-        parts.append(np.clip(points, 0, 1))
+        parts.append(np.clip(points / np.array([width, height], dtype=np.float32), 0, 1))
     return _join(parts) if parts else None
 
 
@@ -154,7 +162,7 @@ def _join(parts: list[Floats]) -> Floats:
 def coco_ground_truth(config: DataConfig, split: str, records: Sequence[ImageRecord]) -> dict[str, Any]:
     """COCO-form ground truth of `records` for pycocotools.
 
-    From a COCO JSON: its own annotations (crowds and ignored ones kept, its category ids), restricted to the records' images.
+    From a COCO JSON: its own annotations and category ids, crowds and ignored ones included, of the records' images.
     From YOLO txt: one annotation per box, category id = class + 1, area = box area in pixels, iscrowd 0.
     """
     file = config.split(split).annotations

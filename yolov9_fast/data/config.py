@@ -44,8 +44,8 @@ class DataConfig:
 def load_data_config(file: str | Path) -> DataConfig:
     """Read a data file.
 
-    Form: `path` (optional root, relative to the file's folder), `names` (list, or mapping index → name), optional `nc`, and
-    at least one of `train`, `val`, `test`. A split is a folder, a `.txt` list of images, a list of those, or
+    Form: `path` (optional root, relative to the file's folder), `names` (list, or mapping index → name), optional `nc`,
+    and at least one of `train`, `val`, `test`. A split is a folder, a `.txt` list of images, a list of those, or
     `{images: DIR, annotations: FILE.json}`. Raises `DataError` that names the key at fault. Whether the images exist is
     checked by `load_split`.
     """

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import numpy as np
 import torch
@@ -13,7 +14,7 @@ from torch.utils.data import Dataset
 
 from yolov9_fast.data.augment import AugmentConfig, Scene, copy_paste, mixup, random_affine, random_flips, random_hsv
 from yolov9_fast.data.geometry import corners_from_normalised, normalised_from_corners
-from yolov9_fast.data.images import Image, check_size, pad_to, read_image, resize_long_side, to_tensor
+from yolov9_fast.data.images import Image, check_size, pad_to, read_image, resize_long_side, scaled_size, to_tensor
 from yolov9_fast.data.mosaic import mosaic4
 from yolov9_fast.data.packed import PackedRecords
 from yolov9_fast.data.records import ImageRecord
@@ -23,7 +24,8 @@ from yolov9_fast.data.stores import DiskStore, ImageStore, MemoryStore, NoStore,
 from yolov9_fast.errors import DataError
 
 
-class Token(NamedTuple):
+@dataclass(frozen=True)
+class Token:
     """What the loader asks for: epoch and mosaic travel with the index, so that long-lived workers know them too."""
 
     epoch: int
@@ -34,9 +36,9 @@ class Token(NamedTuple):
 class DetectionDataset(Dataset[Sample]):
     """Samples of `records`.
 
-    `augment`: the training pipeline, or None for evaluation (letterbox only). `image_size`: side in pixels, a multiple of
-    `stride`. `rect`: evaluation canvases of `rectangular_batches` for loaders of `batch_size`. `cache`: keep resized images in
-    "ram" or on "disk" (`cache_dir`). All random draws of a sample come from (`seed`, epoch, index) alone.
+    `augment`: the training pipeline, or None for evaluation (letterbox only). `image_size`: side in pixels, a multiple
+    of `stride`. `rect`: evaluation canvases of `rectangular_batches` for loaders of `batch_size`. `cache`: keep resized
+    images in "ram" or on "disk" (`cache_dir`). All random draws of a sample come from (`seed`, epoch, index) alone.
     """
 
     def __init__(
@@ -98,7 +100,7 @@ class DetectionDataset(Dataset[Sample]):
         self.epoch = epoch
 
     def close_mosaic(self) -> None:
-        """From now on no mosaic, mixup or copy-paste in `dataset[index]`; loaders take it from `set_epoch(..., mosaic=False)`."""
+        """No mosaic, mixup or copy-paste in `dataset[index]` any more; a loader has `set_epoch(..., mosaic=False)`."""
         self.mosaic_enabled = False
 
     def _evaluation_sample(self, index: int) -> Sample:
@@ -117,7 +119,7 @@ class DetectionDataset(Dataset[Sample]):
             scene = self._mosaic(token.index, augment, rng)
             if rng.random() < augment.mixup:
                 scene = mixup(scene, self._mosaic(int(rng.integers(len(self))), augment, rng), rng)
-            resized, pad = self._resized_size(token.index), (0, 0)
+            resized, pad = scaled_size(*self._packed.size(token.index), size), (0, 0)
         else:
             plain = self._scene(token.index)
             resized = plain.size
@@ -149,11 +151,6 @@ class DetectionDataset(Dataset[Sample]):
         original = self._packed.size(index)
         ratio = (resized[0] / original[0], resized[1] / original[1])
         return Sample(to_tensor(scene.image), torch.from_numpy(targets), index, original, ratio, pad)
-
-    def _resized_size(self, index: int) -> tuple[int, int]:
-        image = self._packed.size(index)
-        longest = max(image)
-        return image[0] * self.image_size // longest, image[1] * self.image_size // longest
 
     def _load(self, index: int) -> Image:
         image = read_image(self._packed.path(index))

@@ -131,8 +131,8 @@ def scale_boxes_to_original(
 ) -> Tensor:
     """Take boxes from letterboxed to original pixels.
 
-    `boxes`: floating [n, ≥4], x1, y1, x2, y2 first (further columns are kept); `ratio` (height, width gain), `pad` (left, top)
-    and `original_shape` (height, width) as in a `Sample`. Returns a new tensor, clipped to the image.
+    `boxes`: floating [n, ≥4], x1, y1, x2, y2 first (further columns are kept); `ratio` (height, width gain), `pad`
+    (left, top) and `original_shape` (height, width) as in a `Sample`. Returns a new tensor, clipped to the image.
     """
     if boxes.ndim != 2 or boxes.shape[1] < 4:
         raise ValueError(f"boxes must be [n, 4 or more], got {list(boxes.shape)}")

@@ -1,4 +1,4 @@
-"""Images and objects of a split, each checked once; what cannot be used is counted and listed, never silently dropped."""
+"""Images and objects of a split, each checked once; what cannot be used is counted and listed."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ def list_images(config: DataConfig, split: str) -> list[Path]:
 
 
 def label_path(image: Path) -> Path:
-    """The YOLO txt of an image: the last folder `images` replaced by `labels`; beside the image if there is no such folder."""
+    """The YOLO txt of an image: its last folder `images` becomes `labels`; beside the image if there is no such folder."""
     parts = image.parts
     for position in range(len(parts) - 2, -1, -1):
         if parts[position] == "images":
@@ -39,7 +39,7 @@ def folder_images(folder: Path) -> list[Path]:
 
 
 def read_image_list(file: Path, root: Path | None = None) -> list[Path]:
-    """Paths in a `.txt` list, one a line; relative ones from the list's folder, else from `root`. `#` starts a comment."""
+    """Paths in a `.txt` list, one a line, relative to the list's folder, else to `root`; `#` starts a comment."""
     try:
         lines = file.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:

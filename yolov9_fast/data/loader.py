@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, Sampler
 
 from yolov9_fast._lazy import require
 from yolov9_fast.data.dataset import DetectionDataset, Token
-from yolov9_fast.data.sample import Batch, collate
+from yolov9_fast.data.sample import Batch, Sample, collate
 
 
 def create_loader(
@@ -27,9 +27,10 @@ def create_loader(
 ) -> DetectionLoader:
     """A loader of batches of `batch_size` per process.
 
-    Rank r of `world_size` gets the r-th contiguous part of each global batch of batch_size · world_size samples, so that the
-    ranks together see what one process would. With `shuffle` a last global batch that the ranks cannot share evenly is
-    filled up from the start of the order; without it no sample is given twice and ranks may have unequal numbers of batches.
+    Rank r of `world_size` gets the r-th contiguous part of each global batch of batch_size · world_size samples, so
+    that the ranks together see what one process would. With `shuffle` a last global batch that the ranks cannot share
+    evenly is filled up from the start of the order; without it no sample is given twice and ranks may have unequal
+    numbers of batches.
     """
     return DetectionLoader(
         dataset,
@@ -41,14 +42,14 @@ def create_loader(
 
 
 class DetectionLoader:
-    """Iterable over `Batch`; choose the epoch with `set_epoch` before each pass. Worker processes live until `close`."""
+    """Iterable over `Batch`; `set_epoch` before each pass chooses its draws. Worker processes live until `close`."""
 
     def __init__(self, dataset: DetectionDataset, order: BatchOrder, workers: int) -> None:
         if workers < 0:
             raise ValueError(f"workers must not be negative, got {workers}")
         self.dataset = dataset
         self._order = order
-        self._loader: DataLoader[Batch] | None = DataLoader(
+        self._loader: DataLoader[Sample] | None = DataLoader(
             dataset,
             batch_sampler=order,
             num_workers=workers,
@@ -96,7 +97,8 @@ class BatchOrder(Sampler[list[Token]]):
             raise ValueError(f"rank must lie in 0..{world_size - 1}, got {rank}")
         if dataset.rect and (shuffle or batch_size != dataset.batch_size):
             raise ValueError(
-                f"a rect dataset needs shuffle=False and its own batch_size {dataset.batch_size}, got {shuffle=}, {batch_size=}"
+                f"a rect dataset needs shuffle=False and its own batch_size {dataset.batch_size}, "
+                f"got {shuffle=}, {batch_size=}"
             )
         self.epoch, self.mosaic = 0, True
         self._base = np.asarray(dataset.order)

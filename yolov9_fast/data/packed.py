@@ -1,4 +1,4 @@
-"""Records in a few flat arrays, which forked workers share: touching Python objects would copy their pages one by one."""
+"""Records in a few flat arrays, which forked workers share: touching Python objects would copy their pages."""
 
 from __future__ import annotations
 

@@ -16,8 +16,8 @@ Floats = NDArray[np.float32]
 class ImageRecord:
     """An image and its objects.
 
-    `boxes`: float32 [n, 5] rows (class, cx, cy, w, h), normalised to the image; `polygons`: per object None or float32 [k, 2]
-    normalised points, or None when no object has one; `width`, `height`: pixels of the decoded, upright image.
+    `boxes`: float32 [n, 5] rows (class, cx, cy, w, h), normalised to the image; `polygons`: per object None or float32
+    [k, 2] normalised points, or None when no object has one; `width`, `height`: pixels of the decoded, upright image.
     """
 
     path: Path

@@ -13,8 +13,8 @@ def rectangular_batches(
 ) -> tuple[list[int], list[tuple[int, int]]]:
     """Order of the images by height / width, and the canvas (height, width) of each image by its index.
 
-    Per batch of that order: shape = [largest ratio, 1] if all images are wide, [1, 1 / smallest ratio] if all are tall, else
-    [1, 1]; canvas = ceil(shape · image_size / stride + pad) · stride per side.
+    Per batch of that order: shape = [largest ratio, 1] if all images are wide, [1, 1 / smallest ratio] if all are tall,
+    else [1, 1]; canvas = ceil(shape · image_size / stride + pad) · stride per side.
     """
     ratios = sizes[:, 0] / sizes[:, 1]
     order = np.argsort(ratios, kind="stable").tolist()

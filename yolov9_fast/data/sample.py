@@ -13,9 +13,10 @@ from torch import Tensor
 class Sample:
     """One image ready for the network.
 
-    `image`: uint8 RGB [3, H, W]; `targets`: float32 [n, 5] (class, cx, cy, w, h), normalised to W and H; `index`: position in the
-    dataset's records. In evaluation `original_shape` (height, width), `ratio` (gain of height, gain of width) and `pad`
-    (left, top pixels) lead back to the file's pixels; after augmentation they only describe the image first drawn.
+    `image`: uint8 RGB [3, H, W]; `targets`: float32 [n, 5] (class, cx, cy, w, h), normalised to W and H; `index`:
+    position in the dataset's records. In evaluation `original_shape` (height, width), `ratio` (gain of height, gain of
+    width) and `pad` (left, top pixels) lead back to the file's pixels; after augmentation they only describe the image
+    first drawn.
     """
 
     image: Tensor
@@ -28,7 +29,7 @@ class Sample:
 
 @dataclass
 class Batch:
-    """Samples together: `images` uint8 [B, 3, H, W]; `targets` float32 [n, 6] (image, class, cx, cy, w, h); lists of length B."""
+    """B samples: `images` uint8 [B, 3, H, W]; `targets` float32 [n, 6] (image, class, cx, cy, w, h); the rest per image."""
 
     images: Tensor
     targets: Tensor

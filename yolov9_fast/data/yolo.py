@@ -1,4 +1,4 @@
-"""YOLO label files: a row is `class cx cy w h` or `class x1 y1 x2 y2 x3 y3 ...`, normalised; each row decides for itself."""
+"""YOLO label files: a row is `class cx cy w h` or `class x1 y1 x2 y2 x3 y3 ...`, normalised; decided per row."""
 
 from __future__ import annotations
 

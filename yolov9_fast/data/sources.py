@@ -1,0 +1,113 @@
+"""Sources to predict on: images, folders, globs, lists, videos, webcams and streams, all as a sequence of frames."""
+
+from __future__ import annotations
+
+import glob
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from yolov9_fast._lazy import require
+from yolov9_fast.data.images import IMAGE_SUFFIXES, Image, read_image
+from yolov9_fast.data.listing import read_image_list
+from yolov9_fast.errors import DataError
+
+VIDEO_SUFFIXES = frozenset({".avi", ".flv", ".gif", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm", ".wmv"})
+
+_STREAM_SCHEMES = ("rtsp://", "rtmp://", "http://", "https://", "tcp://", "udp://")
+
+
+@dataclass
+class Frame:
+    """One picture of a source.
+
+    `image`: uint8 BGR [H, W, 3], or None when it could not be read, and then `error` says why; `path`: the file, address
+    or webcam; `index`: number of the file in the source; `frame`: number within the file (0 for an image); `fps`: frames
+    per second of a video where known.
+    """
+
+    image: Image | None
+    path: str
+    index: int
+    frame: int = 0
+    is_video: bool = False
+    fps: float | None = None
+    error: str | None = None
+
+
+def open_source(source: str | Path | Sequence[str | Path]) -> Iterator[Frame]:
+    """Frames of a source, read one at a time.
+
+    `source`: an image or video file, a folder (its images and videos, not those of folders within), a glob (`**`
+    allowed), a `.txt` list, a webcam's number, a stream's address, or several of these. Raises `DataError` at the call
+    when there is nothing to read or a camera or stream does not open; a file that cannot be read is a frame with an
+    `error`.
+    """
+    parts = [source] if isinstance(source, str | Path) else list(source)
+    items = list(chain.from_iterable(_expand(str(part)) for part in parts))
+    if not items:
+        raise DataError(
+            f"no image or video found in {', '.join(map(str, parts)) or 'an empty source'}; "
+            f"known are {' '.join(sorted(IMAGE_SUFFIXES | VIDEO_SUFFIXES))}"
+        )
+    opened = {item: _open_live(item) for item in items if _is_live(item)}
+    return chain.from_iterable(_frames(item, index, opened.get(item)) for index, item in enumerate(items))
+
+
+def _expand(source: str) -> list[str]:
+    path = Path(source)
+    if path.is_dir():
+        return [str(file) for file in sorted(path.iterdir()) if _is_media(file)]
+    if path.is_file():
+        return [str(file) for file in read_image_list(path)] if path.suffix.lower() == ".txt" else [source]
+    if _is_live(source):
+        return [source]
+    if glob.has_magic(source):
+        return [file for file in sorted(glob.glob(source, recursive=True)) if _is_media(Path(file))]
+    raise DataError(f"source {source} does not exist")
+
+
+def _is_media(file: Path) -> bool:
+    return file.suffix.lower() in IMAGE_SUFFIXES | VIDEO_SUFFIXES and file.is_file()
+
+
+def _is_live(source: str) -> bool:
+    return source.lower().startswith(_STREAM_SCHEMES) or (source.isdecimal() and not Path(source).exists())
+
+
+def _open_live(source: str) -> Any:
+    capture = require("cv2").VideoCapture(int(source) if source.isdecimal() else source)
+    if not capture.isOpened():
+        kind = "webcam" if source.isdecimal() else "stream"
+        raise DataError(f"{kind} {source} does not open")
+    return capture
+
+
+def _frames(item: str, index: int, live: Any) -> Iterator[Frame]:
+    if live is not None:
+        yield from _video_frames(live, item, index)
+    elif Path(item).suffix.lower() in VIDEO_SUFFIXES:
+        yield from _video_frames(require("cv2").VideoCapture(item), item, index)
+    else:
+        try:
+            yield Frame(read_image(item), item, index)
+        except DataError as error:
+            yield Frame(None, item, index, error=str(error))
+
+
+def _video_frames(capture: Any, item: str, index: int) -> Iterator[Frame]:
+    try:
+        fps = float(capture.get(require("cv2").CAP_PROP_FPS)) or None
+        number = 0
+        while True:
+            good, image = capture.read()
+            if not good:
+                break
+            yield Frame(image, item, index, number, is_video=True, fps=fps)
+            number += 1
+        if number == 0:
+            yield Frame(None, item, index, is_video=True, error=f"no frame of {item} can be decoded")
+    finally:
+        capture.release()

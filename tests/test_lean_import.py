@@ -6,7 +6,8 @@ import json
 import subprocess
 import sys
 
-EXTRAS = ("cv2", "matplotlib", "yaml", "pycocotools", "tqdm", "tensorboard", "safetensors", "triton", "PIL")
+# Without tqdm: torch itself imports it when it is there.
+EXTRAS = ("cv2", "matplotlib", "yaml", "pycocotools", "tensorboard", "safetensors", "triton", "PIL")
 AFTER = f"""
 import json, sys
 torch = sys.modules.get("torch")

@@ -13,7 +13,7 @@ from yolov9_fast.losses.targets import PaddedTargets, pad_targets
 from yolov9_fast.nn.output import DetectionOutput
 from yolov9_fast.ops.assign import Assignment, assign
 from yolov9_fast.ops.boxes import REG_MAX, STRIDES
-from yolov9_fast.ops.decode import check_maps, expected_sides, flatten_maps, map_anchor_points
+from yolov9_fast.ops.decode import check_maps, expected_sides, flatten_maps, map_anchor_points, split_maps
 from yolov9_fast.ops.detection_loss import detection_loss
 
 
@@ -140,10 +140,11 @@ class DetectionLoss:
     def _assign(self, maps: Sequence[Tensor], truth: PaddedTargets) -> Assignment:
         raw = flatten_maps([level.detach() for level in maps])
         points, stride = map_anchor_points(maps, self.strides, raw.dtype)
-        sides = expected_sides(raw[:, : 4 * REG_MAX])
+        bins, logits = split_maps(raw)
+        sides = expected_sides(bins)
         boxes = torch.cat((points.T - sides[:, :2], points.T + sides[:, 2:]), 1) * stride.T
         return assign(
-            raw[:, 4 * REG_MAX :].sigmoid().transpose(1, 2),
+            logits.sigmoid().transpose(1, 2),
             boxes.transpose(1, 2),
             points * stride,
             truth.labels,

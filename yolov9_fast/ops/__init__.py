@@ -3,6 +3,10 @@
 Each module is imported here, at once: importing it later would bind the module over the function.
 """
 
+from yolov9_fast.ops.assign import Assignment, assign
 from yolov9_fast.ops.box_iou import box_iou
+from yolov9_fast.ops.decode import decode
+from yolov9_fast.ops.detection_loss import detection_loss
+from yolov9_fast.ops.nms import Detections, nms
 
-__all__ = ["box_iou"]
+__all__ = ["Assignment", "Detections", "assign", "box_iou", "decode", "detection_loss", "nms"]

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from yolov9_fast.ops.backend import Implementation, Operator, register, select
 from yolov9_fast.ops.boxes import aspect, ciou_of_sides
 
 _INSIDE_EPS = 1e-9
 _METRIC_EPS = 1e-9
-# Pairs (image, ground truth, anchor) looked at together: bounds the memory at about 30 such float tensors.
-_PAIRS_AT_ONCE = 1 << 22
 
 
 class Assignment(NamedTuple):
@@ -59,7 +59,9 @@ def assign(
     _check(scores, boxes, anchor_points, gt_labels, gt_boxes, gt_mask, topk)
     labels = gt_labels.reshape(gt_boxes.shape[:2])
     mask = gt_mask.reshape(gt_boxes.shape[:2])
-    return assign_reference(scores, boxes, anchor_points, labels, gt_boxes, mask, topk=topk, alpha=alpha, beta=beta)
+    args = (scores, boxes, anchor_points, labels, gt_boxes, mask, topk, alpha, beta)
+    result: Assignment = select(OPERATOR, *args)(*args)
+    return result
 
 
 @torch.no_grad()
@@ -70,53 +72,108 @@ def assign_reference(
     gt_labels: Tensor,
     gt_boxes: Tensor,
     gt_mask: Tensor,
-    *,
     topk: int,
     alpha: float,
     beta: float,
 ) -> Assignment:
-    """`assign` in eager PyTorch, some ground truths at a time; labels and mask [B, N]."""
+    """`assign` in eager PyTorch: a few ground truths at a time, padding left out; labels and mask [B, N]."""
     batch, anchors = boxes.shape[:2]
-    count = gt_boxes.shape[1]
-    background = torch.full((batch, anchors), -1, dtype=torch.int64, device=boxes.device)
-    if count == 0 or anchors == 0 or batch == 0:
-        return Assignment(background, boxes.new_zeros(batch, anchors))
-    labels = gt_labels.long()
-    by_class = scores.transpose(1, 2)
-    rows = torch.arange(batch, device=boxes.device)[:, None]
-    predicted = [side[:, None] for side in boxes.unbind(-1)]
-    predicted_aspect = aspect(boxes)[:, None]
+    gt_index = torch.full((batch, anchors), -1, dtype=torch.int64, device=boxes.device)
+    weight = boxes.new_zeros(batch, anchors)
+    image, truth = torch.nonzero(gt_mask > 0, as_tuple=True)
+    if len(image) == 0 or anchors == 0:
+        return Assignment(gt_index, weight)
+    scene = _Scene(scores.transpose(1, 2), boxes, aspect(boxes), gt_labels.long(), gt_boxes, aspect(gt_boxes))
 
-    claims = torch.zeros_like(background)
-    claimed_by = background.clone()
-    best_overlap = boxes.new_full((batch, anchors), -1.0)
-    best = torch.zeros_like(background)
-    step = max(1, _PAIRS_AT_ONCE // (batch * anchors))
-    for start in range(0, count, step):
-        part = slice(start, min(start + step, count))
-        truth = [side[..., None] for side in gt_boxes[:, part].unbind(-1)]
-        overlap = ciou_of_sides(truth, predicted, aspect(gt_boxes[:, part])[..., None], predicted_aspect)
-        overlap = _finite_positive(overlap)
-        metric = _metric(by_class[rows, labels[:, part]], overlap, alpha, beta)
-        claimed = _claims(metric, _inside(anchor_points, truth), gt_mask[:, part] > 0, topk)
+    claimed = []
+    for part in torch.arange(len(image), device=boxes.device).split(_rows_at_once(boxes)):
+        row, anchor = _claims(scene, anchor_points, image[part], truth[part], topk, alpha, beta)
+        claimed.append(torch.stack((image[part][row], anchor, truth[part][row])))
+    image, anchor, truth = torch.cat(claimed, 1)
+    gt_index[image, anchor] = truth
 
-        claims += claimed.sum(1)
-        number = torch.arange(part.start, part.stop, device=boxes.device)[None, :, None]
-        claimed_by = torch.maximum(claimed_by, torch.where(claimed, number, -1).amax(1))
-        part_overlap, part_best = overlap.max(1)
-        better = part_overlap > best_overlap
-        best_overlap = torch.where(better, part_overlap, best_overlap)
-        best = torch.where(better, part_best + part.start, best)
+    claims = torch.bincount(image * anchors + anchor, minlength=batch * anchors).view(batch, anchors)
+    image, anchor = torch.nonzero(claims > 1, as_tuple=True)
+    step = max(1, _pairs_at_once(boxes) // gt_boxes.shape[1])
+    for one, other in zip(image.split(step), anchor.split(step), strict=True):
+        gt_index[one, other] = _best_overlap(scene, one, other)
 
-    gt_index = torch.where(claims > 1, best, claimed_by)
-    return Assignment(gt_index, _weights(gt_index, by_class, boxes, labels, gt_boxes, alpha, beta))
+    image, anchor = torch.nonzero(gt_index >= 0, as_tuple=True)
+    weight[image, anchor] = _weights(scene, image, anchor, gt_index[image, anchor], alpha, beta)
+    return Assignment(gt_index, weight)
 
 
-def _inside(points: Tensor, truth: list[Tensor]) -> Tensor:
+class _Scene(NamedTuple):
+    by_class: Tensor
+    boxes: Tensor
+    aspects: Tensor
+    labels: Tensor
+    gt_boxes: Tensor
+    gt_aspects: Tensor
+
+
+def _pairs_at_once(tensor: Tensor) -> int:
+    """Pairs (ground truth, anchor) looked at together: what a CPU's cache holds, or what fills another device."""
+    return 1 << 17 if tensor.device.type == "cpu" else 1 << 23
+
+
+def _rows_at_once(boxes: Tensor) -> int:
+    return max(1, _pairs_at_once(boxes) // boxes.shape[1])
+
+
+def _claims(
+    scene: _Scene, points: Tensor, image: Tensor, truth: Tensor, topk: int, alpha: float, beta: float
+) -> tuple[Tensor, Tensor]:
+    """Pairs (row, anchor) of the ground truths (image, truth) [r] and the anchors that they claim."""
+    target = scene.gt_boxes[image, truth][:, None].unbind(-1)
+    inside = _inside(points, target)
+    overlap = ciou_of_sides(
+        target, scene.boxes[image].unbind(-1), scene.gt_aspects[image, truth][:, None], scene.aspects[image]
+    )
+    score = scene.by_class[image, scene.labels[image, truth]]
+    metric = _metric(score, _finite_positive(overlap), alpha, beta) * inside
+    # A non-negative float orders like its bits; the index below them makes every key unique.
+    anchors = metric.shape[-1]
+    key = metric.float().view(torch.int32).long() << 32
+    key |= torch.arange(anchors - 1, -1, -1, device=metric.device)
+    top = key.topk(min(topk, anchors), dim=-1, sorted=False).indices
+    row, column = torch.nonzero(inside.gather(-1, top), as_tuple=True)
+    return row, top[row, column]
+
+
+def _inside(points: Tensor, target: Sequence[Tensor]) -> Tensor:
     x, y = points.unbind(-1)
-    x1, y1, x2, y2 = truth
+    x1, y1, x2, y2 = target
     nearest = torch.minimum(torch.minimum(x - x1, y - y1), torch.minimum(x2 - x, y2 - y))
     return nearest > _INSIDE_EPS
+
+
+def _best_overlap(scene: _Scene, image: Tensor, anchor: Tensor) -> Tensor:
+    """For anchors (image, anchor) [K]: the ground truth of the image, padding included, with the highest overlap."""
+    predicted = scene.boxes[image, anchor][:, None].unbind(-1)
+    aspects = scene.aspects[image, anchor][:, None]
+    overlap = ciou_of_sides(scene.gt_boxes[image].unbind(-1), predicted, scene.gt_aspects[image], aspects)
+    overlap = _finite_positive(overlap)
+    count = overlap.shape[1]
+    number = torch.arange(count, device=overlap.device)
+    return torch.where(overlap == overlap.amax(1, keepdim=True), number, count).amin(1)
+
+
+def _weights(scene: _Scene, image: Tensor, anchor: Tensor, truth: Tensor, alpha: float, beta: float) -> Tensor:
+    """Weights [F] of the assigned triples (image, anchor, truth)."""
+    overlap = ciou_of_sides(
+        scene.gt_boxes[image, truth].unbind(-1),
+        scene.boxes[image, anchor].unbind(-1),
+        scene.gt_aspects[image, truth],
+        scene.aspects[image, anchor],
+    )
+    overlap = _finite_positive(overlap)
+    metric = _metric(scene.by_class[image, scene.labels[image, truth], anchor], overlap, alpha, beta)
+    row = image * scene.labels.shape[1] + truth
+    zero = overlap.new_zeros(scene.labels.numel())
+    best_metric = zero.scatter_reduce(0, row, metric, "amax")[row]
+    best_overlap = zero.scatter_reduce(0, row, overlap, "amax")[row]
+    return (metric * best_overlap / (best_metric + _METRIC_EPS)).to(scene.boxes.dtype)
 
 
 def _finite_positive(values: Tensor) -> Tensor:
@@ -124,43 +181,13 @@ def _finite_positive(values: Tensor) -> Tensor:
 
 
 def _metric(score: Tensor, overlap: Tensor, alpha: float, beta: float) -> Tensor:
-    """m = score^alpha · overlap^beta; the published exponents by roots and products, which every machine rounds alike."""
+    """score^alpha · overlap^beta; the published exponents by roots and products, which every machine rounds alike."""
     score = _finite_positive(score.to(overlap.dtype))
     score = score.sqrt() if alpha == 0.5 else score.pow(alpha)
     if beta == 6:
         square = overlap * overlap
         return score * (square * square * square)
     return score * overlap.pow(beta)
-
-
-def _claims(metric: Tensor, inside: Tensor, valid: Tensor, topk: int) -> Tensor:
-    """[B, n, A] bool: the topk anchors by metric·inside of each ground truth, ties by the lowest index, that lie inside."""
-    metric = metric * inside
-    anchors = metric.shape[-1]
-    # A non-negative float orders like its bits; the index below them makes every key unique.
-    key = metric.float().view(torch.int32).long() << 32
-    key |= torch.arange(anchors - 1, -1, -1, device=metric.device)
-    top = key.topk(min(topk, anchors), dim=-1, sorted=False).indices
-    chosen = torch.zeros_like(inside).scatter_(-1, top, True)
-    return chosen & inside & valid[..., None]
-
-
-def _weights(
-    gt_index: Tensor, by_class: Tensor, boxes: Tensor, labels: Tensor, gt_boxes: Tensor, alpha: float, beta: float
-) -> Tensor:
-    image, anchor = torch.nonzero(gt_index >= 0, as_tuple=True)
-    truth = gt_index[image, anchor]
-    target, predicted = gt_boxes[image, truth], boxes[image, anchor]
-    overlap = ciou_of_sides(target.unbind(-1), predicted.unbind(-1), aspect(target), aspect(predicted))
-    overlap = _finite_positive(overlap)
-    metric = _metric(by_class[image, labels[image, truth], anchor], overlap, alpha, beta)
-    row = image * labels.shape[1] + truth
-    empty = boxes.new_zeros(labels.numel())
-    best_metric = empty.scatter_reduce(0, row, metric, "amax")[row]
-    best_overlap = empty.scatter_reduce(0, row, overlap, "amax")[row]
-    weight = boxes.new_zeros(gt_index.shape)
-    weight[image, anchor] = metric * best_overlap / (best_metric + _METRIC_EPS)
-    return weight
 
 
 def _check(
@@ -187,3 +214,6 @@ def _check(
             raise ValueError(f"{name}: expected {expected} or {(*expected, 1)}, got {tuple(value.shape)}")
     if topk < 1:
         raise ValueError(f"topk: expected at least 1, got {topk}")
+
+
+OPERATOR = register(Operator("assign", "task-aligned assignment", {"eager": Implementation(assign_reference)}))

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from yolov9_fast.ops.backend import Implementation, Operator, register, select
 from yolov9_fast.ops.boxes import REG_MAX, STRIDES, anchor_points
 
 
@@ -25,18 +26,20 @@ def decode(maps: Sequence[Tensor], strides: Sequence[int] = STRIDES) -> Tensor:
         ValueError: maps that do not fit each other or the strides.
     """
     check_maps(maps, strides)
-    return decode_reference(maps, strides)
+    result: Tensor = select(OPERATOR, maps, strides)(maps, strides)
+    return result
 
 
 def decode_reference(maps: Sequence[Tensor], strides: Sequence[int]) -> Tensor:
     """`decode` in eager PyTorch."""
     raw = flatten_maps(maps)
     points, stride = map_anchor_points(maps, strides, raw.dtype)
-    sides = expected_sides(raw[:, : 4 * REG_MAX])
+    bins, logits = split_maps(raw)
+    sides = expected_sides(bins)
     low = points.T - sides[:, :2]
     high = points.T + sides[:, 2:]
     boxes = torch.cat(((low + high) / 2, high - low), 1) * stride.T
-    return torch.cat((boxes, raw[:, 4 * REG_MAX :].sigmoid()), 1)
+    return torch.cat((boxes, logits.sigmoid()), 1)
 
 
 def expected_sides(bins: Tensor) -> Tensor:
@@ -50,6 +53,12 @@ def flatten_maps(maps: Sequence[Tensor]) -> Tensor:
     """All levels side by side, [B, 64 + nc, A], in float32 (float64 stays)."""
     raw = torch.cat([level.flatten(2) for level in maps], 2)
     return raw if raw.dtype == torch.float64 else raw.float()
+
+
+def split_maps(raw: Tensor) -> tuple[Tensor, Tensor]:
+    """[B, 64 + nc, A] to the bins' logits [B, 64, A] and the classes' [B, nc, A]."""
+    bins, logits = raw.split((4 * REG_MAX, raw.shape[1] - 4 * REG_MAX), 1)
+    return bins, logits
 
 
 def map_anchor_points(maps: Sequence[Tensor], strides: Sequence[int], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -66,3 +75,6 @@ def check_maps(maps: Sequence[Tensor], strides: Sequence[int]) -> None:
         if level.dim() != 4 or level.shape[1] <= 4 * REG_MAX or level.shape[:2] != maps[0].shape[:2]:
             shapes = [tuple(each.shape) for each in maps]
             raise ValueError(f"maps: expected [B, {4 * REG_MAX} + nc, H, W] with the same B and nc ≥ 1, got {shapes}")
+
+
+OPERATOR = register(Operator("decode", "head maps to boxes and scores", {"eager": Implementation(decode_reference)}))

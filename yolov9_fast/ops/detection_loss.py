@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from yolov9_fast.ops.assign import Assignment
+from yolov9_fast.ops.backend import Implementation, Operator, register, select
 from yolov9_fast.ops.boxes import REG_MAX, STRIDES, ciou
-from yolov9_fast.ops.decode import check_maps, flatten_maps, map_anchor_points
+from yolov9_fast.ops.decode import check_maps, flatten_maps, map_anchor_points, split_maps
 
 _FOCAL_ALPHA = 0.25
 
@@ -59,17 +60,10 @@ def detection_loss(
         raise ValueError(
             f"gt_boxes: expected [B, N, 4] with gt_labels [B, N], got {tuple(gt_boxes.shape)}, {tuple(gt_labels.shape)}"
         )
-    return detection_loss_reference(
-        maps,
-        assignment,
-        gt_labels,
-        gt_boxes,
-        normaliser,
-        strides=strides,
-        class_pos_weight=class_pos_weight,
-        label_smoothing=label_smoothing,
-        focal_gamma=focal_gamma,
-    )
+    options = (tuple(strides), class_pos_weight, label_smoothing, focal_gamma)
+    args = (maps, assignment, gt_labels, gt_boxes, normaliser, *options)
+    result: Tensor = select(OPERATOR, *args)(*args)
+    return result
 
 
 def detection_loss_reference(
@@ -78,7 +72,6 @@ def detection_loss_reference(
     gt_labels: Tensor,
     gt_boxes: Tensor,
     normaliser: Tensor,
-    *,
     strides: Sequence[int],
     class_pos_weight: float,
     label_smoothing: float,
@@ -87,7 +80,7 @@ def detection_loss_reference(
     """`detection_loss` in eager PyTorch."""
     with torch.autocast(maps[0].device.type, enabled=False):
         raw = flatten_maps(maps)
-        logits = raw[:, 4 * REG_MAX :]
+        all_bins, logits = split_maps(raw)
         image, anchor = torch.nonzero(assignment.gt_index >= 0, as_tuple=True)
         truth = assignment.gt_index[image, anchor]
         weight = assignment.weight[image, anchor].to(raw.dtype)
@@ -103,7 +96,7 @@ def detection_loss_reference(
         points, stride = map_anchor_points(maps, strides, raw.dtype)
         point = points[anchor]
         wanted = gt_boxes[image, truth].to(raw.dtype) / stride[anchor]
-        bins = raw[:, : 4 * REG_MAX].permute(0, 2, 1)[image, anchor].view(-1, 4, REG_MAX)
+        bins = all_bins.permute(0, 2, 1)[image, anchor].view(-1, 4, REG_MAX)
         values = torch.arange(REG_MAX, device=raw.device, dtype=raw.dtype)
         sides = (bins.softmax(-1) * values).sum(-1)
         boxes = torch.cat((point - sides[:, :2], point + sides[:, 2:]), 1)
@@ -136,3 +129,8 @@ def dfl_loss(bins: Tensor, distance: Tensor) -> Tensor:
     below = log_probability.gather(-1, index)[..., 0]
     above = log_probability.gather(-1, index + 1)[..., 0]
     return -((1 - fraction) * below + fraction * above).mean(-1)
+
+
+OPERATOR = register(
+    Operator("detection_loss", "BCE, CIoU and DFL of one branch", {"eager": Implementation(detection_loss_reference)})
+)

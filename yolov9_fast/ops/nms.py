@@ -1,0 +1,188 @@
+"""Class-aware non-maximum suppression of a whole batch, with a fixed-size result."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from yolov9_fast.ops.backend import Implementation, Operator, register, select
+from yolov9_fast.ops.boxes import xywh_to_xyxy
+
+_log = logging.getLogger(__name__)
+_warned: set[str] = set()
+# Candidates whose mutual overlaps are looked at together.
+_BLOCK = 256
+
+
+class Detections(NamedTuple):
+    """`boxes` [B, max_det, 6] float32: x1, y1, x2, y2 in pixels, score, class, score falling, zero after the end;
+    `count` [B] int64: how many rows of each image are detections."""
+
+    boxes: Tensor
+    count: Tensor
+
+
+def nms(
+    prediction: Tensor,
+    *,
+    conf: float = 0.001,
+    iou: float = 0.7,
+    multi_label: bool = True,
+    agnostic: bool = False,
+    classes: Sequence[int] | None = None,
+    max_det: int = 300,
+    max_candidates: int = 30000,
+) -> Detections:
+    """Greedy NMS: the best candidate stays, those of its class that overlap it by more than `iou` go, and so on.
+
+    A candidate is a pair (anchor, class) with score > conf. Candidates are ordered by falling score, equal scores by
+    anchor, then class. IoU is inter / (area + area − inter) in float32; a pair without area suppresses nothing. Nothing
+    is dropped for lack of time. A candidate with a score or box that is not finite is ignored. Where an image has more
+    than `max_candidates`, the best are used and a warning is logged (once per process).
+
+    Args:
+        prediction: [B, 4 + nc, A] of `decode`: centre x, y, width, height in pixels, scores. Computed in float32.
+        conf, iou: thresholds in [0, 1]; strictly above counts.
+        multi_label: every class above `conf` is a candidate; otherwise the best class of each anchor alone.
+        agnostic: boxes suppress each other whatever their class.
+        classes: keep these classes only; None keeps all.
+        max_det: rows of the result.
+        max_candidates: candidates of one image before suppression.
+
+    Returns:
+        Detections(boxes [B, max_det, 6], count [B]).
+
+    Raises:
+        TypeError: a prediction that is no floating tensor.
+        ValueError: another shape, thresholds outside [0, 1], max_det or max_candidates below 1, a class ≥ nc.
+    """
+    chosen = _check(prediction, conf, iou, classes, max_det, max_candidates)
+    args = (prediction, conf, iou, multi_label, agnostic, chosen, max_det, max_candidates)
+    result: Detections = select(OPERATOR, *args)(*args)
+    return result
+
+
+@torch.no_grad()
+def nms_reference(
+    prediction: Tensor,
+    conf: float,
+    iou: float,
+    multi_label: bool,
+    agnostic: bool,
+    classes: list[int] | None,
+    max_det: int,
+    max_candidates: int,
+) -> Detections:
+    """`nms` in eager PyTorch, image by image."""
+    prediction = prediction.detach().float()
+    boxes = prediction.new_zeros(prediction.shape[0], max_det, 6)
+    count = torch.zeros(prediction.shape[0], dtype=torch.int64, device=prediction.device)
+    for image, one in enumerate(prediction):
+        found = _candidates(one, conf, multi_label, classes, max_candidates)
+        kept = _greedy(found[:, :4], None if agnostic else found[:, 5], iou, max_det)
+        boxes[image, : len(kept)] = found[kept]
+        count[image] = len(kept)
+    return Detections(boxes, count)
+
+
+def _candidates(one: Tensor, conf: float, multi_label: bool, classes: list[int] | None, limit: int) -> Tensor:
+    """[n, 6] rows (x1, y1, x2, y2, score, class) of one image [4 + nc, A], best first."""
+    scores = one[4:].T
+    if multi_label:
+        anchor, label = torch.nonzero(scores > conf, as_tuple=True)
+        score = scores[anchor, label]
+    else:
+        # A NaN would win the maximum over the anchor's sound classes.
+        score, label = torch.where(scores.isfinite(), scores, -1.0).max(1)
+        anchor = torch.nonzero(score > conf)[:, 0]
+        score, label = score[anchor], label[anchor]
+    boxes = xywh_to_xyxy(one[:4].T)
+    sound = score.isfinite() & boxes.isfinite().all(1)[anchor]
+    if classes is not None:
+        sound &= torch.isin(label, torch.tensor(classes, device=label.device, dtype=label.dtype))
+    anchor, label, score = anchor[sound], label[sound], score[sound]
+    if len(score) > limit:
+        _warn_cut(len(score), limit)
+        good = score >= score.topk(limit, sorted=False).values.min()
+        anchor, label, score = anchor[good], label[good], score[good]
+    score, order = score.sort(descending=True, stable=True)
+    best = order[:limit]
+    return torch.cat((boxes[anchor[best]], score[:limit, None], label[best, None].to(boxes.dtype)), 1)
+
+
+def _warn_cut(count: int, limit: int) -> None:
+    if "max_candidates" not in _warned:
+        _warned.add("max_candidates")
+        _log.warning("nms: %d candidates in one image, only the best %d are used (max_candidates)", count, limit)
+
+
+def _greedy(boxes: Tensor, labels: Tensor | None, iou: float, max_det: int) -> Tensor:
+    """Indices of the survivors among boxes [n, 4] ordered by falling score, at most `max_det`."""
+    kept = torch.empty(0, dtype=torch.int64, device=boxes.device)
+    for block in torch.arange(len(boxes), device=boxes.device).split(_BLOCK):
+        alive = ~_suppresses(boxes, labels, kept, block, iou).any(0)
+        block = block[alive]
+        within = _suppresses(boxes, labels, block, block, iou).triu(diagonal=1)
+        kept = torch.cat((kept, block[_resolve(within)]))
+        if len(kept) >= max_det:
+            break
+    return kept[:max_det]
+
+
+def _resolve(suppresses: Tensor) -> Tensor:
+    """Greedy survivors [n] for a strictly upper triangular matrix: [i, j] when i, if it survives, removes j.
+
+    Repeats "survives unless a survivor removes it": after r rounds every element whose chain of removers is shorter
+    than r is settled, so it ends at the one solution, mostly within a few rounds.
+    """
+    survives = ~suppresses.any(0)
+    while True:
+        again = ~(suppresses & survives[:, None]).any(0)
+        if torch.equal(again, survives):
+            return survives
+        survives = again
+
+
+def _suppresses(boxes: Tensor, labels: Tensor | None, first: Tensor, second: Tensor, iou: float) -> Tensor:
+    """[len(first), len(second)] bool: whether the boxes of these indices overlap by more than `iou` in one class."""
+    a, b = boxes[first], boxes[second]
+    low = torch.maximum(a[:, None, :2], b[None, :, :2])
+    high = torch.minimum(a[:, None, 2:], b[None, :, 2:])
+    inter_w, inter_h = (high - low).clamp_(min=0).unbind(-1)
+    inter = inter_w * inter_h
+    union = _area(a)[:, None] + _area(b)[None] - inter
+    over = inter / union > iou
+    return over if labels is None else over & (labels[first][:, None] == labels[second][None])
+
+
+def _area(boxes: Tensor) -> Tensor:
+    return (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
+
+
+def _check(
+    prediction: Tensor, conf: float, iou: float, classes: Sequence[int] | None, max_det: int, max_candidates: int
+) -> list[int] | None:
+    if not isinstance(prediction, Tensor) or not prediction.is_floating_point():
+        raise TypeError(f"prediction: expected a floating-point tensor, got {type(prediction).__name__}")
+    if prediction.dim() != 3 or prediction.shape[1] < 5:
+        raise ValueError(f"prediction: expected [B, 4 + nc, A] with nc ≥ 1, got {tuple(prediction.shape)}")
+    for name, value in (("conf", conf), ("iou", iou)):
+        if not 0 <= value <= 1:
+            raise ValueError(f"{name}: expected a value in [0, 1], got {value}")
+    for name, value in (("max_det", max_det), ("max_candidates", max_candidates)):
+        if value < 1:
+            raise ValueError(f"{name}: expected at least 1, got {value}")
+    if classes is None:
+        return None
+    chosen = [int(label) for label in classes]
+    number = prediction.shape[1] - 4
+    if any(not 0 <= label < number for label in chosen):
+        raise ValueError(f"classes: expected indices in [0, {number}), got {chosen}")
+    return chosen
+
+
+OPERATOR = register(Operator("nms", "class-aware non-maximum suppression", {"eager": Implementation(nms_reference)}))

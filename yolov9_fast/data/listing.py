@@ -22,7 +22,7 @@ def list_images(config: DataConfig, split: str) -> list[Path]:
 
 
 def label_path(image: Path) -> Path:
-    """The YOLO txt of an image: its last folder `images` becomes `labels`; beside the image if there is no such folder."""
+    """The YOLO txt of an image: its last folder `images` becomes `labels`; beside the image without such a folder."""
     parts = image.parts
     for position in range(len(parts) - 2, -1, -1):
         if parts[position] == "images":

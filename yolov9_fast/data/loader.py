@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import signal
 from collections.abc import Iterator
 
 import numpy as np
@@ -57,6 +58,8 @@ class DetectionLoader:
             worker_init_fn=_prepare_worker if workers else None,
             persistent_workers=workers > 0,
             pin_memory=torch.cuda.is_available(),
+            # Each pass draws a seed for the workers: from here, so that the trainer's global generator is left alone.
+            generator=torch.Generator(),
         )
 
     def __len__(self) -> int:
@@ -135,3 +138,5 @@ class BatchOrder(Sampler[list[Token]]):
 def _prepare_worker(_: int) -> None:
     # Workers are the parallelism; OpenCV's own threads would fight over the cores and may hang after a fork.
     require("cv2").setNumThreads(0)
+    # Ctrl-C reaches every process of the terminal; the trainer decides when the workers may stop.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)

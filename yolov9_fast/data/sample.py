@@ -29,7 +29,7 @@ class Sample:
 
 @dataclass
 class Batch:
-    """B samples: `images` uint8 [B, 3, H, W]; `targets` float32 [n, 6] (image, class, cx, cy, w, h); the rest per image."""
+    """B samples: `images` uint8 [B, 3, H, W]; `targets` float32 [n, 6] (image, class, cx, cy, w, h); lists of B."""
 
     images: Tensor
     targets: Tensor

@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from yolov9_fast.data.cache import cache_folder, digest, write_atomically
+from yolov9_fast.atomic import atomic_write
+from yolov9_fast.data.cache import cache_folder, digest
 from yolov9_fast.data.images import read_image
-from yolov9_fast.errors import DataError
+from yolov9_fast.errors import DataError, UserError
 
 _log = logging.getLogger(__name__)
 
@@ -89,8 +90,8 @@ def _store(file: Path, paths: Sequence[Path], stamps: Sequence[list[int] | None]
         for path, stamp, result in zip(paths, stamps, results, strict=True)
         if stamp is not None
     }
-    text = json.dumps({"version": _VERSION, "images": images}, separators=(",", ":")).encode()
+    text = json.dumps({"version": _VERSION, "images": images}, separators=(",", ":"))
     try:
-        write_atomically(file, lambda stream: stream.write(text))
-    except OSError as error:
-        _log.warning("the outcome of checking images could not be kept in %s: %s", file, error)
+        atomic_write(file, text)
+    except UserError as error:
+        _log.warning("the outcome of checking the images is not kept: %s", error)

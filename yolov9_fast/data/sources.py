@@ -23,9 +23,9 @@ _STREAM_SCHEMES = ("rtsp://", "rtmp://", "http://", "https://", "tcp://", "udp:/
 class Frame:
     """One picture of a source.
 
-    `image`: uint8 BGR [H, W, 3], or None when it could not be read, and then `error` says why; `path`: the file, address
-    or webcam; `index`: number of the file in the source; `frame`: number within the file (0 for an image); `fps`: frames
-    per second of a video where known.
+    `image`: uint8 BGR [H, W, 3], or None when it could not be read, and then `error` says why; `path`: the file,
+    address or webcam; `index`: number of the file in the source; `frame`: number within the file (0 for an image);
+    `fps`: frames per second of a video where known.
     """
 
     image: Image | None

@@ -11,8 +11,10 @@ from typing import Protocol
 
 import numpy as np
 
-from yolov9_fast.data.cache import cache_folder, digest, write_atomically
+from yolov9_fast.atomic import atomic_write
+from yolov9_fast.data.cache import cache_folder, digest
 from yolov9_fast.data.images import Image, scaled_size
+from yolov9_fast.errors import UserError
 
 _log = logging.getLogger(__name__)
 
@@ -21,7 +23,7 @@ _MEMORY_SHARE = 0.8
 
 
 class ImageStore(Protocol):
-    """Hands out the resized image of a record; uint8 BGR [h, w, 3], to be copied before it is written to."""
+    """Hands out the resized image of a record; uint8 BGR [h, w, 3], not to be written to."""
 
     def get(self, index: int) -> Image: ...
 
@@ -46,6 +48,7 @@ class MemoryStore:
 
         with ThreadPoolExecutor(max_workers=min(os.cpu_count() or 1, 16)) as pool:
             list(pool.map(fill, range(len(self._shapes))))
+        self._pixels.setflags(write=False)
 
     def get(self, index: int) -> Image:
         return self._pixels[self._ends[index] : self._ends[index + 1]].reshape(*self._shapes[index], 3)
@@ -75,10 +78,10 @@ class DiskStore:
         image = self._load(index)
         if self._writable:
             try:
-                write_atomically(file, lambda stream: np.save(stream, image, allow_pickle=False))
-            except OSError as error:
+                atomic_write(file, lambda stream: np.save(stream, image, allow_pickle=False))
+            except UserError as error:
                 self._writable = False
-                _log.warning("images are no longer kept on disk in %s: %s", self._folder, error)
+                _log.warning("images are no longer kept on disk: %s", error)
         return image
 
 

@@ -6,7 +6,6 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.yolov9_fast_installed
 SOURCES := pyproject.toml setup.py MANIFEST.in $(shell find csrc -type f -name '*.[ch]*' -o -path 'csrc/*.py')
 
-export OMP_NUM_THREADS ?= 1
 export MPLBACKEND ?= Agg
 
 .PHONY: install demo test lint clean
@@ -23,10 +22,10 @@ $(STAMP): $(SOURCES) | $(BIN)/python
 	touch $@
 
 demo: install
-	env -u OMP_NUM_THREADS $(BIN)/yolov9-fast demo
+	$(BIN)/yolov9-fast demo
 
 test: install lint
-	$(BIN)/python -m pytest -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 lint: install
 	$(BIN)/ruff check .

@@ -6,6 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from yolov9_fast.ops.box_iou import box_iou
+
 
 class ConfusionMatrix:
     """Counts [nc + 1, nc + 1], int64: row the predicted class, column the true class, the last of each the background.
@@ -51,8 +53,6 @@ class ConfusionMatrix:
                 self.matrix[background, cls] += 1
 
     def _match(self, detections: Tensor, labels: Tensor) -> list[tuple[int, int]]:
-        from yolov9_fast.ops.box_iou import box_iou
-
         if not len(detections) or not len(labels):
             return []
         overlap = box_iou(detections[:, :4].contiguous(), labels[:, 1:].contiguous()).numpy()  # [n, m]

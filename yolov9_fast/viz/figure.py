@@ -48,6 +48,7 @@ def save_figure(out: str | Path, size: tuple[float, float], paint: Callable[[Any
     out = Path(out)
     with matplotlib.rc_context(_STYLE):
         figure = figure_module.Figure(figsize=size, layout="constrained")
+        figure.get_layout_engine().set(w_pad=0.08, h_pad=0.08)
         paint(figure)
         buffer = io.BytesIO()
         figure.savefig(buffer, format=out.suffix.lstrip(".").lower() or "png")

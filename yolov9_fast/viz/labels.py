@@ -13,7 +13,7 @@ from yolov9_fast.viz.figure import INK, save_figure, say_empty
 
 _NAMED_BARS = 40
 _MAX_POINTS = 20000
-_HEAT_BINS = 50
+_MAX_HEAT_BINS = 50
 
 
 def plot_labels(boxes: np.ndarray, names: Names, out: str | Path) -> Path:
@@ -45,7 +45,7 @@ def _class_bars(axes: Any, histogram: np.ndarray, names: Names) -> None:
     colors = [tuple(channel / 255 for channel in class_color(k)) for k in range(size)]
     bars = axes.bar(range(size), histogram, color=colors, width=0.8 if size > 12 else 0.6)
     many = size > 6
-    font = max(5.0, min(10.0, 400.0 / size))
+    font = max(4.5, min(10.0, 560.0 / size))
     labels = [class_name(names, k) for k in range(size)]
     step = -(-size // (2 * _NAMED_BARS))
     axes.set_xticks(range(0, size, step), labels[::step], rotation=90 if many else 0, fontsize=font, ha="center")
@@ -64,7 +64,8 @@ def _centre_map(figure: Any, axes: Any, rows: np.ndarray) -> None:
         axes.set(xlim=(0, 1), ylim=(1, 0))
         say_empty(axes, "no boxes")
         return
-    heat, _, _ = np.histogram2d(rows[:, 2], rows[:, 1], bins=_HEAT_BINS, range=((0, 1), (0, 1)))
+    bins = int(np.clip(np.sqrt(len(rows) / 3), 5, _MAX_HEAT_BINS))
+    heat, _, _ = np.histogram2d(rows[:, 2], rows[:, 1], bins=bins, range=((0, 1), (0, 1)))
     image = axes.imshow(heat, extent=(0, 1, 1, 0), cmap="viridis", interpolation="nearest")
     bar = figure.colorbar(image, ax=axes, shrink=0.85, pad=0.02)
     bar.set_label("boxes in a cell")
@@ -81,7 +82,7 @@ def _size_scatter(axes: Any, rows: np.ndarray) -> None:
     if len(rows) > _MAX_POINTS:  # more points hide each other and make the file slow to open
         chosen = rows[np.random.default_rng(0).choice(len(rows), _MAX_POINTS, replace=False)]
     palette = np.array([class_color(k) for k in range(int(rows[:, 0].max()) + 1)]) / 255
-    alpha = float(np.clip(300 / len(chosen), 0.08, 0.8))
+    alpha = float(np.clip(600 / len(chosen), 0.2, 0.8))
     axes.scatter(
         chosen[:, 3], chosen[:, 4], s=9, c=palette[chosen[:, 0].astype(int)], alpha=alpha, linewidths=0, rasterized=True
     )

@@ -5,16 +5,18 @@ from __future__ import annotations
 import csv
 import math
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from yolov9_fast._lazy import require
 from yolov9_fast.errors import DataError
-from yolov9_fast.metrics.curves import PrCurves
 from yolov9_fast.viz.color import class_color
 from yolov9_fast.viz.draw import Names, class_name
 from yolov9_fast.viz.figure import BLUE, FAINT, GREEN, INK, ORANGE, PURPLE, VERMILION, save_figure, say_empty
+
+if TYPE_CHECKING:
+    from yolov9_fast.metrics.curves import PrCurves
 
 _LEGEND_CLASSES = 12
 _COUNTED_CELLS = 31
@@ -45,7 +47,7 @@ _RESULT_PANELS: tuple[tuple[str, str, tuple[_Series, ...]], ...] = (
 def plot_results(csv_path: str | Path, out: str | Path) -> Path:
     """Losses, AP, precision and recall, and learning rates by epoch, from a run's `results.csv`; returns `out`.
 
-    Missing columns, empty cells and NaN leave gaps. Raises `DataError` when the file has no header or no row.
+    Missing columns, empty cells and NaN are passed over. Raises `DataError` when the file has no header or no row.
     """
     columns = _read_columns(Path(csv_path))
     epochs = columns.get("epoch")
@@ -108,18 +110,18 @@ def plot_confusion_matrix(matrix: np.ndarray, names: Names, out: str | Path, nor
         top = 1.0 if normalize else max(float(values.max()), 1.0)
         shown = np.ma.masked_where(counts == 0, values)
         image = axes.imshow(shown, cmap="Blues", vmin=0.0, vmax=top, aspect="equal", interpolation="nearest")
-        font = max(4.0, min(10.0, 260.0 / size))
+        font = max(4.0, min(10.0, 600.0 / size))
         axes.set_xticks(range(size), labels, rotation=90 if size > 6 else 30, ha="center" if size > 6 else "right")
         axes.set_yticks(range(size), labels)
         axes.tick_params(labelsize=font, length=2)
         axes.grid(False)
         if size <= _COUNTED_CELLS:
-            _write_cells(axes, counts, values, normalize, font)
+            _write_cells(axes, counts, values, normalize, min(10.0, 165.0 / size))
         axes.axhline(size - 1.5, color=FAINT, linewidth=0.8)
         axes.axvline(size - 1.5, color=FAINT, linewidth=0.8)
         title = "Confusion matrix, shares of each true class" if normalize else "Confusion matrix, counts"
         axes.set(title=title, xlabel="true class", ylabel="predicted class")
-        bar = figure.colorbar(image, ax=axes, shrink=0.8, pad=0.02)
+        bar = figure.colorbar(image, ax=axes, fraction=0.04, shrink=0.8, pad=0.02)
         bar.set_label("share of the true class" if normalize else "boxes")
         bar.outline.set_visible(False)
 
@@ -152,27 +154,28 @@ def _number(cell: str) -> float:
 
 def _result_panel(axes: Any, epochs: np.ndarray, columns: dict[str, np.ndarray], series: tuple[_Series, ...]) -> None:
     ticker = require("matplotlib.ticker")
-    axes.xaxis.set_major_locator(ticker.MaxNLocator(integer=True, nbins=8))
+    axes.xaxis.set_major_locator(ticker.MaxNLocator(integer=True, nbins=8, min_n_ticks=1))
+    axes.set_xlim(epochs.min() - 0.5, epochs.max() + 0.5)
     drawn = [(columns[column], label, color) for column, label, color in series if column in columns]
     drawn = [entry for entry in drawn if np.isfinite(entry[0]).any()]
     if not drawn:
         say_empty(axes, "not recorded")
         axes.set_yticks([])
         return
+    family = series[0][0].partition("/")[0]
     for k, (values, label, color) in enumerate(drawn):
         marker = "o" if np.isfinite(values).sum() <= 20 else None
-        # Coinciding lines (learning rates agree after the warm-up) stay visible: narrow ones lie on wide ones.
-        width = 1.8 + 1.2 * (len(drawn) - 1 - k)
+        # The learning rates coincide after the warm-up: narrow lines on wide ones keep all of them visible.
+        width = 1.8 + (1.6 * (len(drawn) - 1 - k) if family == "lr" else 0.0)
         known = np.isfinite(values)
         axes.plot(
             epochs[known], values[known], color=color, label=label, marker=marker, markersize=3.5, linewidth=width
         )
-    family = series[0][0].partition("/")[0]
+    highest = max(float(np.nanmax(values)) for values, _, _ in drawn)
     if family == "metrics":
-        highest = max(float(np.nanmax(values)) for values, _, _ in drawn)
         axes.set_ylim(0.0, min(1.02, 1.15 * highest) if highest > 0 else 1.0)
-    elif family == "train":
-        axes.set_ylim(bottom=0.0)
+    elif family == "train" and highest > 0:
+        axes.set_ylim(0.0, 1.08 * highest)
     if series[0][0] == "metrics/ap" and "metrics/ap" in columns and np.isfinite(columns["metrics/ap"]).any():
         _mark_best(axes, epochs, columns["metrics/ap"])
     axes.legend(loc="best")
@@ -200,9 +203,8 @@ def _confidence_plot(curves: PrCurves, values: np.ndarray, what: str, out: str |
 
 def _mark_confidence(axes: Any, confidence: float, height: float, what: str) -> None:
     axes.axvline(confidence, color=FAINT, linewidth=1.0, linestyle="--")
-    axes.plot([confidence], [height], marker="o", markersize=7, color=INK, markeredgecolor="white", zorder=3)
-    note = f"at confidence {confidence:.3f} (highest mean F1): {what} {height:.3f}"
-    axes.set_title(note, loc="right", fontsize=9, fontweight="normal")
+    note = f"{what} {height:.3f} at confidence {confidence:.3f},\nwhere the mean F1 is highest"
+    axes.plot([confidence], [height], "o", markersize=8, color=INK, markeredgecolor="white", zorder=3, label=note)
 
 
 def _class_curves(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -14,9 +14,6 @@ from yolov9_fast.errors import DataError
 from yolov9_fast.viz.color import class_color
 from yolov9_fast.viz.draw import Names, class_name
 from yolov9_fast.viz.figure import BLUE, FAINT, GREEN, INK, ORANGE, PURPLE, VERMILION, save_figure, say_empty
-
-if TYPE_CHECKING:
-    from yolov9_fast.metrics.curves import PrCurves
 
 _LEGEND_CLASSES = 12
 _COUNTED_CELLS = 31
@@ -44,6 +41,33 @@ _RESULT_PANELS: tuple[tuple[str, str, tuple[_Series, ...]], ...] = (
 )
 
 
+class Curves(Protocol):
+    """What the curve plots read, for C classes with objects; `yolov9_fast.metrics.PrCurves` is one."""
+
+    @property
+    def class_indices(self) -> tuple[int, ...]: ...
+    @property
+    def names(self) -> tuple[str, ...]: ...
+    @property
+    def recall_grid(self) -> np.ndarray: ...  # [R]
+    @property
+    def precision_at_recall(self) -> np.ndarray: ...  # [C, R]
+    @property
+    def ap50(self) -> np.ndarray: ...  # [C]
+    @property
+    def confidence(self) -> np.ndarray: ...  # [S]
+    @property
+    def precision(self) -> np.ndarray: ...  # [C, S]
+    @property
+    def recall(self) -> np.ndarray: ...  # [C, S]
+    @property
+    def f1(self) -> np.ndarray: ...  # [C, S]
+    @property
+    def best_index(self) -> int: ...
+    @property
+    def best_confidence(self) -> float: ...
+
+
 def plot_results(csv_path: str | Path, out: str | Path) -> Path:
     """Losses, AP, precision and recall, and learning rates by epoch, from a run's `results.csv`; returns `out`.
 
@@ -62,7 +86,7 @@ def plot_results(csv_path: str | Path, out: str | Path) -> Path:
     return save_figure(out, (13.0, 7.2), paint)
 
 
-def plot_pr_curve(curves: PrCurves, out: str | Path) -> Path:
+def plot_pr_curve(curves: Curves, out: str | Path) -> Path:
     """Interpolated precision against recall at IoU 0.5, per class and their mean, with AP50; returns `out`."""
     labels = [f"{name}  {ap:.3f}" for name, ap in zip(curves.names, curves.ap50, strict=True)]
     mean = f"mean of {len(labels)} classes  AP50 {curves.ap50.mean():.3f}" if labels else ""
@@ -76,17 +100,17 @@ def plot_pr_curve(curves: PrCurves, out: str | Path) -> Path:
     return save_figure(out, (8.6, 5.6), paint)
 
 
-def plot_f1_curve(curves: PrCurves, out: str | Path) -> Path:
+def plot_f1_curve(curves: Curves, out: str | Path) -> Path:
     """F1 against confidence at IoU 0.5, with the best confidence marked; returns `out`."""
     return _confidence_plot(curves, curves.f1, "F1", out)
 
 
-def plot_p_curve(curves: PrCurves, out: str | Path) -> Path:
+def plot_p_curve(curves: Curves, out: str | Path) -> Path:
     """Precision against confidence at IoU 0.5; returns `out`."""
     return _confidence_plot(curves, curves.precision, "Precision", out)
 
 
-def plot_r_curve(curves: PrCurves, out: str | Path) -> Path:
+def plot_r_curve(curves: Curves, out: str | Path) -> Path:
     """Recall against confidence at IoU 0.5; returns `out`."""
     return _confidence_plot(curves, curves.recall, "Recall", out)
 
@@ -154,7 +178,7 @@ def _number(cell: str) -> float:
 
 def _result_panel(axes: Any, epochs: np.ndarray, columns: dict[str, np.ndarray], series: tuple[_Series, ...]) -> None:
     ticker = require("matplotlib.ticker")
-    axes.xaxis.set_major_locator(ticker.MaxNLocator(integer=True, nbins=8, min_n_ticks=1))
+    axes.xaxis.set_major_locator(ticker.MaxNLocator(integer=True, nbins=8, steps=[1, 2, 5, 10], min_n_ticks=1))
     axes.set_xlim(epochs.min() - 0.5, epochs.max() + 0.5)
     drawn = [(columns[column], label, color) for column, label, color in series if column in columns]
     drawn = [entry for entry in drawn if np.isfinite(entry[0]).any()]
@@ -187,7 +211,7 @@ def _mark_best(axes: Any, epochs: np.ndarray, ap: np.ndarray) -> None:
     axes.set_title(f"best AP {ap[best]:.3f} in epoch {epochs[best]:g}", loc="right", fontsize=9, fontweight="normal")
 
 
-def _confidence_plot(curves: PrCurves, values: np.ndarray, what: str, out: str | Path) -> Path:
+def _confidence_plot(curves: Curves, values: np.ndarray, what: str, out: str | Path) -> Path:
     def paint(figure: Any) -> None:
         axes = figure.subplots()
         mean = f"mean of {len(curves.names)} classes"
@@ -208,7 +232,7 @@ def _mark_confidence(axes: Any, confidence: float, height: float, what: str) -> 
 
 
 def _class_curves(
-    axes: Any, curves: PrCurves, x: np.ndarray, values: np.ndarray, labels: list[str], mean_label: str
+    axes: Any, curves: Curves, x: np.ndarray, values: np.ndarray, labels: list[str], mean_label: str
 ) -> None:
     """One line per class, labelled while they are few, in grey when they are many; the mean on top."""
     axes.set(xlim=(0.0, 1.0), ylim=(0.0, 1.02))

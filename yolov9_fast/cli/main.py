@@ -1,0 +1,102 @@
+"""The command line `yolov9-fast COMMAND …`: finds the command, prints errors as one line, chooses the exit code."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from types import ModuleType
+
+from yolov9_fast import __version__
+from yolov9_fast.cli.output import is_main_process, set_up_logging, silence_stdout
+from yolov9_fast.errors import UserError
+
+COMMANDS = {
+    "train": "train a network on your images",
+    "val": "evaluate weights on a labelled split: COCO AP",
+    "predict": "find objects in images, videos, webcams and streams",
+    "convert": "read weights of any known origin and write them as ours",
+    "info": "what is installed and runs where; parameters and GFLOPs of networks; what a weights file holds",
+    "demo": "render a small data set, train on it, evaluate, predict: everything in a few minutes, without a download",
+}
+EXIT_ERROR = 2
+EXIT_INTERRUPTED = 130
+
+_EPILOG = """examples:
+  yolov9-fast demo
+  yolov9-fast train --model yolov9-s --data my.yaml --epochs 100
+  yolov9-fast val --weights runs/train/exp/weights/best.safetensors --data my.yaml
+  yolov9-fast predict --weights runs/train/exp/weights/best.safetensors --source pictures/
+
+exit codes: 0 done, 1 ran but without the result asked for, 2 wrong input (one line says what), 130 interrupted"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return the exit code. `argv`: the words after `yolov9-fast` (default: this process's)."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    parser, module = _parser(words)
+    try:
+        arguments = parser.parse_args(words)
+    except SystemExit as stop:  # argparse has printed help, version or a usage error
+        return stop.code if isinstance(stop.code, int) else EXIT_ERROR
+    if module is None:
+        parser.print_help()
+        return EXIT_ERROR
+    set_up_logging()
+    return _run(module, arguments)
+
+
+def _run(module: ModuleType, arguments: argparse.Namespace) -> int:
+    debug = getattr(arguments, "debug", False)
+    try:
+        code = int(module.run(arguments))
+        sys.stdout.flush()
+        return code
+    except UserError as error:
+        if debug:
+            traceback.print_exc()
+        where = "" if is_main_process() else f" (process {os.environ['RANK']})"
+        print(f"error{where}: {error}", file=sys.stderr)
+        return EXIT_ERROR
+    except KeyboardInterrupt:
+        if debug:
+            traceback.print_exc()
+        print("interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:  # the reader, such as `head`, has seen enough
+        silence_stdout()
+        return 0
+
+
+def _parser(words: Sequence[str]) -> tuple[argparse.ArgumentParser, ModuleType | None]:
+    """The parser, and the module of the command named in `words`; only that one is imported, so that help is quick."""
+    shared = argparse.ArgumentParser(add_help=False)
+    shared.add_argument(
+        "--debug", action="store_true", default=argparse.SUPPRESS, help="show the traceback of an error"
+    )
+    parser = argparse.ArgumentParser(
+        prog="yolov9-fast",
+        description="YOLOv9 with programmable gradient information: train, evaluate, predict.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        parents=[shared],
+    )
+    parser.add_argument("--version", action="version", version=f"yolov9-fast {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
+    chosen = next((word for word in words if not word.startswith("-")), None)
+    module = None
+    for name, text in COMMANDS.items():
+        sub = commands.add_parser(
+            name,
+            help=text,
+            description=text[0].upper() + text[1:] + ".",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            parents=[shared],
+        )
+        if name == chosen:
+            module = importlib.import_module(f"yolov9_fast.cli.{name}")
+            module.configure(sub)
+    return parser, module

@@ -1,0 +1,47 @@
+"""What the commands print: log lines on stdout, warnings on stderr, and only from the first of several processes."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+
+LOGGER = "yolov9_fast"
+
+
+class _ConsoleHandler(logging.Handler):
+    """Writes to the stdout or stderr of the moment; a reader that has gone away stops no training."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        warning = record.levelno >= logging.WARNING
+        try:
+            prefix = f"{record.levelname.lower()}: " if warning else ""
+            print(f"{prefix}{self.format(record)}", file=sys.stderr if warning else sys.stdout, flush=True)
+        except BrokenPipeError:
+            silence_stdout()
+        except Exception:
+            self.handleError(record)
+
+
+def set_up_logging() -> None:
+    """Send the package's log to the console; repeated calls change nothing."""
+    logger = logging.getLogger(LOGGER)
+    if not any(isinstance(handler, _ConsoleHandler) for handler in logger.handlers):
+        logger.addHandler(_ConsoleHandler())
+    logger.setLevel(logging.INFO if is_main_process() else logging.ERROR)
+    logger.propagate = False
+    if not sys.stderr.isatty():  # a progress bar in a file: a line now and then, not ten a second
+        os.environ.setdefault("TQDM_MININTERVAL", "30")
+
+
+def is_main_process() -> bool:
+    """Whether this is the only process or rank 0 of several."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def silence_stdout() -> None:
+    """Send the rest of stdout nowhere, so that Python's flush at exit does not fail again."""
+    try:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (OSError, ValueError):  # stdout has no descriptor (captured, closed)
+        pass

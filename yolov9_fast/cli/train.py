@@ -1,0 +1,173 @@
+"""`yolov9-fast train`: every option of a run is a flag; a recipe file, resuming, and one process per device."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from yolov9_fast.data import AugmentConfig
+from yolov9_fast.engine.config import TrainConfig, option_fields, plain_type, read_config
+from yolov9_fast.engine.distributed import leave_world, parse_device
+from yolov9_fast.engine.run_files import RunFolder, find_run
+from yolov9_fast.errors import UserError
+
+_GROUPS = (
+    ("the run", "model"),
+    ("optimisation", "optimizer"),
+    ("loss", "box"),
+    ("data, validation, files", "close_mosaic"),
+)
+_AUGMENT_HELP = {
+    "hsv_h": "largest relative change of hue",
+    "hsv_s": "largest relative change of saturation",
+    "hsv_v": "largest relative change of brightness",
+    "degrees": "largest rotation in degrees",
+    "translate": "largest shift as a share of the side",
+    "scale": "largest relative change of size, below 1",
+    "shear": "largest shear in degrees",
+    "perspective": "strength of the perspective map, at most 0.001",
+    "flipud": "probability of a flip upside down",
+    "fliplr": "probability of a flip left to right",
+    "mosaic": "probability of a mosaic of four images",
+    "mixup": "probability of blending two mosaics",
+    "copy_paste": "share of outlined objects to paste a second time",
+}
+_EPILOG = """examples:
+  yolov9-fast train --data my.yaml                                    yolov9-t from scratch, published recipe
+  yolov9-fast train --data my.yaml --model yolov9-s --weights yolov9-s.pt --epochs 50
+  yolov9-fast train --data my.yaml --config recipe.yaml --lr0 0.005   a recipe file; flags win over it
+  yolov9-fast train --data my.yaml --device 0,1 --batch 64            two GPUs
+  yolov9-fast train --resume runs/train/exp                           go on after the last finished epoch
+  yolov9-fast train --resume                                          the newest run in runs/train
+  torchrun --nproc-per-node 4 -m yolov9_fast train --data my.yaml     processes of your own
+
+A recipe file is YAML with the same names (`config.yaml` of an earlier run is one)."""
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Add a flag for every field of `TrainConfig` and `AugmentConfig`; only flags that were given become attributes."""
+    parser.epilog = _EPILOG
+    parser.add_argument("--config", metavar="FILE.yaml", default=argparse.SUPPRESS, help="recipe file with options")
+    parser.add_argument(
+        "--resume",
+        nargs="?",
+        const="",
+        metavar="RUN_FOLDER",
+        default=argparse.SUPPRESS,
+        help="go on with this run, or with --project/--name, or with the newest run in the project",
+    )
+    titles = {first: title for title, first in _GROUPS}
+    group = parser.add_argument_group(_GROUPS[0][0])
+    for field in option_fields():
+        if field.name in titles:
+            group = parser.add_argument_group(titles[field.name])
+        _add_flag(group, TrainConfig, field, field.metadata["help"], field.metadata.get("choices"))
+    group = parser.add_argument_group("augmentation")
+    for field in dataclasses.fields(AugmentConfig):
+        _add_flag(group, AugmentConfig, field, _AUGMENT_HELP.get(field.name, field.name.replace("_", " ")), None)
+
+
+def _add_flag(group: Any, cls: type, field: dataclasses.Field[Any], text: str, choices: Iterable[str] | None) -> None:
+    kind, _ = plain_type(cls, field.name)
+    flag = "--" + field.name.replace("_", "-")
+    if field.default not in (None, ""):
+        text += f" (default {field.default})"
+    options: dict[str, Any] = {"dest": field.name, "default": argparse.SUPPRESS, "help": text.replace("%", "%%")}
+    if kind is bool:
+        group.add_argument(flag, action=argparse.BooleanOptionalAction, **options)
+    elif choices:
+        group.add_argument(flag, choices=tuple(choices), **options)
+    else:
+        group.add_argument(flag, type=kind, metavar=kind.__name__.upper() if kind is not str else "TEXT", **options)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    given = {key: value for key, value in vars(arguments).items() if key not in ("command", "debug")}
+    resumed = _run_to_resume(given) if "resume" in given else None
+    config = read_config(resumed.config) if resumed else config_from_flags(given)
+    device = given.get("device", config.device)
+    start_processes(device)
+    from yolov9_fast.engine.trainer import Trainer
+
+    try:
+        if resumed:
+            trainer = Trainer.resume(
+                resumed.path.parent, resumed.path.name, device=given.get("device"), workers=given.get("workers")
+            )
+        else:
+            trainer = Trainer(config)
+        trainer.run()
+    finally:
+        leave_world()
+    return 0
+
+
+def config_from_flags(given: dict[str, Any]) -> TrainConfig:
+    """The options of a new run: defaults, then the recipe file, then the flags in `given`.
+
+    Raises:
+        UserError: an unreadable recipe or a value that no run can use.
+    """
+    augmentation = {field.name for field in dataclasses.fields(AugmentConfig)}
+    try:
+        config = read_config(Path(given["config"])) if "config" in given else TrainConfig()
+        flags = {key: value for key, value in given.items() if key not in ("config", "resume")}
+        augment = dataclasses.replace(config.augment, **{k: v for k, v in flags.items() if k in augmentation})
+        config = dataclasses.replace(
+            config, augment=augment, **{k: v for k, v in flags.items() if k not in augmentation}
+        )
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    config.check()
+    return config
+
+
+def _run_to_resume(given: dict[str, Any]) -> RunFolder:
+    """The run that `--resume` means; refuses options that would make it another run."""
+    folder = given["resume"]
+    allowed = {"resume", "device", "workers"} | (set() if folder else {"project", "name"})
+    other = sorted("--" + key.replace("_", "-") for key in set(given) - allowed)
+    if other:
+        raise UserError(
+            "--resume goes on with the run's own options; only --device and --workers may change, not "
+            + ", ".join(other)
+        )
+    if folder:
+        path = Path(folder)
+        if not path.is_dir():
+            raise UserError(f"no run folder {folder} to resume")
+        path = path.resolve()
+        return find_run(path.parent, path.name)
+    return find_run(given.get("project", TrainConfig.project), given.get("name"))
+
+
+def start_processes(device: str | None) -> None:
+    """Where `device` names several GPUs and no launcher has made processes yet, replace this process by `torchrun`.
+
+    Raises:
+        UserError: a device that this machine lacks.
+    """
+    numbers = _several(device)
+    if not numbers or "WORLD_SIZE" in os.environ:
+        return
+    for number in numbers:
+        parse_device(number)
+    command = launch_command(sys.argv[1:], len(numbers))
+    sys.stdout.flush()
+    os.execv(command[0], command)
+
+
+def launch_command(words: Sequence[str], processes: int) -> list[str]:
+    """The command that runs `yolov9-fast WORDS` in `processes` processes on this machine."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    return [*launcher, "-m", "yolov9_fast", *words]
+
+
+def _several(device: str | None) -> list[str]:
+    numbers = [part for part in (device or "").removeprefix("cuda:").split(",") if part]
+    return numbers if len(numbers) > 1 else []

@@ -1,0 +1,1 @@
+"""Training, evaluation and prediction: everything that runs a network over data."""

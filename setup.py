@@ -59,6 +59,7 @@ class OperatorWheel(bdist_wheel):
 setup(
     packages=[*find_packages(include=["yolov9_fast", "yolov9_fast.*"]), "yolov9_fast.kernels"],
     package_dir={"yolov9_fast.kernels": "kernels"},
+    include_package_data=False,
     package_data={"yolov9_fast": ["**/*.yaml"], "yolov9_fast.kernels": ["**/*.json"]},
     ext_modules=[Extension("yolov9_fast._C_cpu", sources=[])],
     cmdclass={"build_ext": BuildOperators, "bdist_wheel": OperatorWheel},

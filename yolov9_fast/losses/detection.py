@@ -42,9 +42,8 @@ class DetectionLoss:
         class_pos_weight, label_smoothing, focal_gamma: as in `ops.detection_loss`.
         topk, alpha, beta: as in `ops.assign`.
         sync_normaliser: while training with several processes, S is the mean over them, and its least value 1 holds
-            for their sum; so the sum over the processes of (total × world size) / world size, which DDP's averaging
-            of gradients computes when each multiplies its total by the world size, is the total of one process that
-            sees all images.
+            for their sum. The processes' totals then add up to the total of one process that sees all images; DDP
+            averages gradients, so a trainer multiplies each total by the number of processes.
     """
 
     def __init__(
@@ -100,7 +99,7 @@ class DetectionLoss:
         main = output.main
         with torch.autocast(main[0].device.type, enabled=False):
             dtype = torch.float64 if main[0].dtype == torch.float64 else torch.float32
-            truth = pad_targets(targets.to(main[0].device), main[0].shape[0], size, dtype)
+            truth = pad_targets(targets.to(main[0].device), main[0].shape[0], self.num_classes, size, dtype)
             assignments = self._assignments(branches, truth)
             normalisers = self._normalisers(assignments)
             items = main[0].new_zeros(3, dtype=dtype)

@@ -51,8 +51,8 @@ def expected_sides(bins: Tensor) -> Tensor:
 
 def flatten_maps(maps: Sequence[Tensor]) -> Tensor:
     """All levels side by side, [B, 64 + nc, A], in float32 (float64 stays)."""
-    raw = torch.cat([level.flatten(2) for level in maps], 2)
-    return raw if raw.dtype == torch.float64 else raw.float()
+    dtype = torch.promote_types(maps[0].dtype, torch.float32)
+    return torch.cat([level.flatten(2).to(dtype) for level in maps], 2)
 
 
 def split_maps(raw: Tensor) -> tuple[Tensor, Tensor]:

@@ -23,7 +23,7 @@ class Detections(NamedTuple):
     `count` [B] int64: how many rows of each image are detections."""
 
     boxes: Tensor
-    count: Tensor
+    count: Tensor  # type: ignore[assignment]
 
 
 def nms(

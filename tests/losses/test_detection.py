@@ -1,0 +1,181 @@
+"""DetectionLoss: the published totals, items and gradients; batches without objects; several processes."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor
+
+from yolov9_fast.losses import DetectionLoss
+from yolov9_fast.nn.output import DetectionOutput
+
+SIZE = 64
+CLASSES = 3
+
+
+def random_output(batch: int = 4, dual: bool = True, seed: int = 0) -> DetectionOutput:
+    generator = torch.Generator().manual_seed(seed)
+    shapes = [(batch, 64 + CLASSES, SIZE // s, SIZE // s) for s in (8, 16, 32)]
+    branches = [[torch.randn(shape, generator=generator).requires_grad_() for shape in shapes] for _ in range(2)]
+    return DetectionOutput(branches[0], branches[1] if dual else None)
+
+
+def some_targets() -> Tensor:
+    rows = [
+        [0, 0, 0.5, 0.5, 0.6, 0.4],
+        [0, 2, 0.3, 0.3, 0.4, 0.4],
+        [1, 1, 0.7, 0.6, 0.5, 0.7],
+        [3, 0, 0.4, 0.5, 0.8, 0.8],
+    ]
+    return torch.tensor(rows)
+
+
+def gradients(output: DetectionOutput) -> list[Tensor]:
+    maps = [*output.main, *(output.auxiliary or [])]
+    return [level.grad for level in maps if level.grad is not None]
+
+
+@pytest.mark.parametrize("case", ["single", "dual", "dual_lead_head"])
+def test_equals_the_published_loss(shared: Path, case: str) -> None:
+    golden = {k: torch.from_numpy(np.asarray(v)) for k, v in np.load(shared / f"golden/ops/loss_{case}.npz").items()}
+    count = 1 if case == "single" else 2
+    branches = [[golden[f"pred_b{b}_l{level}"].requires_grad_() for level in range(3)] for b in range(count)]
+    output = DetectionOutput(branches[-1], branches[0] if count == 2 else None)
+    criterion = DetectionLoss(int(golden["nc"]), lead_head_guided=case == "dual_lead_head")
+    loss = criterion(output, golden["targets"], int(golden["imgsz"]))
+    loss.total.backward()
+    torch.testing.assert_close(loss.total.double(), golden["loss"], rtol=2e-6, atol=0)
+    items = torch.stack((loss.box, loss.cls, loss.dfl))
+    torch.testing.assert_close(items, golden["items_box_cls_dfl"], rtol=2e-6, atol=0)
+    for b, maps in enumerate(branches):
+        for level, each in enumerate(maps):
+            torch.testing.assert_close(each.grad, golden[f"grad_b{b}_l{level}"], rtol=2e-5, atol=1e-6)
+
+
+def test_total_is_the_items_times_the_batch_size() -> None:
+    loss = DetectionLoss(CLASSES)(random_output(), some_targets(), SIZE)
+    assert loss.total.item() == pytest.approx(4 * (loss.box + loss.cls + loss.dfl).item())
+    assert not loss.box.requires_grad
+
+
+def test_the_auxiliary_branch_enters_with_its_weight() -> None:
+    output = random_output()
+    assert output.auxiliary is not None
+    alone = [DetectionLoss(CLASSES)(DetectionOutput(maps), some_targets(), SIZE).total for maps in output]
+    both = DetectionLoss(CLASSES, auxiliary_weight=0.5)(output, some_targets(), SIZE).total
+    assert both.item() == pytest.approx((alone[0] + 0.5 * alone[1]).item())
+
+
+def test_gains_scale_their_items() -> None:
+    plain = DetectionLoss(CLASSES, box_gain=1, cls_gain=1, dfl_gain=1)(random_output(), some_targets(), SIZE)
+    gained = DetectionLoss(CLASSES)(random_output(), some_targets(), SIZE)
+    ratios = [(b / a).item() for a, b in zip(plain[1:], gained[1:], strict=True)]
+    assert ratios == pytest.approx([7.5, 0.5, 1.5])
+
+
+def test_lead_head_guidance_takes_the_targets_from_the_main_branch() -> None:
+    output = random_output()
+    guided = DetectionLoss(CLASSES, lead_head_guided=True, auxiliary_weight=1.0)(output, some_targets(), SIZE)
+    main = DetectionLoss(CLASSES, lead_head_guided=True)(DetectionOutput(output.main), some_targets(), SIZE)
+    twice = DetectionOutput(output.main, output.main)
+    same = DetectionLoss(CLASSES, lead_head_guided=True, auxiliary_weight=1.0)(twice, some_targets(), SIZE)
+    assert same.total.item() == pytest.approx(2 * main.total.item())
+    own = DetectionLoss(CLASSES, auxiliary_weight=1.0)(output, some_targets(), SIZE)
+    assert guided.total.item() != pytest.approx(own.total.item())
+
+
+@pytest.mark.parametrize("lead_head_guided", [False, True])
+@pytest.mark.parametrize("dual", [False, True])
+def test_a_batch_without_objects_is_finite(lead_head_guided: bool, dual: bool) -> None:
+    output = random_output(dual=dual)
+    loss = DetectionLoss(CLASSES, lead_head_guided=lead_head_guided)(output, torch.zeros(0, 6), SIZE)
+    loss.total.backward()
+    assert math.isfinite(loss.total.item())
+    assert loss.box.item() == loss.dfl.item() == 0
+    assert loss.cls.item() > 0
+    assert all(bool(each.isfinite().all()) for each in gradients(output))
+    assert len(gradients(output)) == (6 if dual else 3)
+
+
+def test_objects_that_no_anchor_can_learn_are_finite() -> None:
+    far = torch.tensor([[0, 0, 0.5, 0.5, 0.0, 0.0], [1, 0, 5.0, 5.0, 0.1, 0.1]])
+    for guided in (False, True):
+        loss = DetectionLoss(CLASSES, lead_head_guided=guided)(random_output(), far, SIZE)
+        assert math.isfinite(loss.total.item())
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_maps_that_are_not_finite_do_not_crash(bad: float) -> None:
+    output = random_output(dual=False)
+    with torch.no_grad():
+        output.main[0][0, :, 2:5] = bad
+    loss = DetectionLoss(CLASSES)(output, some_targets(), SIZE)
+    assert not math.isfinite(loss.total.item())
+
+
+def test_autocast_does_not_lower_the_precision() -> None:
+    output = random_output()
+    expected = DetectionLoss(CLASSES)(output, some_targets(), SIZE)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = DetectionLoss(CLASSES)(output, some_targets(), SIZE)
+    assert loss.total.dtype == torch.float32
+    assert torch.equal(loss.total, expected.total)
+
+
+def test_height_and_width_differ() -> None:
+    maps = [torch.randn(1, 64 + CLASSES, 64 // s, 96 // s) for s in (8, 16, 32)]
+    targets = torch.tensor([[0, 1, 0.5, 0.5, 0.5, 0.5]])
+    assert math.isfinite(DetectionLoss(CLASSES)(DetectionOutput(maps), targets, (64, 96)).total.item())
+    with pytest.raises(ValueError, match="image_size"):
+        DetectionLoss(CLASSES)(DetectionOutput(maps), targets, (96, 64))
+
+
+def test_maps_of_another_class_count_are_refused() -> None:
+    with pytest.raises(ValueError, match="channels for 5 classes"):
+        DetectionLoss(5)(random_output(), some_targets(), SIZE)
+
+
+def test_evaluate_gives_the_same_without_gradient() -> None:
+    output = random_output()
+    loss = DetectionLoss(CLASSES).evaluate(output, some_targets(), SIZE)
+    assert not loss.total.requires_grad
+    assert torch.equal(loss.total, DetectionLoss(CLASSES)(output, some_targets(), SIZE).total)
+
+
+def _half_of_the_batch(rank: int, folder: str) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    part = slice(2 * rank, 2 * rank + 2)
+    targets = some_targets()
+    targets = targets[(targets[:, 0] >= part.start) & (targets[:, 0] < part.stop)]
+    targets[:, 0] -= part.start
+    results = []
+    for guided in (False, True):
+        whole = random_output()
+        output = DetectionOutput(*([level[part].detach().requires_grad_() for level in maps] for maps in whole if maps))
+        criterion = DetectionLoss(CLASSES, lead_head_guided=guided)
+        loss = criterion(output, targets, SIZE)
+        loss.total.backward()
+        results.append((loss.total.item(), gradients(output)))
+        if rank == 0:
+            criterion.evaluate(output, targets, SIZE)  # must not wait for the other process
+    torch.save(results, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_two_processes_equal_one_of_twice_the_batch(tmp_path: Path) -> None:
+    mp.spawn(_half_of_the_batch, (str(tmp_path),), nprocs=2)
+    halves = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    for guided in (False, True):
+        output = random_output()
+        loss = DetectionLoss(CLASSES, lead_head_guided=guided)(output, some_targets(), SIZE)
+        loss.total.backward()
+        (first_total, first), (second_total, second) = (half[guided] for half in halves)
+        assert first_total + second_total == pytest.approx(loss.total.item(), rel=1e-5)
+        for whole, *parts in zip(gradients(output), first, second, strict=True):
+            torch.testing.assert_close(torch.cat(parts), whole, rtol=1e-5, atol=1e-6)

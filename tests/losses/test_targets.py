@@ -1,0 +1,51 @@
+"""pad_targets: rows of a batch sorted into their images."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from yolov9_fast.losses.targets import pad_targets
+
+SIZE = (64, 128)
+
+
+def test_rows_keep_their_order_within_their_image() -> None:
+    targets = torch.tensor(
+        [[2, 5, 0.5, 0.5, 0.5, 0.5], [0, 1, 0.25, 0.5, 0.5, 1.0], [2, 3, 0.5, 0.25, 0.25, 0.5]], dtype=torch.float32
+    )
+    padded = pad_targets(targets, 3, 6, SIZE, torch.float32)
+    assert padded.labels.tolist() == [[1, 0], [0, 0], [5, 3]]
+    assert padded.mask.tolist() == [[True, False], [False, False], [True, True]]
+    assert padded.boxes[0].tolist() == [[0, 0, 64, 64], [0, 0, 0, 0]]
+    assert padded.boxes[2].tolist() == [[32, 16, 96, 48], [48, 0, 80, 32]]
+
+
+def test_no_rows_pad_to_nothing() -> None:
+    padded = pad_targets(torch.zeros(0, 6), 4, 2, SIZE, torch.float32)
+    assert padded.labels.shape == padded.mask.shape == (4, 0)
+    assert padded.boxes.shape == (4, 0, 4)
+
+
+def test_a_row_without_size_is_real_and_one_at_the_origin_is_not() -> None:
+    rows = torch.tensor([[0, 0, 0.5, 0.5, 0, 0], [0, 0, 0, 0, 0, 0]], dtype=torch.float32)
+    assert pad_targets(rows, 1, 1, SIZE, torch.float32).mask.tolist() == [[True, False]]
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ([3.0, 0, 0.5, 0.5, 0.1, 0.1], "image indices 3..3"),
+        ([-1.0, 0, 0.5, 0.5, 0.1, 0.1], "image indices -1..-1"),
+        ([0.0, 2, 0.5, 0.5, 0.1, 0.1], "classes 2..2"),
+        ([0.0, float("nan"), 0.5, 0.5, 0.1, 0.1], "classes nan..nan"),
+    ],
+)
+def test_an_index_out_of_range_is_named(row: list[float], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        pad_targets(torch.tensor([row]), 3, 2, SIZE, torch.float32)
+
+
+def test_another_shape_is_named() -> None:
+    with pytest.raises(ValueError, match=r"targets: expected \[n, 6\]"):
+        pad_targets(torch.zeros(3, 5), 3, 2, SIZE, torch.float32)

@@ -6,6 +6,7 @@ Lightning checkpoints, `.npz` and `.safetensors`. What a file is, is read from i
 
 from __future__ import annotations
 
+import copy
 import json
 import zipfile
 from collections.abc import Iterable, Mapping
@@ -61,11 +62,7 @@ class Layout:
 
     def build(self) -> DetectionModel:
         """The network without numbers (on the meta device), to be loaded with `assign=True`."""
-        with torch.device("meta"):
-            model = DetectionModel(
-                self.graph, self.num_classes, class_tower=self.class_tower, box_groups=self.box_groups
-            )
-            return fuse(model) if self.fused else model
+        return copy.deepcopy(_template(self))
 
     def __str__(self) -> str:
         form = "fused" if self.fused else "not fused"
@@ -73,6 +70,15 @@ class Layout:
             f"{self.graph_name} ({self.num_classes} classes, class tower {self.class_tower or 'as published'}, "
             f"box groups {self.box_groups}, {form})"
         )
+
+
+@lru_cache(maxsize=16)
+def _template(layout: Layout) -> DetectionModel:
+    with torch.device("meta"):
+        model = DetectionModel(
+            layout.graph, layout.num_classes, class_tower=layout.class_tower, box_groups=layout.box_groups
+        )
+        return fuse(model) if layout.fused else model
 
 
 def read_state_dict(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -289,11 +295,10 @@ def _first(shape: tuple[int, ...] | None) -> int:
     return shape[0] if shape else 0
 
 
-@lru_cache(maxsize=64)
 def _shapes(layout: Layout) -> dict[str, tuple[int, ...]] | None:
     """Keys and shapes of the layout's state dict; None where these options cannot be built."""
     try:
-        return {key: tuple(value.shape) for key, value in layout.build().state_dict().items()}
+        return {key: tuple(value.shape) for key, value in _template(layout).state_dict().items()}
     except ValueError:
         return None
 

@@ -412,6 +412,12 @@ def _default_dict(*_: Any) -> dict[Any, Any]:
     return {}
 
 
+def _bytes(*values: Any) -> bytes:
+    if values:
+        raise PickleError("bytes made by a call")
+    return b""
+
+
 def _device(*arguments: Any) -> str:
     return ":".join(str(a) for a in arguments if isinstance(a, str | int))
 
@@ -430,6 +436,8 @@ _REBUILDERS: dict[str, Callable[..., Any]] = {
     "builtins.frozenset": _sequence(frozenset),
     "builtins.list": _sequence(list),
     "builtins.tuple": _sequence(tuple),
+    "builtins.bytes": _bytes,
+    "__builtin__.bytes": _bytes,
     "__builtin__.set": _sequence(set),
     "__builtin__.frozenset": _sequence(frozenset),
     "_codecs.encode": _encode,

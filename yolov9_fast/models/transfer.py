@@ -98,19 +98,19 @@ def _related(graph: Graph) -> tuple[Graph, ...]:
 def _transfer(model: DetectionModel, content: CheckpointContent) -> TransferReport:
     layout = content.layout
     source = _same_form(content, fused=model.is_fused)
-    names = _key_map(layout, model)
+    names = key_map(layout, model)
     target = model.state_dict()
     report = TransferReport(str(layout))
-    for key, value in source.items():
-        name = names.get(key)
-        if name is None or name not in target:
-            report.skipped.append((key, "the model has no such layer"))
-            continue
-        fitted = _fit(name, value, target[name])
-        if fitted is None:
-            report.skipped.append((name, _reason(name, value, target[name], layout, model)))
+    matched = {names[key]: value for key, value in source.items() if names.get(key) in target}
+    report.skipped = [(key, "the model has no such layer") for key in source if names.get(key) not in target]
+    reasons = {name: _misfit(name, value, target[name], layout, model) for name, value in matched.items()}
+    for name, value in matched.items():
+        # A BatchNorm belongs to its convolution: statistics of one beside fresh weights of the other fit nothing.
+        reason = reasons[name] or reasons.get(f"{name.partition('.bn.')[0]}.conv.weight")
+        if reason:
+            report.skipped.append((name, reason))
         else:
-            target[name].copy_(fitted)
+            target[name].copy_(_fit(name, value, target[name]))
             report.loaded.append(name)
     met = {*report.loaded, *(key for key, _ in report.skipped)}
     report.missing = [key for key in target if key not in met]
@@ -125,9 +125,10 @@ def _same_form(content: CheckpointContent, *, fused: bool) -> Mapping[str, Tenso
     return (fuse(model) if fused else unfuse(model)).state_dict()
 
 
-def _key_map(layout: Layout, model: DetectionModel) -> dict[str, str]:
+def key_map(layout: Layout, model: DetectionModel) -> dict[str, str]:
     """Key of the file → key of the model."""
-    keys = _form_of(layout, fused=model.is_fused).state_dict().keys()
+    source = _form_of(layout, fused=model.is_fused)
+    keys = source.state_dict().keys()
     if layout.graph.layers == model.graph.layers:
         return {key: key for key in keys}
     deployed, origin = model.graph.deploy()
@@ -135,8 +136,7 @@ def _key_map(layout: Layout, model: DetectionModel) -> dict[str, str]:
         return {key: deployed_key_origin(model, key, origin) for key in keys}
     deployed, origin = layout.graph.deploy()
     if deployed.layers == model.graph.layers:
-        training = _form_of(layout, fused=model.is_fused)
-        return {deployed_key_origin(training, key, origin): key for key in model.state_dict()}
+        return {deployed_key_origin(source, key, origin): key for key in model.state_dict()}
     return {key: key for key in keys}
 
 
@@ -144,23 +144,33 @@ def _form_of(layout: Layout, *, fused: bool) -> DetectionModel:
     return Layout(layout.source, layout.graph, layout.num_classes, layout.class_tower, layout.box_groups, fused).build()
 
 
-def _fit(name: str, value: Tensor, target: Tensor) -> Tensor | None:
-    """`value` in the target's shape, or None."""
-    if value.shape == target.shape:
+def _fit(name: str, value: Tensor, target: Tensor) -> Tensor:
+    """`value` in the target's shape, where `_misfit` has no objection."""
+    groups = _block_diagonal(name, value, target)
+    if groups == 1:
         return value
-    if _BOX_TOWER.search(name) and value.shape[0] == target.shape[0] and value.shape[2:] == target.shape[2:]:
-        groups, rest = divmod(target.shape[1], value.shape[1])
-        if groups > 1 and not rest and not value.shape[0] % groups:
-            dense = torch.zeros_like(target)
-            rows, columns = value.shape[0] // groups, value.shape[1]
-            for g in range(groups):
-                block = slice(g * rows, (g + 1) * rows)
-                dense[block, g * columns : (g + 1) * columns] = value[block].to(dense)
-            return dense
-    return None
+    dense = torch.zeros_like(target)
+    rows, columns = value.shape[0] // groups, value.shape[1]
+    for g in range(groups):
+        block = slice(g * rows, (g + 1) * rows)
+        dense[block, g * columns : (g + 1) * columns] = value[block].to(dense)
+    return dense
 
 
-def _reason(name: str, value: Tensor, target: Tensor, layout: Layout, model: DetectionModel) -> str:
+def _block_diagonal(name: str, value: Tensor, target: Tensor) -> int:
+    """Groups of a box tower's weight that a dense one takes as blocks; 1 where shapes agree, 0 where they do not."""
+    if value.shape == target.shape:
+        return 1
+    if not _BOX_TOWER.search(name) or value.shape[0] != target.shape[0] or value.shape[2:] != target.shape[2:]:
+        return 0
+    groups, rest = divmod(target.shape[1], value.shape[1])
+    return groups if groups > 1 and not rest and not value.shape[0] % groups else 0
+
+
+def _misfit(name: str, value: Tensor, target: Tensor, layout: Layout, model: DetectionModel) -> str:
+    """Why `value` cannot be `target`; empty where it can."""
+    if _block_diagonal(name, value, target):
+        return ""
     if _CLASS_TOWER.search(name) and name.startswith(f"model.{len(model.graph.layers) - 1}."):
         differences = []
         if layout.num_classes != model.num_classes and name.rsplit(".", 2)[-2] == "2":

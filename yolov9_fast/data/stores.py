@@ -124,5 +124,5 @@ def _read(file: Path) -> Image | None:
     except (OSError, ValueError, EOFError):
         _log.warning("the kept image %s is damaged and is made anew", file)
         return None
-    valid = image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3
+    valid = isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3
     return image if valid else None

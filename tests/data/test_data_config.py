@@ -1,0 +1,64 @@
+"""The data file: forms accepted, and errors that name what is wrong."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from yolov9_fast.data import load_data_config, load_split
+from yolov9_fast.errors import DataError
+
+
+def write(tmp_path: Path, text: str) -> Path:
+    file = tmp_path / "data.yaml"
+    file.write_text(text)
+    return file
+
+
+def test_path_is_relative_to_the_file_and_splits_to_path(tmp_path: Path) -> None:
+    config = load_data_config(write(tmp_path, "path: sub\ntrain: images/a\nval: [x, y.txt]\nnames: [cat, dog]\nnc: 2"))
+    assert config.path == tmp_path.resolve() / "sub"
+    assert config.splits["train"].images == (config.path / "images/a",)
+    assert config.splits["val"].images == (config.path / "x", config.path / "y.txt")
+    assert config.names == {0: "cat", 1: "dog"} and config.num_classes == 2
+
+
+def test_names_as_mapping_and_coco_split(tmp_path: Path) -> None:
+    text = "val: {images: pics, annotations: a.json}\ntrain:\nnames: {1: dog, 0: cat}"
+    config = load_data_config(write(tmp_path, text))
+    assert list(config.names.items()) == [(0, "cat"), (1, "dog")]
+    assert config.splits["val"].annotations == tmp_path / "a.json"
+    assert set(config.splits) == {"val"}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("names: [a]\ntrain: x\nnc: 2", "nc is 2"),
+        ("names: {0: a, 2: b}\ntrain: x", "without gaps"),
+        ("names: {a: 0}\ntrain: x", "whole numbers"),
+        ("train: x", "names must be"),
+        ("names: []\ntrain: x", "names must be"),
+        ("names: [a]", "none of the keys"),
+        ("names: [a]\ntrain: 3", "train must be"),
+        ("names: [a]\ntrain: {annotations: x.json}", "needs `images`"),
+        ("names: [a\ntrain: x", "not valid YAML"),
+        ("- a", "must be a mapping"),
+        ("names: [a]\ntrain: x\npath: 3", "path must be"),
+    ],
+)
+def test_bad_data_file_is_named(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        load_data_config(write(tmp_path, text))
+
+
+def test_missing_data_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"none\.yaml does not exist"):
+        load_data_config(tmp_path / "none.yaml")
+
+
+def test_unknown_split_lists_those_there_are(tmp_path: Path) -> None:
+    config = load_data_config(write(tmp_path, "names: [a]\ntrain: x\nval: y"))
+    with pytest.raises(DataError, match="no split 'test'; it has train, val"):
+        load_split(config, "test", for_training=False)

@@ -1,0 +1,202 @@
+"""Splits of YOLO labels: where they are looked for, and what happens to files that cannot be used."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+from drawing import add_image, dataset_folder, paint, write_config
+
+from yolov9_fast.data import coco_ground_truth, load_data_config, load_split
+from yolov9_fast.data import scan as scan_module
+from yolov9_fast.errors import DataError
+
+PICTURE = paint(40, 60, [(1, 10, 10, 30, 20)])
+LABEL = f"1 {20 / 60} {15 / 40} {20 / 60} {10 / 40}"
+
+
+def load(root: Path, *, split: str = "train", for_training: bool = True, **content: object):  # noqa: ANN201
+    return load_split(load_data_config(write_config(root, **content)), split, for_training=for_training)
+
+
+def test_good_split_is_read_whole(tmp_path: Path) -> None:
+    records, report = load_split(load_data_config(dataset_folder(tmp_path)), "train", for_training=True)
+    assert (report.images, report.objects, report.background, report.skipped) == (12, 24, 0, [])
+    assert [record.path.name for record in records] == [f"p{number:03d}.png" for number in range(12)]
+    image = cv2.imread(str(records[3].path))
+    assert (records[3].height, records[3].width) == image.shape[:2]
+
+
+def truncated_jpeg(file: Path) -> None:
+    data = cv2.imencode(".jpg", np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8))[1].tobytes()
+    file.write_bytes(data[: len(data) // 2])
+
+
+def truncated_png(file: Path) -> None:
+    data = cv2.imencode(".png", np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8))[1].tobytes()
+    file.write_bytes(data[: len(data) // 2])
+
+
+@pytest.mark.parametrize(
+    ("name", "spoil", "reason"),
+    [
+        ("x.png", lambda file: file.write_bytes(b""), "image file is empty"),
+        ("x.jpg", lambda file: file.write_bytes(b"not an image at all"), "image file cannot be decoded"),
+        ("x.jpg", truncated_jpeg, "image file is truncated"),
+        ("x.png", truncated_png, "image file is truncated"),
+        ("x.png", lambda file: cv2.imwrite(str(file), PICTURE[:9]), "image is smaller than 10 pixels"),
+    ],
+)
+def test_unusable_image_is_a_counted_skip(tmp_path: Path, name: str, spoil, reason: str) -> None:
+    add_image(tmp_path, "a.png", PICTURE, LABEL)
+    spoil(add_image(tmp_path, name, PICTURE, LABEL))
+    for _ in range(2):  # decoded, then remembered
+        records, report = load(tmp_path)
+        assert [record.path.name for record in records] == ["a.png"]
+        assert report.counts() == {reason: 1}
+        assert str(tmp_path / "images" / "train" / name) in report.summary()
+
+
+def test_missing_label_file_is_a_background_image(tmp_path: Path) -> None:
+    add_image(tmp_path, "a.png", PICTURE, LABEL)
+    add_image(tmp_path, "b.png", PICTURE, None)
+    add_image(tmp_path, "c.png", PICTURE, "")
+    records, report = load(tmp_path)
+    assert (report.images, report.background, report.skipped) == (3, 2, [])
+    assert "1 images have no label file" in report.summary()
+    assert records[1].boxes.shape == (0, 5)
+
+
+def test_bad_rows_are_listed_with_file_and_row(tmp_path: Path) -> None:
+    add_image(tmp_path, "a.png", PICTURE, f"{LABEL}\n7 0.5 0.5 0.1 0.1\nnonsense")
+    _, report = load(tmp_path)
+    file = tmp_path / "labels" / "train" / "a.txt"
+    assert [place for place, _ in report.skipped] == [f"{file}:2", f"{file}:3"]
+    assert report.counts() == {"class id out of range": 1, "not a number": 1}
+    assert report.objects == 1
+
+
+def test_binary_label_file_is_a_counted_skip(tmp_path: Path) -> None:
+    add_image(tmp_path, "a.png", PICTURE, LABEL)
+    add_image(tmp_path, "b.png", PICTURE, "")
+    (tmp_path / "labels" / "train" / "b.txt").write_bytes(b"\xff\xfe\x00\x81")
+    assert load(tmp_path)[1].counts() == {"label file cannot be read as text": 1}
+
+
+def test_labels_may_lie_beside_the_images(tmp_path: Path) -> None:
+    folder = tmp_path / "pics"
+    folder.mkdir()
+    cv2.imwrite(str(folder / "a.png"), PICTURE)
+    (folder / "a.txt").write_text(LABEL)
+    assert load(tmp_path, train="pics")[1].objects == 1
+
+
+def test_only_the_last_images_folder_becomes_labels(tmp_path: Path) -> None:
+    root = tmp_path / "images" / "set"
+    add_image(root, "a.png", PICTURE, LABEL)
+    assert load(root)[1].objects == 1
+
+
+def test_list_file_takes_paths_relative_to_itself_or_the_root(tmp_path: Path) -> None:
+    add_image(tmp_path, "a.png", PICTURE, LABEL)
+    add_image(tmp_path, "b.png", PICTURE, LABEL)
+    (tmp_path / "lists").mkdir()
+    (tmp_path / "lists" / "train.txt").write_text(
+        "../images/train/a.png\nimages/train/b.png\n# note\n\nimages/train/gone.png\n"
+    )
+    records, report = load(tmp_path, train="lists/train.txt")
+    assert len(records) == 2 and report.counts() == {"image file is missing": 1}
+
+
+def test_image_named_twice_is_used_once(tmp_path: Path) -> None:
+    add_image(tmp_path, "a.png", PICTURE, LABEL)
+    assert load(tmp_path, train=["images/train", "images/train"])[1].images == 1
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"train": "nowhere"}, "nowhere does not exist"),
+        ({"train": "empty"}, "no images; looked in .*empty"),
+        ({"train": "data.yaml"}, "neither a folder"),
+    ],
+)
+def test_empty_split_says_where_it_looked(tmp_path: Path, content: dict, message: str) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match=message):
+        load(tmp_path, **content)
+
+
+def test_split_of_corrupt_images_only_is_an_error_with_the_list(tmp_path: Path) -> None:
+    add_image(tmp_path, "a.png", PICTURE, LABEL).write_bytes(b"")
+    with pytest.raises(DataError, match=r"no usable image(.|\n)*image file is empty"):
+        load(tmp_path)
+
+
+def test_training_without_any_object_is_an_error_but_evaluation_is_not(tmp_path: Path) -> None:
+    add_image(tmp_path, "a.png", PICTURE, None)
+    with pytest.raises(DataError, match="no object to learn from; labels were looked for in .*a.txt"):
+        load(tmp_path)
+    assert load(tmp_path, for_training=False)[1].background == 1
+
+
+def test_second_load_decodes_nothing_until_a_file_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = add_image(tmp_path, "a.png", PICTURE, LABEL)
+    add_image(tmp_path, "b.png", PICTURE, LABEL)
+    load(tmp_path)
+    opened = []
+    monkeypatch.setattr(scan_module, "read_image", lambda path: opened.append(path) or np.zeros((50, 50, 3), np.uint8))
+    load(tmp_path)
+    assert opened == []
+    cv2.imwrite(str(file), paint(50, 50, []))
+    assert load(tmp_path)[0][0].width == 50 and opened == [file]
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"version": 1, "images": 3}', '{"version": 0, "images": {}}'])
+def test_damaged_cache_is_rebuilt(tmp_path: Path, cache_in_tmp: Path, content: str) -> None:
+    add_image(tmp_path, "a.png", PICTURE, LABEL)
+    load(tmp_path)
+    [file] = cache_in_tmp.rglob("*.json")
+    whole = file.read_text()
+    file.write_text(content)
+    assert load(tmp_path)[1].images == 1
+    assert file.read_text() == whole
+
+
+def test_loading_writes_nothing_beside_the_users_files(tmp_path: Path) -> None:
+    add_image(tmp_path, "a.png", PICTURE, LABEL)
+    write_config(tmp_path)
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    load_split(load_data_config(tmp_path / "data.yaml"), "train", for_training=True)
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+
+
+def test_unwritable_cache_is_only_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    add_image(tmp_path, "a.png", PICTURE, LABEL)
+    monkeypatch.setenv("YOLOV9_FAST_CACHE", str(tmp_path / "images" / "train" / "a.png"))
+    assert load(tmp_path)[1].images == 1
+    assert "not kept" in caplog.text
+
+
+def test_image_ids_are_the_numbers_in_the_names_when_all_have_one(tmp_path: Path) -> None:
+    for name in ("000139.png", "285.png"):
+        add_image(tmp_path, name, PICTURE, LABEL)
+    assert [record.image_id for record in load(tmp_path)[0]] == [139, 285]
+    add_image(tmp_path, "x.png", PICTURE, LABEL)
+    assert [record.image_id for record in load(tmp_path)[0]] == [1, 2, 3]
+
+
+def test_ground_truth_of_yolo_labels_is_in_pixels(tmp_path: Path) -> None:
+    add_image(tmp_path, "a.png", PICTURE, LABEL)
+    config = load_data_config(write_config(tmp_path))
+    records, _ = load_split(config, "train", for_training=False)
+    truth = coco_ground_truth(config, "train", records)
+    [annotation] = truth["annotations"]
+    np.testing.assert_allclose(annotation["bbox"], [10, 10, 20, 10], atol=1e-4)
+    assert annotation["area"] == pytest.approx(200, abs=1e-3)
+    assert (annotation["category_id"], annotation["iscrowd"], annotation["id"]) == (2, 0, 1)
+    assert truth["categories"] == [{"id": 1, "name": "a"}, {"id": 2, "name": "b"}, {"id": 3, "name": "c"}]

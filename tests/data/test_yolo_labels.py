@@ -1,0 +1,72 @@
+"""YOLO rows: what is read, and what each bad row is called."""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from yolov9_fast.data.yolo import parse_yolo
+
+GOOD = "1 0.5 0.5 0.25 0.125"
+
+
+def test_box_row_is_kept_exactly() -> None:
+    parsed = parse_yolo(GOOD, 3)
+    assert parsed.boxes.tolist() == [[1, 0.5, 0.5, 0.25, 0.125]]
+    assert parsed.polygons is None and parsed.problems == []
+
+
+def test_each_row_of_a_mixed_file_decides_for_itself() -> None:
+    parsed = parse_yolo(f"0 0.1 0.2 0.5 0.2 0.3 0.6\n{GOOD}", 3)
+    np.testing.assert_allclose(parsed.boxes, [[0, 0.3, 0.4, 0.4, 0.4], [1, 0.5, 0.5, 0.25, 0.125]], atol=1e-7)
+    assert parsed.polygons is not None and parsed.polygons[1] is None
+    np.testing.assert_allclose(parsed.polygons[0], [[0.1, 0.2], [0.5, 0.2], [0.3, 0.6]])
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ("0 a 0.5 0.1 0.1", "not a number"),
+        ("0 nan 0.5 0.1 0.1", "NaN"),
+        ("0 inf 0.5 0.1 0.1", "NaN or infinite"),
+        ("0 1.2 0.5 0.1 0.1", "outside the image"),
+        ("0 -0.2 0.5 0.1 0.1", "outside the image"),
+        ("3 0.5 0.5 0.1 0.1", r"class id out of range \(3, expected 0..2\)"),
+        ("-1 0.5 0.5 0.1 0.1", "class id out of range"),
+        ("0.5 0.5 0.5 0.1 0.1", "not a whole number"),
+        ("0 0.5 0.5 0 0.1", "without area"),
+        ("0 0.5 0.5 0.1 -0.0005", "without area"),
+        ("0 0.5 0.5 0.1", "neither a box nor a polygon"),
+        ("0 0.5 0.5 0.1 0.1 0.9", "neither a box nor a polygon"),
+        ("0 0.1 0.1 0.2 0.2 0.3 0.3 0.4", "neither a box nor a polygon"),
+        ("0 0.1 0.1 0.1 0.2 0.1 0.3", "without area"),
+        (GOOD, "duplicate"),
+    ],
+)
+def test_bad_row_is_counted_and_the_rest_stays(row: str, reason: str) -> None:
+    parsed = parse_yolo(f"{GOOD}\n\n{row}\n2 0.25 0.25 0.5 0.5", 3)
+    assert parsed.boxes[:, 0].tolist() == [1, 2]
+    [(number, text)] = parsed.problems
+    assert number == 3
+    assert re.search(reason, text)
+
+
+def test_rounding_beyond_the_border_is_pulled_in() -> None:
+    parsed = parse_yolo("0 0.95 0.5 0.1005 1.0008", 1)
+    assert parsed.problems == []
+    _, cx, cy, width, height = parsed.boxes[0].astype(float)
+    assert cx + width / 2 <= 1 + 1e-6 and height <= 1
+    np.testing.assert_allclose([cx - width / 2, cy], [0.95 - 0.1005 / 2, 0.5], atol=1e-6)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.text(alphabet="0123456789.-+e naif\n\t", max_size=80))
+def test_any_text_gives_boxes_inside_the_image(text: str) -> None:
+    boxes = parse_yolo(text, 3).boxes
+    assert np.isfinite(boxes).all()
+    assert (boxes[:, 3:] > 0).all() and set(boxes[:, 0]) <= {0, 1, 2}
+    assert (boxes[:, 1:3] - boxes[:, 3:] / 2 >= -1e-5).all() and (boxes[:, 1:3] + boxes[:, 3:] / 2 <= 1 + 1e-5).all()

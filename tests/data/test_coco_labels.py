@@ -18,7 +18,15 @@ CATEGORIES = [{"id": 90, "name": "c"}, {"id": 3, "name": "a"}, {"id": 7, "name":
 
 
 def annotation(number: int, **changes: object) -> dict:
-    return {"id": number, "image_id": 1, "category_id": 7, "bbox": [10, 10, 20, 10], "area": 150, "iscrowd": 0, **changes}
+    return {
+        "id": number,
+        "image_id": 1,
+        "category_id": 7,
+        "bbox": [10, 10, 20, 10],
+        "area": 150,
+        "iscrowd": 0,
+        **changes,
+    }
 
 
 def write(root: Path, annotations: list[dict], **changes: object):  # noqa: ANN201
@@ -53,7 +61,10 @@ def test_crowds_are_ignored_in_training_and_kept_in_the_ground_truth(tmp_path: P
     assert len(record.boxes) == 1 and report.counts() == {"crowd or ignored region, not used in training": 1}
     assert load_split(config, "train", for_training=False)[1].skipped == []
     truth = coco_ground_truth(config, "train", [record])
-    assert [(entry["id"], entry["iscrowd"], entry["area"]) for entry in truth["annotations"]] == [(1, 0, 150), (2, 1, 150)]
+    assert [(entry["id"], entry["iscrowd"], entry["area"]) for entry in truth["annotations"]] == [
+        (1, 0, 150),
+        (2, 1, 150),
+    ]
     assert truth["annotations"][1]["bbox"] == [0, 0, 60, 40]
 
 

@@ -118,11 +118,12 @@ def available_memory() -> int | None:
 
 def _read(file: Path) -> Image | None:
     try:
-        image = np.load(file, allow_pickle=False)
+        with open(file, "rb") as stream:
+            image = np.lib.format.read_array(stream, allow_pickle=False)
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, EOFError):
+    except (OSError, ValueError):
         _log.warning("the kept image %s is damaged and is made anew", file)
         return None
-    valid = isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3
+    valid = image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3
     return image if valid else None

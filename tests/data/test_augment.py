@@ -1,0 +1,177 @@
+"""Augmentation: the boxes follow the pixels, and each part does what its name says."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import cv2
+import numpy as np
+import pytest
+from drawing import box_of_colour, paint
+
+from yolov9_fast.data import AugmentConfig
+from yolov9_fast.data.augment import Scene, copy_paste, mixup, random_affine, random_flips, random_hsv
+
+NOTHING = AugmentConfig(0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0)
+
+
+def scene(
+    *objects: tuple[int, int, int, int, int], height: int = 120, width: int = 160, outlines: bool = False
+) -> Scene:
+    boxes = np.array([item[1:] for item in objects], np.float32).reshape(-1, 4)
+    corners = [np.array([[a, b], [c, b], [c, d], [a, d]], np.float32) for a, b, c, d in boxes]
+    classes = np.array([item[0] for item in objects], np.float32)
+    return Scene(paint(height, width, list(objects)), classes, boxes, list(corners) if outlines else [])
+
+
+def rng(seed: int = 0) -> np.random.Generator:
+    return np.random.default_rng(seed)
+
+
+@pytest.mark.parametrize("kind", ["flipud", "fliplr"])
+def test_flip_takes_the_box_along(kind: str) -> None:
+    start = scene((0, 10, 20, 50, 40), (1, 100, 70, 130, 110))
+    result = random_flips(start, replace(NOTHING, **{kind: 1.0}), rng())
+    assert not np.array_equal(result.image, start.image)
+    for label, box in zip(result.classes, result.boxes, strict=True):
+        assert box_of_colour(result.image, int(label)) == tuple(box)
+
+
+@pytest.mark.parametrize(
+    ("change", "tolerance"),
+    [
+        ({"scale": 0.5}, 1.0),
+        ({"translate": 0.2}, 1.0),
+        ({"shear": 8.0}, 1.5),
+        ({"degrees": 30.0}, 1.5),
+        ({"perspective": 0.001}, 1.5),
+        ({"scale": 0.3, "degrees": 20.0, "translate": 0.1, "shear": 5.0}, 1.5),
+    ],
+)
+@pytest.mark.parametrize("outlines", [False, True])
+def test_affine_takes_the_box_along(change: dict, tolerance: float, outlines: bool) -> None:
+    found = 0
+    for seed in range(12):
+        start = scene((0, 40, 40, 90, 80), outlines=outlines)
+        result = random_affine(start, (120, 160), replace(NOTHING, **change), rng(seed))
+        seen = box_of_colour(result.image, 0)
+        if len(result.boxes) == 0:
+            continue
+        found += 1
+        assert seen is not None
+        np.testing.assert_allclose(result.boxes[0], seen, atol=tolerance)
+    assert found >= 10
+
+
+def test_affine_without_strength_changes_nothing() -> None:
+    start = scene((0, 40, 40, 90, 80))
+    result = random_affine(start, (120, 160), NOTHING, rng())
+    assert np.array_equal(result.image, start.image)
+    np.testing.assert_allclose(result.boxes, start.boxes, atol=1e-4)
+
+
+def test_affine_to_a_smaller_canvas_keeps_the_middle() -> None:
+    result = random_affine(scene((0, 60, 50, 100, 70)), (60, 80), NOTHING, rng())
+    assert result.image.shape == (60, 80, 3)
+    np.testing.assert_allclose(result.boxes, [[20, 20, 60, 40]], atol=1e-4)
+    assert box_of_colour(result.image, 0) == (20, 20, 60, 40)
+
+
+def test_turned_outline_gives_a_tighter_box_than_its_turned_box() -> None:
+    start = scene((0, 40, 20, 120, 100))
+    diamond = np.array([[80, 20], [120, 60], [80, 100], [40, 60]], np.float32)
+    outlined = replace_outline(start, diamond)
+    config = replace(NOTHING, degrees=45.0)
+    loose, tight = (random_affine(item, (120, 160), config, rng(1)).boxes[0] for item in (start, outlined))
+    assert np.prod(tight[2:] - tight[:2]) < 0.8 * np.prod(loose[2:] - loose[:2])
+
+
+def replace_outline(start: Scene, outline: np.ndarray) -> Scene:
+    return Scene(start.image, start.classes, start.boxes, [outline])
+
+
+@pytest.mark.parametrize(
+    ("box", "outlines", "kept"),
+    [
+        ((0, 0, 100, 100), False, True),  # 36 % of the box is on the canvas
+        ((0, 0, 47, 100), False, False),  # 7/47 × 60/100 = 9 %
+        ((0, 0, 47, 100), True, True),  # an outline stays down to 1 %
+        ((60, 60, 62, 90), False, False),  # 2 px wide
+        ((60, 60, 63, 90), False, True),
+        ((0, 0, 30, 30), False, False),  # outside
+        ((0, 0, 30, 30), True, False),
+    ],
+)
+def test_only_what_is_still_visible_stays(box: tuple[int, int, int, int], outlines: bool, kept: bool) -> None:
+    start = scene((0, *box), height=140, width=160, outlines=outlines)
+    result = random_affine(start, (60, 80), NOTHING, rng())  # the canvas is x 40..120, y 40..100
+    assert (len(result.boxes) == 1) == kept
+
+
+def test_hsv_without_strength_is_the_same_image_and_with_it_changes_within_bounds() -> None:
+    image = rng().integers(0, 255, (30, 30, 3), np.uint8)
+    assert random_hsv(image, NOTHING, rng()) is image
+    value = np.full((8, 8, 3), 100, np.uint8)
+    config = replace(NOTHING, hsv_v=0.4)
+    levels = {int(random_hsv(value, config, rng(seed))[0, 0, 0]) for seed in range(200)}
+    assert min(levels) >= 60 and max(levels) <= 140 and min(levels) < 65 and max(levels) > 135
+
+
+def test_hue_wraps_around() -> None:
+    red = np.full((4, 4, 3), 0, np.uint8)
+    red[..., 2] = 255
+    red[..., 0] = 10  # hue just below 180
+    for seed in range(20):
+        hue = cv2.cvtColor(random_hsv(red, replace(NOTHING, hsv_h=0.1), rng(seed)), cv2.COLOR_BGR2HSV)[0, 0, 0]
+        assert hue < 22 or hue > 158
+
+
+def test_mixup_blends_and_keeps_the_objects_of_both() -> None:
+    first, second = scene((0, 10, 10, 60, 60)), scene((1, 80, 50, 120, 100))
+    result = mixup(first, second, rng())
+    assert result.classes.tolist() == [0, 1] and len(result.boxes) == 2
+    assert 70 < result.image[30, 30, 2] < 185 and 70 < result.image[75, 100, 1] < 185
+
+
+def test_copy_paste_mirrors_object_and_box() -> None:
+    start = scene((0, 10, 20, 50, 60), outlines=True)
+    result = copy_paste(start, 1.0, rng())
+    assert result.classes.tolist() == [0, 0]
+    assert result.boxes[1].tolist() == [110, 20, 150, 60]
+    assert box_of_colour(result.image[:, 80:], 0) == (30, 20, 70, 60)
+    assert result.outlines[1] is not None and result.outlines[1][:, 0].min() == 110
+
+
+def test_copy_paste_never_hides_what_is_there() -> None:
+    start = scene((0, 10, 20, 50, 60), (1, 105, 15, 140, 65), outlines=True)
+    start.outlines[1] = None
+    before = start.image.copy()
+    result = copy_paste(start, 1.0, rng())
+    assert len(result.boxes) == 2 and np.array_equal(result.image, before)
+
+
+def test_copy_paste_leaves_boxes_without_outline_alone() -> None:
+    start = scene((0, 10, 20, 50, 60))
+    assert copy_paste(start, 1.0, rng()) is start
+
+
+def test_copy_paste_takes_the_named_share() -> None:
+    objects = [(0, 2, y, 12, y + 8) for y in range(0, 100, 10)]
+    result = copy_paste(scene(*objects, outlines=True), 0.3, rng())
+    assert len(result.boxes) == 13
+
+
+def test_image_without_objects_passes_through_everything() -> None:
+    empty = Scene(np.zeros((64, 64, 3), np.uint8), np.zeros(0, np.float32), np.zeros((0, 4), np.float32))
+    config = AugmentConfig()
+    result = copy_paste(empty, 1.0, rng())
+    result = random_flips(random_affine(result, (64, 64), config, rng()), config, rng())
+    assert mixup(result, result, rng()).boxes.shape == (0, 4)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"mosaic": 1.5}, {"fliplr": -0.1}, {"scale": 1.0}, {"degrees": 200.0}, {"hsv_h": float("nan")}]
+)
+def test_strength_out_of_range_is_named(wrong: dict) -> None:
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        AugmentConfig(**wrong)

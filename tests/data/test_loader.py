@@ -1,0 +1,180 @@
+"""The loader: equal runs, any number of workers, ranks that together are one process."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from drawing import dataset_folder
+
+from yolov9_fast.data import (
+    AugmentConfig,
+    Batch,
+    DetectionDataset,
+    DetectionLoader,
+    ImageRecord,
+    create_loader,
+    load_data_config,
+    load_split,
+)
+
+
+@pytest.fixture
+def records(tmp_path: Path) -> list[ImageRecord]:
+    return load_split(load_data_config(dataset_folder(tmp_path)), "train", for_training=True)[0]
+
+
+def training_set(records: list[ImageRecord]) -> DetectionDataset:
+    return DetectionDataset(records, image_size=64, augment=AugmentConfig())
+
+
+def equal(first: list[Batch], second: list[Batch]) -> bool:
+    return len(first) == len(second) and all(
+        torch.equal(a.images, b.images) and torch.equal(a.targets, b.targets) and a.indices == b.indices
+        for a, b in zip(first, second, strict=True)
+    )
+
+
+def epochs(loader: DetectionLoader, plan: list[tuple[int, bool]]) -> list[list[Batch]]:
+    result = []
+    for epoch, mosaic in plan:
+        loader.set_epoch(epoch, mosaic=mosaic)
+        result.append(list(loader))
+    loader.close()
+    return result
+
+
+def test_batch_numbers_the_targets_by_image(records: list[ImageRecord]) -> None:
+    dataset = DetectionDataset(records, image_size=64, augment=None)
+    batches = list(create_loader(dataset, batch_size=5, shuffle=False))
+    assert [len(batch.indices) for batch in batches] == [5, 5, 2]
+    batch = batches[1]
+    assert batch.images.shape == (5, 3, 64, 64) and batch.images.dtype == torch.uint8
+    assert batch.indices == [5, 6, 7, 8, 9]
+    for position, index in enumerate(batch.indices):
+        assert torch.equal(batch.targets[batch.targets[:, 0] == position, 1:], dataset[index].targets)
+
+
+def test_workers_change_nothing_and_long_lived_ones_learn_epoch_and_mosaic(records: list[ImageRecord]) -> None:
+    plan = [(0, True), (1, True), (2, False)]
+    alone = epochs(create_loader(training_set(records), batch_size=4, shuffle=True), plan)
+    helped = epochs(create_loader(training_set(records), batch_size=4, shuffle=True, workers=2), plan)
+    assert all(equal(a, b) for a, b in zip(alone, helped, strict=True))
+    assert not equal(alone[0], alone[1])
+    [with_mosaic] = epochs(create_loader(training_set(records), batch_size=4, shuffle=True), [(2, True)])
+    assert not equal(with_mosaic, alone[2])
+
+
+def test_pass_broken_off_does_not_reach_into_the_next(records: list[ImageRecord]) -> None:
+    loader = create_loader(training_set(records), batch_size=2, shuffle=True, workers=1)
+    [expected] = epochs(create_loader(training_set(records), batch_size=2, shuffle=True), [(1, True)])
+    next(iter(loader))
+    [after] = epochs(loader, [(1, True)])
+    assert equal(after, expected)
+
+
+def test_seed_changes_the_order(records: list[ImageRecord]) -> None:
+    dataset = DetectionDataset(records, image_size=64, augment=None)
+    orders = [[b.indices for b in create_loader(dataset, batch_size=4, shuffle=True, seed=seed)] for seed in (0, 0, 1)]
+    assert orders[0] == orders[1] != orders[2]
+    assert sorted(sum(orders[2], [])) == list(range(12))
+
+
+def test_loading_leaves_the_global_generators_alone(records: list[ImageRecord]) -> None:
+    state = torch.get_rng_state()
+    list(create_loader(training_set(records), batch_size=4, shuffle=True))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize(("batch_size", "world_size"), [(3, 2), (2, 3), (5, 2), (4, 3)])
+def test_ranks_together_see_what_one_process_sees(records: list[ImageRecord], batch_size: int, world_size: int) -> None:
+    dataset = DetectionDataset(records, image_size=64, augment=None)
+    one = [b.indices for b in create_loader(dataset, batch_size=batch_size * world_size, shuffle=True, seed=3)]
+    ranks = [
+        [
+            b.indices
+            for b in create_loader(
+                dataset, batch_size=batch_size, shuffle=True, seed=3, rank=rank, world_size=world_size
+            )
+        ]
+        for rank in range(world_size)
+    ]
+    assert len({len(batches) for batches in ranks}) == 1
+    start = one[0]
+    for whole, *parts in zip(one, *ranks, strict=True):
+        together = sum(parts, [])
+        assert together[: len(whole)] == whole
+        assert together[len(whole) :] == start[: len(together) - len(whole)]
+        assert len({len(part) for part in parts}) == 1
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 5, 7])
+def test_evaluation_ranks_share_the_images_without_doubles(records: list[ImageRecord], batch_size: int) -> None:
+    dataset = DetectionDataset(records, image_size=64, augment=None, rect=True, batch_size=batch_size)
+    loaders = [create_loader(dataset, batch_size=batch_size, shuffle=False, rank=r, world_size=2) for r in range(2)]
+    batches = [batch for loader in loaders for batch in loader]
+    assert sorted(sum((batch.indices for batch in batches), [])) == list(range(12))
+    assert [len(loader) for loader in loaders] == [sum(1 for _ in loader) for loader in loaders]
+
+
+def test_drop_last_gives_whole_batches_only(records: list[ImageRecord]) -> None:
+    dataset = DetectionDataset(records, image_size=64, augment=None)
+    loader = create_loader(dataset, batch_size=5, shuffle=True, drop_last=True)
+    assert [len(batch.indices) for batch in loader] == [5, 5] and len(loader) == 2
+
+
+def test_killed_worker_is_an_error_and_no_hang(records: list[ImageRecord]) -> None:
+    loader = create_loader(training_set(records), batch_size=1, shuffle=True, workers=1)
+    batches = iter(loader)
+    next(batches)
+    [process] = batches._workers  # type: ignore[attr-defined]
+    os.kill(process.pid, signal.SIGKILL)
+    with pytest.raises(RuntimeError, match="worker"):
+        for _ in batches:
+            pass
+    loader.close()
+
+
+def test_worker_survives_ctrl_c(records: list[ImageRecord]) -> None:
+    loader = create_loader(training_set(records), batch_size=1, shuffle=True, workers=1)
+    batches = iter(loader)
+    next(batches)
+    [process] = batches._workers  # type: ignore[attr-defined]
+    os.kill(process.pid, signal.SIGINT)
+    assert sum(1 for _ in batches) == 11
+    loader.close()
+
+
+def test_closed_loader_says_so_and_its_workers_are_gone(records: list[ImageRecord]) -> None:
+    loader = create_loader(training_set(records), batch_size=4, shuffle=True, workers=1)
+    batches = iter(loader)
+    list(batches)
+    [process] = batches._workers  # type: ignore[attr-defined]
+    del batches
+    loader.close()
+    process.join(5)
+    assert not process.is_alive()
+    with pytest.raises(RuntimeError, match="closed"):
+        iter(loader)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batch_size": 0}, "batch_size"),
+        ({"rank": 2, "world_size": 2}, "rank"),
+        ({"workers": -1}, "workers"),
+    ],
+)
+def test_wrong_option_is_named(records: list[ImageRecord], options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        create_loader(training_set(records), **{"batch_size": 2, "shuffle": True, **options})
+
+
+def test_rect_dataset_needs_its_own_batches(records: list[ImageRecord]) -> None:
+    dataset = DetectionDataset(records, image_size=64, augment=None, rect=True, batch_size=4)
+    with pytest.raises(ValueError, match="its own batch_size 4"):
+        create_loader(dataset, batch_size=3, shuffle=False)

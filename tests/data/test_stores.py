@@ -1,0 +1,82 @@
+"""Kept images: the same pixels, no decoding twice, and never a crash for want of room."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from drawing import dataset_folder
+
+from yolov9_fast.data import AugmentConfig, DetectionDataset, ImageRecord, load_data_config, load_split, stores
+from yolov9_fast.data import dataset as dataset_module
+
+
+@pytest.fixture
+def records(tmp_path: Path) -> list[ImageRecord]:
+    return load_split(load_data_config(dataset_folder(tmp_path, count=5)), "train", for_training=True)[0]
+
+
+@pytest.mark.parametrize("augment", [None, AugmentConfig()])
+@pytest.mark.parametrize("cache", ["ram", "disk"])
+def test_kept_images_give_the_same_samples_without_decoding(
+    records: list[ImageRecord], cache, augment: AugmentConfig | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = DetectionDataset(records, image_size=64, augment=augment)
+    kept = DetectionDataset(records, image_size=64, augment=augment, cache=cache, cache_dir=tmp_path / "kept")
+    expected = [plain[index] for index in range(5)]
+    for _ in range(2):
+        for index in range(5):
+            assert torch.equal(kept[index].image, expected[index].image)
+            assert torch.equal(kept[index].targets, expected[index].targets)
+        monkeypatch.setattr(dataset_module, "read_image", None)
+
+
+def test_too_little_memory_is_said_and_images_are_decoded_anew(
+    records: list[ImageRecord], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(stores, "available_memory", lambda: 1000)
+    dataset = DetectionDataset(records, image_size=64, augment=None, cache="ram")
+    assert "5 images at 64 px need" in caplog.text
+    assert isinstance(dataset._store, stores.NoStore) and dataset[0].image.shape == (3, 64, 64)
+
+
+def test_free_memory_is_known_here() -> None:
+    free = stores.available_memory()
+    assert free is None or free > 0
+
+
+def test_damaged_file_is_made_anew(records: list[ImageRecord], tmp_path: Path) -> None:
+    folder = tmp_path / "kept"
+    dataset = DetectionDataset(records, image_size=64, augment=None, cache="disk", cache_dir=folder)
+    expected = dataset[0].image
+    [file] = folder.glob("*.npy")
+    whole = file.read_bytes()
+    for damage in (b"", whole[:40], whole[:-7], b"PK\x03\x04 no"):
+        file.write_bytes(damage)
+        assert torch.equal(dataset[0].image, expected)
+        assert file.read_bytes() == whole
+
+
+def test_full_disk_is_one_warning(
+    records: list[ImageRecord], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def full(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("yolov9_fast.atomic.os.fsync", full)
+    folder = tmp_path / "kept"
+    dataset = DetectionDataset(records, image_size=64, augment=None, cache="disk", cache_dir=folder)
+    for index in range(5):
+        assert dataset[index].image.shape == (3, 64, 64)
+    assert caplog.text.count("no longer kept on disk") == 1 and "No space left" in caplog.text
+    assert list(folder.iterdir()) == []
+
+
+def test_changed_image_is_not_served_from_disk(records: list[ImageRecord], tmp_path: Path) -> None:
+    dataset = DetectionDataset(records, image_size=64, augment=None, cache="disk", cache_dir=tmp_path / "kept")
+    before = dataset[0].image
+    records[0].path.write_bytes(records[1].path.read_bytes())
+    records[0].width, records[0].height = records[1].width, records[1].height
+    again = DetectionDataset(records, image_size=64, augment=None, cache="disk", cache_dir=tmp_path / "kept")
+    assert not torch.equal(again[0].image, before)

@@ -26,7 +26,7 @@ FLOORS = {
     "paper": 5,
     "info": 5,
     "cli": 6,
-    "__main__": 6,
+    "__main__": 7,
 }
 """By the first name below `yolov9_fast`. The command is the door to everything else on the top floor: one above it."""
 BESIDE_THE_FLOORS = {"errors", "_lazy", "atomic"}

@@ -68,6 +68,15 @@ def test_workers_change_nothing_and_long_lived_ones_learn_epoch_and_mosaic(recor
     assert not equal(with_mosaic, alone[2])
 
 
+def test_mosaic_closed_on_the_dataset_reaches_running_workers(records: list[ImageRecord]) -> None:
+    [expected] = epochs(create_loader(training_set(records), batch_size=4, shuffle=True), [(0, False)])
+    loader = create_loader(training_set(records), batch_size=4, shuffle=True, workers=1)
+    assert not equal(list(loader), expected)
+    loader.dataset.close_mosaic()
+    [after] = epochs(loader, [(0, True)])
+    assert equal(after, expected)
+
+
 def test_pass_broken_off_does_not_reach_into_the_next(records: list[ImageRecord]) -> None:
     loader = create_loader(training_set(records), batch_size=2, shuffle=True, workers=1)
     [expected] = epochs(create_loader(training_set(records), batch_size=2, shuffle=True), [(1, True)])

@@ -132,8 +132,9 @@ def copy_paste(scene: Scene, share: float, rng: Generator) -> Scene:
     if not len(chosen):
         return scene
     width = scene.size[1]
-    source = scene.image.copy()
     boxes, classes, outlines = [*scene.boxes], [*scene.classes], list(scene.outlines)
+    # All patches are cut before any is pasted, so that no copy shows another.
+    patches = []
     for index in chosen:
         x1, y1, x2, y2 = scene.boxes[index]
         box = np.array([width - x2, y1, width - x1, y2], dtype=np.float32)
@@ -142,27 +143,28 @@ def copy_paste(scene: Scene, share: float, rng: Generator) -> Scene:
         outline = scene.outlines[index]
         assert outline is not None
         mirrored = outline * np.array([-1, 1], dtype=np.float32) + np.array([width, 0], dtype=np.float32)
-        _paste_mirrored(scene.image, source, mirrored)
+        patches.append(_mirrored_patch(scene.image, mirrored))
         boxes.append(box)
         classes.append(scene.classes[index])
         outlines.append(mirrored)
+    for left, top, patch, mask in patches:
+        region = scene.image[top : top + patch.shape[0], left : left + patch.shape[1]]
+        np.copyto(region, patch, where=mask)
     return Scene(scene.image, np.asarray(classes, np.float32), np.stack(boxes), outlines)
 
 
-def _paste_mirrored(target: Image, source: Image, outline: Floats) -> None:
-    cv2 = require("cv2")
-    height, width = source.shape[:2]
-    low = np.maximum(np.floor(outline.min(0)).astype(int), 0)
-    high = np.minimum(np.ceil(outline.max(0)).astype(int) + 1, (width, height))
-    if (high <= low).any():
-        return
+def _mirrored_patch(image: Image, outline: Floats) -> tuple[int, int, Image, NDArray[np.bool_]]:
+    """(left, top, pixels [h, w, 3], mask [h, w, 1]) of what the mirrored image shows inside `outline`."""
+    height, width = image.shape[:2]
+    left, top = (int(value) for value in np.maximum(np.floor(outline.min(0)), 0))
+    right, bottom = (int(value) for value in np.minimum(np.ceil(outline.max(0)) + 1, (width, height)))
     # Pixel centres lie at +0.5 in the coordinates of labels and at whole numbers in those of fillPoly.
-    points = np.round(outline - low - 0.5).astype(np.int32)
-    mask = np.zeros((high[1] - low[1], high[0] - low[0]), dtype=np.uint8)
-    cv2.fillPoly(mask, [points], 1)
-    patch = source[low[1] : high[1], width - high[0] : width - low[0]][:, ::-1]
-    region = target[low[1] : high[1], low[0] : high[0]]
-    np.copyto(region, patch, where=mask[:, :, None].astype(bool))
+    points = np.round(outline - (left + 0.5, top + 0.5)).astype(np.int32)
+    mask = np.zeros((max(bottom - top, 0), max(right - left, 0)), dtype=np.uint8)
+    if mask.size:
+        require("cv2").fillPoly(mask, [points], 1)
+    patch = image[top:bottom, width - right : width - left][:, ::-1].copy()
+    return left, top, patch, mask[:, :, None].astype(bool)
 
 
 def _random_matrix(

@@ -100,7 +100,7 @@ class DetectionDataset(Dataset[Sample]):
         self.epoch = epoch
 
     def close_mosaic(self) -> None:
-        """No mosaic, mixup or copy-paste in `dataset[index]` any more; a loader has `set_epoch(..., mosaic=False)`."""
+        """No mosaic, mixup or copy-paste from now on; in a loader, from its next pass."""
         self.mosaic_enabled = False
 
     def _evaluation_sample(self, index: int) -> Sample:

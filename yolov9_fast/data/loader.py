@@ -104,6 +104,7 @@ class BatchOrder(Sampler[list[Token]]):
                 f"got {shuffle=}, {batch_size=}"
             )
         self.epoch, self.mosaic = 0, True
+        self._dataset = dataset
         self._base = np.asarray(dataset.order)
         self._batch_size, self._shuffle, self._seed = batch_size, shuffle, seed
         self._rank, self._world_size, self._drop_last = rank, world_size, drop_last
@@ -115,7 +116,7 @@ class BatchOrder(Sampler[list[Token]]):
         order = self._base
         if self._shuffle:
             order = np.random.default_rng((self._seed, self.epoch)).permutation(order)
-        epoch, mosaic = self.epoch, self.mosaic
+        epoch, mosaic = self.epoch, self.mosaic and self._dataset.mosaic_enabled
         for start, end in self._cuts():
             yield [Token(epoch, mosaic, int(order[position % len(order)])) for position in range(start, end)]
 

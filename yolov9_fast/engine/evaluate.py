@@ -72,8 +72,8 @@ def evaluate(options: EvaluationOptions) -> tuple[ValidationResult, Path]:
         data, options.split, image_size=size, batch_size=options.batch, workers=workers, rect=options.rect
     )
     log.info(
-        f"{options.weights}: {model.graph_name}, fused, on {device}, amp {amp}; {options.split} of {options.data}, {size} px "
-        f"{'rectangular' if options.rect else 'square'}, batch {options.batch}, confidence {options.conf:g}, "
+        f"{options.weights}: {model.graph_name}, fused, on {device}, amp {amp}; {options.split} of {options.data}, "
+        f"{size} px {'rectangular' if options.rect else 'square'}, batch {options.batch}, confidence {options.conf:g}, "
         f"IoU {options.iou:g}, at most {options.max_det} detections an image"
     )
     log.info(evaluation.report.summary())

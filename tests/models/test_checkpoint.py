@@ -153,7 +153,7 @@ def test_another_suffix_is_refused_and_a_failed_write_keeps_the_old_file(
     assert list(tmp_path.iterdir()) == [path]
 
 
-@pytest.mark.parametrize(("deploy", "fused"), [(False, False), (True, False), (True, True)])
+@pytest.mark.parametrize(("deploy", "fused"), [(False, False), (True, True)])
 def test_convert_writes_what_was_asked_for(deploy: bool, fused: bool, tmp_path: Path) -> None:
     source = small_model("yolov9-t", 3)
     save_pickled_module(tmp_path / "x.pt", source, WKY_PATHS)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import zipfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -250,6 +251,11 @@ def identify(
         CheckpointError: no network fits; names the nearest one and the first key that differs.
     """
     shapes = {key: tuple(value.shape) for key, value in state.items()}
+    if not any(re.match(r"model\.\d+\.", key) for key in shapes):
+        first = next(iter(shapes), "nothing")
+        raise CheckpointError(
+            f"{origin} fits no known network: its first key is {first}, expected one such as model.0.conv.weight"
+        )
     best: tuple[int, Layout, str] | None = None
     for layout in _candidates(shapes, source, graphs):
         wanted = _shapes(layout)
@@ -286,9 +292,16 @@ def _candidates(shapes: Mapping[str, tuple[int, ...]], source: str, graphs: Iter
         groups = grouped[0] // grouped[1]
     if source == "official" and groups == 1:
         source = "ultralytics"
-    unlikely = [graph.has_auxiliary != dual or len(graph.layers) != last + 1 for graph in known]
-    order = sorted(range(len(known)), key=lambda i: unlikely[i])
-    return [Layout(source, known[i], num_classes, tower, groups, fused) for i in order]
+    # A head of another kind or in another place means other keys: such graphs can at most be the nearest of a bad lot.
+    likely = [graph for graph in known if graph.has_auxiliary == dual and len(graph.layers) == last + 1]
+    ordered = sorted(likely or known, key=lambda graph: _stem_differences(graph, shapes))
+    return [Layout(source, graph, num_classes, tower, groups, fused) for graph in ordered]
+
+
+def _stem_differences(graph: Graph, shapes: Mapping[str, tuple[int, ...]]) -> int:
+    """Plain convolutions whose width is not the graph's: enough to try the right size first."""
+    convolutions = [(i, layer.arguments[0]) for i, layer in enumerate(graph.layers) if layer.block == "Conv"]
+    return sum(_first(shapes.get(f"model.{i}.conv.weight")) != width for i, width in convolutions)
 
 
 def _first(shape: tuple[int, ...] | None) -> int:

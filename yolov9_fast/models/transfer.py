@@ -105,8 +105,9 @@ def _transfer(model: DetectionModel, content: CheckpointContent) -> TransferRepo
     report.skipped = [(key, "the model has no such layer") for key in source if names.get(key) not in target]
     reasons = {name: _misfit(name, value, target[name], layout, model) for name, value in matched.items()}
     for name, value in matched.items():
-        # A BatchNorm belongs to its convolution: statistics of one beside fresh weights of the other fit nothing.
-        reason = reasons[name] or reasons.get(f"{name.partition('.bn.')[0]}.conv.weight")
+        # Statistics and biases belong to their convolution: beside fresh weights they fit nothing.
+        owner = f"{name.partition('.bn.')[0]}.conv" if ".bn." in name else name.removesuffix(".bias")
+        reason = reasons[name] or reasons.get(f"{owner}.weight")
         if reason:
             report.skipped.append((name, reason))
         else:

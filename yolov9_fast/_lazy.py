@@ -27,6 +27,6 @@ def require(module: str) -> ModuleType:
         root = module.split(".")[0]
         package = _PIP_NAMES.get(module) or _PIP_NAMES.get(root) or root
         raise UserError(
-            f"{module} cannot be imported ({error}); install it with `pip install {package}` or everything at once with "
+            f"{module} cannot be imported ({error}); install it with `pip install {package}` or all extras with "
             f"`pip install 'yolov9-fast[all]'`"
         ) from error

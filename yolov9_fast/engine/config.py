@@ -68,7 +68,7 @@ class TrainConfig:
     box_groups: int | None = _option(None, "groups of the box branch: 4 as published, 1 dense")
 
     close_mosaic: int = _option(15, "last epochs without mosaic, mixup and copy-paste")
-    rect: bool = _option(True, "rectangular batches in validation")
+    rect: bool = _option(False, "rectangular batches in validation (less padding; AP differs a little)")
     cache: Literal["ram", "disk"] | None = _option(None, "keep decoded images", choices=("ram", "disk"))
     save_period: int = _option(0, "keep the weights of every n-th epoch (0: only last and best)")
     conf: float = _option(0.001, "confidence threshold of validation")

@@ -148,7 +148,6 @@ class Trainer:
             image_size=config.imgsz,
             augment=config.augment,
             cache=config.cache,
-            cache_dir=self.data.path,
             seed=config.seed,
         )
         self.labels = np.concatenate([r.boxes for r in records]) if records else np.zeros((0, 5), np.float32)
@@ -270,7 +269,8 @@ class Trainer:
         self._say(
             f"{self.model.graph_name} on {self.world.size} × {self.world.device}, {config.imgsz} px, "
             f"batch {config.batch} (an optimiser step every {self.schedule.accumulate}), amp {self.amp}, "
-            f"{config.epochs} epochs of {len(self.loader)} batches, mosaic in the first {mosaic}; results in {self.run_folder.path}"
+            f"{config.epochs} epochs of {len(self.loader)} batches, mosaic in the first {mosaic}; "
+            f"results in {self.run_folder.path}"
         )
 
     def _train_mode(self) -> None:

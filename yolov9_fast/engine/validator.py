@@ -11,7 +11,6 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from torch import Tensor
-from yolov9_fast.ops.nms import nms
 
 from yolov9_fast._lazy import require
 from yolov9_fast.data import (
@@ -34,6 +33,7 @@ from yolov9_fast.metrics import CocoMetrics, ConfusionMatrix, detections_to_coco
 from yolov9_fast.models import DetectionModel
 from yolov9_fast.nn import DetectionOutput
 from yolov9_fast.ops.decode import decode
+from yolov9_fast.ops.nms import nms
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,6 @@ def open_evaluation_set(
         rect=rect,
         batch_size=batch_size,
         cache=cache,
-        cache_dir=data.path,
     )
     rank, size = (world.rank, world.size) if world else (0, 1)
     loader = create_loader(dataset, batch_size=batch_size, workers=workers, shuffle=False, rank=rank, world_size=size)

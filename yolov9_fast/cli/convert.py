@@ -12,7 +12,7 @@ _EPILOG = """examples:
   yolov9-fast convert yolov9-c.pt gelan-c.safetensors --deploy --fuse     smallest, to predict with
 
 Known origins: WongKinYiu/yolov9, MultimediaTechLab/YOLO and Ultralytics, whole pickled modules included; .npz and
-.safetensors. Nothing in the file is executed; a file that fits no network is refused, naming the first key that differs."""
+.safetensors. Nothing in the file is executed. One that fits no network is refused with the first key that differs."""
 
 
 def configure(parser: argparse.ArgumentParser) -> None:

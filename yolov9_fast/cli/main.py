@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from types import ModuleType
 
 from yolov9_fast import __version__
-from yolov9_fast.cli.output import is_main_process, set_up_logging, silence_stdout
+from yolov9_fast.cli.output import calm_progress_bars, is_main_process, set_up_logging, silence_stdout
 from yolov9_fast.errors import UserError
 
 COMMANDS = {
@@ -37,6 +37,7 @@ exit codes: 0 done, 1 ran but without the result asked for, 2 wrong input (one l
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return the exit code. `argv`: the words after `yolov9-fast` (default: this process's)."""
     words = list(sys.argv[1:] if argv is None else argv)
+    calm_progress_bars()
     parser, module = _parser(words)
     try:
         arguments = parser.parse_args(words)

@@ -30,8 +30,12 @@ def set_up_logging() -> None:
         logger.addHandler(_ConsoleHandler())
     logger.setLevel(logging.INFO if is_main_process() else logging.ERROR)
     logger.propagate = False
-    if not sys.stderr.isatty():  # a progress bar in a file: a line now and then, not ten a second
-        os.environ.setdefault("TQDM_MININTERVAL", "30")
+
+
+def calm_progress_bars() -> None:
+    """A progress bar that goes into a file is drawn now and then, not ten times a second; before tqdm is imported."""
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_MININTERVAL", "60")
 
 
 def is_main_process() -> bool:

@@ -85,12 +85,14 @@ def run(arguments: argparse.Namespace) -> int:
     print(f"{arguments.weights}: {predictor.model.graph_name}, fused, on {predictor.device}, {predictor.image_size} px")
     good, bad = predict_all(predictor, _every_nth(frames, arguments.vid_stride), files)
     left_out = f", {bad} unreadable and skipped" if bad else ""
-    print(f"{good} pictures{left_out}; results in {files.folder}")
+    print(f"{good} picture{'s' if good != 1 else ''}{left_out}; results in {files.folder}")
     return 0 if good else 1
 
 
-def predict_all(predictor: Predictor, frames: Iterator[Frame], files: PredictionFiles) -> tuple[int, int]:
-    """Predict, write and print a line per picture; the numbers of readable and unreadable ones."""
+def predict_all(
+    predictor: Predictor, frames: Iterator[Frame], files: PredictionFiles, *, verbose: bool = True
+) -> tuple[int, int]:
+    """Predict, write and, if `verbose`, print a line per picture; the numbers of readable and unreadable ones."""
     good = bad = 0
     try:
         for frame, prediction in predictor.stream(frames):
@@ -100,7 +102,7 @@ def predict_all(predictor: Predictor, frames: Iterator[Frame], files: Prediction
                 continue
             good += 1
             files.write(frame, prediction)
-            if not frame.is_video or good % _REPORTED_FRAMES == 1:
+            if verbose and (frame.frame // files.frame_step) % _REPORTED_FRAMES == 0:
                 print(_line(frame, prediction), flush=True)
     finally:
         files.close()

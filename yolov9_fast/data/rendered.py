@@ -90,7 +90,8 @@ def _shape_mask(rng: Generator, label: int, height: int, width: int) -> Mask:
     """A shape wholly inside the picture: mask 0..255 with smooth edges."""
     cv2 = require("cv2")
     radius = float(rng.uniform(0.09, 0.24) * min(height, width))
-    x, y = rng.uniform(radius, width - radius), rng.uniform(radius, height - radius)
+    reach = radius + 2  # smooth edges spill over
+    x, y = rng.uniform(reach, width - reach), rng.uniform(reach, height - reach)
     outline = np.stack(_OUTLINES[SHAPES[label]](), axis=1) * radius
     angle = rng.uniform(0, 2 * np.pi)
     turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])

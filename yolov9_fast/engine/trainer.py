@@ -326,7 +326,7 @@ class Trainer:
             for name, began, ended in zip(PHASES, marks, [*marks[1:], mark], strict=True):
                 clock[name] += ended - began
             if not bar.disable and (index % 10 == 0 or index == len(self.loader) - 1):
-                bar.set_postfix_str(_loss_text((totals[:3] / totals[3].clamp_min(1)).tolist()))
+                bar.set_postfix_str(_loss_text((totals[:3] / totals[3].clamp_min(1)).tolist()), refresh=False)
         state.skipped_steps += skipped
         if steps and skipped == steps:
             raise TrainingDivergedError(

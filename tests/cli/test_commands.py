@@ -1,0 +1,117 @@
+"""`val`, `predict`, `convert`, `info`: what they print, write and refuse."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+
+from yolov9_fast.cli.main import main
+
+
+def test_val_prints_tables_and_leaves_its_files(
+    shapes: Path, weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["val", "--weights", str(weights), "--data", str(shapes), "--imgsz", "50", "--workers", "0"]
+    assert main([*words, "--device", "cpu", "--project", str(tmp_path)]) == 0
+    shown = capsys.readouterr().out
+    assert "image size 50 is not a multiple of 32: using 64" in shown
+    assert "AR100" in shown and "gelan-t, fused, on cpu" in shown
+    names = {path.name for path in (tmp_path / "exp").iterdir()}
+    assert {"predictions.json", "metrics.json", "per_class.txt", "PR_curve.png", "confusion_matrix.png"} <= names
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--split", "test"], "no split 'test'"),
+        (["--weights", "absent.pt"], "no such checkpoint"),
+        (["--data", "absent.yaml"], "does not exist"),
+        (["--conf", "7"], "conf must lie in"),
+        (["--batch", "0"], "batch must be at least 1"),
+        (["--device", "0,1"], "uses one device"),
+    ],
+)
+def test_val_names_what_is_wrong(
+    words: list[str], message: str, shapes: Path, weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    usual = ["val", "--weights", str(weights), "--data", str(shapes), "--project", str(tmp_path / "runs")]
+    assert main([*usual, *words]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+    assert not (tmp_path / "runs").exists()
+
+
+def test_val_refuses_weights_of_other_classes(
+    weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "two.yaml").write_text("val: .\nnames: [a, b]\n")
+    assert main(["val", "--weights", str(weights), "--data", str(tmp_path / "two.yaml")]) == 2
+    assert "knows 5 classes" in capsys.readouterr().err
+
+
+def test_predict_skips_and_counts_what_it_cannot_read(
+    weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    cv2.imwrite(str(pictures / "good.jpg"), np.full((40, 60, 3), 90, np.uint8))
+    (pictures / "bad.jpg").write_bytes(b"no picture")
+    words = ["predict", "--weights", str(weights), "--imgsz", "64", "--project", str(tmp_path), "--save-json"]
+    assert main([*words, "--source", str(pictures), "--conf", "0"]) == 0
+    shown = capsys.readouterr()
+    assert "1 picture, 1 unreadable and skipped" in shown.out
+    assert "bad.jpg" in shown.err
+    (record,) = json.loads((tmp_path / "exp" / "predictions.json").read_text())
+    assert (record["width"], record["height"], Path(record["path"]).name) == (60, 40, "good.jpg")
+    assert (tmp_path / "exp" / "good.jpg").is_file()
+
+    assert main([*words, "--source", str(pictures / "bad.jpg")]) == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--source", "absent.jpg"], "absent.jpg does not exist"),
+        (["--source", ".", "--classes", "cat"], "unknown class 'cat'"),
+        (["--source", ".", "--iou", "2"], "iou must lie in"),
+        (["--source", ".", "--vid-stride", "0"], "must be at least 1"),
+    ],
+)
+def test_predict_names_what_is_wrong(
+    words: list[str], message: str, weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["predict", "--weights", str(weights), "--project", str(tmp_path / "runs"), *words]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
+
+
+def test_convert_says_what_it_read_and_wrote(weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    target = tmp_path / "fused.safetensors"
+    assert main(["convert", str(weights), str(target), "--fuse"]) == 0
+    first, second = capsys.readouterr().out.splitlines()
+    assert "gelan-t (5 classes" in first and "not fused" in first
+    assert str(target) in second and ", fused" in second
+    assert main(["convert", str(weights), str(tmp_path / "fused.pt")]) == 2
+
+
+def test_info_describes_weights(weights: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["info", "--weights", str(weights)]) == 0
+    shown = capsys.readouterr().out
+    assert "gelan-t (5 classes" in shown and "2 triangle" in shown
+
+
+def test_info_counts_a_network_as_published(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["info", "--model", "yolov9-t", "--class-tower", "80"]) == 0
+    rows = capsys.readouterr().out.splitlines()
+    assert any("deploy, fused" in row and "2,001,840" in row and "7.71" in row for row in rows)
+    assert main(["info", "--model", "yolov9-q"]) == 2
+    assert main(["info", "--model", "yolov9-t", "--num-classes", "0"]) == 2
+
+
+def test_info_reports_the_installation(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["info"]) == 0
+    assert "torch" in capsys.readouterr().out

@@ -1,0 +1,95 @@
+"""The command line as a whole: help, version, errors in one line, exit codes."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from yolov9_fast import __version__
+from yolov9_fast.cli import main as cli
+from yolov9_fast.cli.main import COMMANDS, main
+from yolov9_fast.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def command(monkeypatch: pytest.MonkeyPatch, run: object) -> None:
+    """Make `info` do `run`."""
+    module = SimpleNamespace(run=run, configure=lambda parser: None)
+    monkeypatch.setattr(cli.importlib, "import_module", lambda name: module)
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"yolov9-fast {__version__}\n"
+
+
+def test_without_a_command_help_is_shown_and_the_code_is_2(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 2
+    shown = capsys.readouterr().out
+    assert all(name in shown for name in COMMANDS)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_has_help_with_examples(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([name, "--help"]) == 0
+    assert f"yolov9-fast {name}" in capsys.readouterr().out.split("examples:")[1]
+
+
+@pytest.mark.parametrize("words", [["paint"], ["val"], ["train", "--epochs", "many"], ["train", "--colour", "red"]])
+def test_wrong_usage_gives_2(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(words) == 2
+    assert "error:" in capsys.readouterr().err
+
+
+def test_a_users_error_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def fail(arguments: object) -> int:
+        raise UserError("the cat sits on the data")
+
+    command(monkeypatch, fail)
+    assert main(["info"]) == 2
+    assert capsys.readouterr().err == "error: the cat sits on the data\n"
+    assert main(["info", "--debug"]) == 2
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_an_interrupt_gives_130(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupt(arguments: object) -> int:
+        raise KeyboardInterrupt
+
+    command(monkeypatch, interrupt)
+    assert main(["info"]) == 130
+    assert capsys.readouterr().err == "interrupted\n"
+
+
+def test_a_defect_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+    command(monkeypatch, lambda arguments: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        main(["info"])
+
+
+def test_a_reader_that_leaves_is_no_error() -> None:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "yolov9_fast", "info", "--model", "gelan-t"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=environment,
+    )
+    assert process.stdout is not None and process.stderr is not None
+    process.stdout.close()
+    assert process.stderr.read() == b""
+    assert process.wait() == 0
+
+
+def test_help_imports_no_torch() -> None:
+    script = "import sys; from yolov9_fast.cli.main import main; main(['--version']); print('torch' in sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}
+    )
+    assert done.stdout.split()[-1] == "False", done.stderr

@@ -14,6 +14,7 @@ _MODULE_OF = {
     "fuse": "yolov9_fast.models",
     "unfuse": "yolov9_fast.models",
     "DetectionOutput": "yolov9_fast.models",
+    "Predictor": "yolov9_fast.engine.predictor",
     "set_backend": "yolov9_fast.ops.backend",
     "get_backend": "yolov9_fast.ops.backend",
     "backend": "yolov9_fast.ops.backend",

@@ -23,9 +23,9 @@ from yolov9_fast.errors import UserError
 
 log = logging.getLogger("yolov9_fast.demo")
 
-TRAIN_IMAGES = 320
+TRAIN_IMAGES = 288
 VAL_IMAGES = 64
-EPOCHS = 24
+EPOCHS = 32
 PASSING_AP50 = 0.5
 _MARKER = ".yolov9_fast_demo"
 _SHOWN_PICTURES = 8
@@ -41,7 +41,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.epilog = _EPILOG
     add = parser.add_argument
     add("--epochs", type=int, default=EPOCHS, metavar="N", help="epochs (default %(default)s)")
-    add("--imgsz", type=int, default=160, metavar="N", help="image size in pixels (default %(default)s)")
+    add("--imgsz", type=int, default=128, metavar="N", help="image size in pixels (default %(default)s)")
     add("--device", help="cpu or a GPU's number (default: a GPU where there is one)")
     add("--project", default="runs/demo", metavar="DIR", help="folder of the demo (default %(default)s)")
     add("--seed", type=int, default=0, metavar="N", help="seed of data, weights and order (default %(default)s)")
@@ -54,8 +54,8 @@ def demo_config(data: Path, folder: Path, *, epochs: int, imgsz: int, seed: int,
         data=str(data),
         epochs=epochs,
         imgsz=imgsz,
-        batch=16,
-        nominal_batch=16,
+        batch=8,
+        nominal_batch=8,
         optimizer="adamw",
         lr0=0.002,
         lrf=0.02,
@@ -70,7 +70,7 @@ def demo_config(data: Path, folder: Path, *, epochs: int, imgsz: int, seed: int,
         device=device,
         project=str(folder),
         name="train",
-        augment=AugmentConfig(scale=0.3, mosaic=0.3, mixup=0.0, copy_paste=0.0, flipud=0.5),
+        augment=AugmentConfig(hsv_s=0.3, hsv_v=0.3, scale=0.2, mosaic=0.2, mixup=0.0, copy_paste=0.0, flipud=0.5),
     )
 
 

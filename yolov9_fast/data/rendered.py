@@ -89,7 +89,7 @@ def _leaves_others_visible(owner: Mask, areas: list[int], inside: NDArray[np.boo
 def _shape_mask(rng: Generator, label: int, height: int, width: int) -> Mask:
     """A shape wholly inside the picture: mask 0..255 with smooth edges."""
     cv2 = require("cv2")
-    radius = float(rng.uniform(0.09, 0.24) * min(height, width))
+    radius = float(rng.uniform(0.12, 0.26) * min(height, width))
     reach = radius + 2  # smooth edges spill over
     x, y = rng.uniform(reach, width - reach), rng.uniform(reach, height - reach)
     outline = np.stack(_OUTLINES[SHAPES[label]](), axis=1) * radius

@@ -206,10 +206,11 @@ class CBFuse(nn.Module):
     def forward(self, inputs: Sequence[list[Tensor] | Tensor]) -> Tensor:
         target = inputs[-1]
         assert isinstance(target, Tensor)
-        total = target
-        for split, index in zip(inputs[:-1], self.indices, strict=True):
-            total = total + F.interpolate(split[index], size=target.shape[2:], mode="nearest")
-        return total
+        resized = [
+            F.interpolate(split[index], size=target.shape[2:], mode="nearest")
+            for split, index in zip(inputs[:-1], self.indices, strict=True)
+        ]
+        return sum(resized[1:], resized[0]) + target if resized else target
 
 
 class Concat(nn.Module):

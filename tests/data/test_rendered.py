@@ -66,7 +66,7 @@ def test_covered_shapes_stay_mostly_visible() -> None:
     owner = np.zeros((10, 10), np.uint8)
     owner[2:6, 2:7] = 1  # 20 pixels
     cover = np.zeros((10, 10), bool)
-    cover[2:4, 2:6] = True  # 8 of them
+    cover[2:4, 2:5] = True  # 6 of them
     assert rendered._leaves_others_visible(owner, [20], cover)
     cover[4, 2] = True
     assert not rendered._leaves_others_visible(owner, [20], cover)

@@ -23,9 +23,9 @@ from yolov9_fast.errors import UserError
 
 log = logging.getLogger("yolov9_fast.demo")
 
-TRAIN_IMAGES = 288
+TRAIN_IMAGES = 384
 VAL_IMAGES = 64
-EPOCHS = 32
+EPOCHS = 24
 PASSING_AP50 = 0.5
 _MARKER = ".yolov9_fast_demo"
 _SHOWN_PICTURES = 8
@@ -61,6 +61,7 @@ def demo_config(data: Path, folder: Path, *, epochs: int, imgsz: int, seed: int,
         lrf=0.02,
         schedule="cosine",
         weight_decay=0.01,
+        cls=1.5,  # boxes are learned long before shapes are told apart
         warmup_epochs=2.0,
         warmup_bias_lr=0.002,
         patience=0,
@@ -70,7 +71,7 @@ def demo_config(data: Path, folder: Path, *, epochs: int, imgsz: int, seed: int,
         device=device,
         project=str(folder),
         name="train",
-        augment=AugmentConfig(hsv_s=0.3, hsv_v=0.3, scale=0.2, mosaic=0.2, mixup=0.0, copy_paste=0.0, flipud=0.5),
+        augment=AugmentConfig(hsv_s=0.3, hsv_v=0.3, scale=0.2, mosaic=0.15, mixup=0.0, copy_paste=0.0, flipud=0.5),
     )
 
 

@@ -16,8 +16,8 @@ from yolov9_fast.data.images import Image
 from yolov9_fast.data.yolo import box_from_corners
 
 SHAPES = ("disc", "square", "triangle", "star", "ring")
-MOST_OBJECTS = 6
-LEAST_VISIBLE = 0.6
+MOST_OBJECTS = 5
+LEAST_VISIBLE = 0.7
 _TRIES = 20
 _SUBPIXEL = 4  # bits after the point in OpenCV's drawing coordinates
 Mask = NDArray[np.uint8]
@@ -56,7 +56,7 @@ def render_dataset(folder: str | Path, *, train: int, val: int, size: int, seed:
 
 
 def render_image(rng: Generator, size: int) -> RenderedImage:
-    """One picture with 1 to 6 shapes, each at least 60 % visible, drawn from `rng` alone."""
+    """One picture with 1 to 5 shapes, each at least 70 % visible, drawn from `rng` alone."""
     short = int(size * rng.uniform(0.75, 1.0))
     height, width = (size, short) if rng.random() < 0.5 else (short, size)
     canvas = _background(rng, height, width)
@@ -89,7 +89,7 @@ def _leaves_others_visible(owner: Mask, areas: list[int], inside: NDArray[np.boo
 def _shape_mask(rng: Generator, label: int, height: int, width: int) -> Mask:
     """A shape wholly inside the picture: mask 0..255 with smooth edges."""
     cv2 = require("cv2")
-    radius = float(rng.uniform(0.12, 0.26) * min(height, width))
+    radius = float(rng.uniform(0.15, 0.29) * min(height, width))
     reach = radius + 2  # smooth edges spill over
     x, y = rng.uniform(reach, width - reach), rng.uniform(reach, height - reach)
     outline = np.stack(_OUTLINES[SHAPES[label]](), axis=1) * radius
@@ -134,7 +134,7 @@ def _paint(rng: Generator, canvas: Image, mask: Mask) -> Image:
     height, width = mask.shape
     below = canvas[mask > 127].mean(0)
     colour = rng.uniform(0, 255, 3)
-    while np.abs(colour - below).max() < 70:
+    while np.abs(colour - below).max() < 90:
         colour = rng.uniform(0, 255, 3)
     fill = np.broadcast_to(colour, canvas.shape)
     if rng.random() < 0.5:

@@ -328,7 +328,9 @@ class Trainer:
             if not bar.disable and (index % 10 == 0 or index == len(self.loader) - 1):
                 bar.set_postfix_str(_loss_text((totals[:3] / totals[3].clamp_min(1)).tolist()), refresh=False)
         state.skipped_steps += skipped
-        if steps and skipped == steps:
+        # fp16 starts by halving its loss scale until gradients fit; only then are skipped steps the run's fault.
+        searching_scale = self.amp == "fp16" and state.scaler.get_scale() >= 1
+        if steps and skipped == steps and not searching_scale:
             raise TrainingDivergedError(
                 f"epoch {epoch + 1}: not one of {steps} optimiser steps was finite; lower --lr0, or use --amp off"
             )

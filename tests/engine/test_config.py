@@ -1,0 +1,74 @@
+"""Options survive a file, and wrong ones are named."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from yolov9_fast.data import AugmentConfig
+from yolov9_fast.engine.config import TrainConfig, config_from_dict, read_config, write_config
+from yolov9_fast.errors import UserError
+
+
+def test_the_defaults_are_the_published_recipe() -> None:
+    config = TrainConfig()
+    assert (config.optimizer, config.lr0, config.lrf, config.momentum, config.weight_decay) == (
+        "sgd",
+        0.01,
+        0.01,
+        0.937,
+        5e-4,
+    )
+    assert (config.warmup_epochs, config.warmup_momentum, config.warmup_bias_lr) == (3.0, 0.8, 0.1)
+    assert (config.box, config.cls, config.dfl, config.clip, config.close_mosaic) == (7.5, 0.5, 1.5, 10.0, 15)
+    augment = config.augment
+    assert (augment.hsv_h, augment.hsv_s, augment.hsv_v, augment.translate, augment.scale) == (
+        0.015,
+        0.7,
+        0.4,
+        0.1,
+        0.9,
+    )
+    assert (augment.mosaic, augment.mixup, augment.copy_paste, augment.fliplr) == (1.0, 0.15, 0.3, 0.5)
+
+
+def test_a_written_config_reads_back_the_same(tmp_path: Path) -> None:
+    config = TrainConfig(data="x.yaml", lr0=0.02, cache="ram", weights="w.pt", augment=AugmentConfig(mosaic=0.5))
+    write_config(config, tmp_path / "config.yaml")
+    assert read_config(tmp_path / "config.yaml") == config
+
+
+def test_augmentation_options_may_stand_beside_the_others() -> None:
+    config = config_from_dict({"epochs": 5, "mosaic": 0.0, "lr0": 1}, "recipe")
+    assert (config.epochs, config.augment.mosaic, config.lr0) == (5, 0.0, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ({"epoch": 3}, "unknown option epoch"),
+        ({"epochs": "three"}, "epochs must be int, got 'three'"),
+        ({"epochs": True}, "epochs must be int"),
+        ([1], "expected a table"),
+    ],
+)
+def test_a_wrong_recipe_is_named(data: object, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        config_from_dict(data, "recipe")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"data": ""}, "no data file given"),
+        ({"epochs": 0}, "epochs must be at least 1"),
+        ({"batch": -1}, "batch must be at least 1"),
+        ({"lr0": float("nan")}, "lr0 must not be negative, got nan"),
+        ({"amp": "fp8"}, "amp must be one of auto, off, bf16, fp16"),
+        ({"cache": "tape"}, "cache must be one of ram, disk"),
+    ],
+)
+def test_values_that_no_run_can_use_are_refused(changes: dict[str, object], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        TrainConfig(**{"data": "x.yaml", **changes}).check()  # type: ignore[arg-type]

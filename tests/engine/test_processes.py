@@ -1,0 +1,99 @@
+"""Runs as a user starts them: killed, interrupted, and in several processes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from yolov9_fast.engine.config import TrainConfig, write_config
+from yolov9_fast.engine.run_files import load_state
+
+ROOT = Path(__file__).parents[2]
+Make = Callable[..., TrainConfig]
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+
+
+def _command(config: TrainConfig, processes: int = 1) -> list[str]:
+    recipe = Path(config.project).parent / f"{config.name}.yaml"
+    write_config(config, recipe)
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
+    return [sys.executable, *launcher, "-m", "yolov9_fast", "train", "--config", str(recipe)]
+
+
+def _run(command: list[str]) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=280)
+
+
+def _wait_for(path: Path, process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 200
+    while not path.exists():
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def _state(config: TrainConfig) -> dict[str, Any]:
+    return load_state(Path(config.project) / config.name / "weights/state.pt")
+
+
+@pytest.mark.slow
+def test_a_killed_run_resumes_to_the_end_of_an_uninterrupted_one(tiny_config: Make) -> None:
+    whole, killed = (tiny_config(name=name, epochs=4, workers=1) for name in ("whole", "killed"))
+    assert _run(_command(whole)).returncode == 0
+    process = subprocess.Popen(_command(killed), env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
+    run = Path(killed.project) / "killed"
+    _wait_for(run / "weights/state.pt", process)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    finished = _run([sys.executable, "-m", "yolov9_fast", "train", "--resume", str(run)])
+    assert finished.returncode == 0, finished.stderr
+    a, b = _state(whole), _state(killed)
+    assert b["epoch"] == 3
+    for part in ("model", "ema"):
+        assert all(torch.equal(v, b[part][k]) for k, v in a[part].items())
+    for index, slot in a["optimizer"]["state"].items():
+        assert torch.equal(slot["momentum_buffer"], b["optimizer"]["state"][index]["momentum_buffer"])
+    assert a["best_fitness"] == b["best_fitness"]
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_with_130_and_leaves_the_last_checkpoint(tiny_config: Make) -> None:
+    config = tiny_config(epochs=500)
+    process = subprocess.Popen(
+        _command(config), env=ENVIRONMENT, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    _wait_for(Path(config.project) / "exp/weights/state.pt", process)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "--resume" in out + err and "Traceback" not in err
+    assert _state(config)["epoch"] >= 0
+
+
+@pytest.mark.slow
+def test_two_processes_equal_one_of_twice_the_batch(tiny_config: Make) -> None:
+    """The published loss sums over the images of all processes; statistics and normalisers are shared."""
+    options = {"epochs": 1, "sync_bn": True, "warmup_epochs": 0.0, "lr0": 0.002, "clip": 0.0}
+    one, two = tiny_config(name="one", **options), tiny_config(name="two", **options)
+    assert _run(_command(one)).returncode == 0
+    finished = _run(_command(two, processes=2))
+    assert finished.returncode == 0, finished.stderr
+    assert (finished.stdout + finished.stderr).count("best weights") == 1
+    a, b = _state(one), _state(two)
+    assert a["last_step"] == b["last_step"] == 1
+    for key, value in a["model"].items():
+        torch.testing.assert_close(b["model"][key], value, rtol=1e-4, atol=1e-5, msg=key)
+    import json
+
+    for ours, theirs in zip(json.loads(a["rows"]), json.loads(b["rows"]), strict=True):
+        assert ours["metrics/ap"] == pytest.approx(theirs["metrics/ap"], abs=1e-3)
+        assert ours["val/box"] == pytest.approx(theirs["val/box"], rel=1e-3)

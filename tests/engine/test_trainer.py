@@ -1,0 +1,302 @@
+"""Whole runs of the trainer: what they leave, that they are repeatable, and what happens when things go wrong."""
+
+from __future__ import annotations
+
+import csv
+import errno
+import logging
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from yolov9_fast.data import AugmentConfig
+from yolov9_fast.engine.config import TrainConfig
+from yolov9_fast.engine.run_files import load_state
+from yolov9_fast.engine.trainer import Trainer, TrainingDivergedError, train
+from yolov9_fast.errors import CheckpointError, DataError, UserError
+from yolov9_fast.models import load_checkpoint
+
+Make = Callable[..., TrainConfig]
+
+
+def _rows(run: Path) -> list[dict[str, str]]:
+    with (run / "results.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def _same(a: Any, b: Any) -> bool:
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(_same(a[k], b[k]) for k in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(_same, a, b))
+    return bool(a == b)
+
+
+def _without_seconds(state: dict[str, Any]) -> dict[str, Any]:
+    import json
+
+    rows = [{k: v for k, v in row.items() if not k.startswith("seconds")} for row in json.loads(state["rows"])]
+    return {**state, "rows": rows}
+
+
+def test_a_run_leaves_weights_state_table_and_plots(tiny_config: Make) -> None:
+    config = tiny_config(epochs=2, plots=True, tensorboard=True, save_period=1)
+    result = train(config)
+    run = Path(config.project) / "exp"
+    assert result is not None and result.metrics is not None
+    names = {str(p.relative_to(run)) for p in run.rglob("*") if p.is_file()}
+    expected = """config.yaml results.csv results.png labels.png train_batch0.jpg predictions.json metrics.json
+        per_class.txt confusion_matrix.png PR_curve.png F1_curve.png P_curve.png R_curve.png weights/last.safetensors
+        weights/best.safetensors weights/epoch1.safetensors weights/state.pt"""
+    assert set(expected.split()) <= names
+    assert any(name.startswith("events.out") for name in names)
+    rows = _rows(run)
+    assert [row["epoch"] for row in rows] == ["1", "2"]
+    assert all(float(row[key]) > 0 for row in rows for key in ("train/box", "val/box", "val/cls", "val/dfl", "seconds"))
+    model = load_checkpoint(run / "weights/last.safetensors")
+    state = load_state(run / "weights/state.pt")
+    assert all(torch.equal(v, state["ema"][k]) for k, v in model.state_dict().items())
+    assert list(model.names.values())
+
+
+def test_the_network_learns(tiny_config: Make) -> None:
+    plain = AugmentConfig(mosaic=0.0, mixup=0.0, copy_paste=0.0, scale=0.0, translate=0.0)
+    train(tiny_config(epochs=20, optimizer="adamw", lr0=0.01, warmup_epochs=0.0, augment=plain))
+    rows = _rows(Path(tiny_config().project) / "exp")
+    first, last = (sum(float(row[f"train/{name}"]) for name in ("box", "dfl")) for row in (rows[1], rows[-1]))
+    assert last < 0.7 * first
+
+
+def test_two_runs_of_one_seed_are_equal_and_another_seed_differs(tiny_config: Make) -> None:
+    states = []
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        config = tiny_config(epochs=1, name=name, seed=seed)
+        train(config)
+        states.append(load_state(Path(config.project) / name / "weights/state.pt"))
+    assert _same(states[0]["model"], states[1]["model"])
+    assert not _same(states[0]["model"], states[2]["model"])
+
+
+def test_an_existing_run_is_never_overwritten(tiny_config: Make) -> None:
+    for _ in range(2):
+        config = tiny_config(epochs=1)
+        train(config)
+    assert {p.name for p in Path(config.project).iterdir()} == {"exp", "exp-2"}
+
+
+@pytest.mark.parametrize("stop_at", ["batch", "validation"])
+def test_a_run_stopped_in_mid_epoch_resumes_to_the_same_end(
+    tiny_config: Make, monkeypatch: pytest.MonkeyPatch, stop_at: str
+) -> None:
+    """With 40 images to a step, epochs of 16 leave gradients pending: they are part of what is resumed."""
+    options = {"nominal_batch": 40, "warmup_epochs": 0.0}
+    whole = tiny_config(name="whole", **options)
+    train(whole)
+    broken = tiny_config(name="broken", **options)
+    trainer = Trainer(broken)
+    method = "_step" if stop_at == "batch" else "_validate"
+    original, calls = getattr(trainer, method), []
+
+    def interrupted(*arguments: Any) -> Any:
+        calls.append(1)
+        if len(calls) == (1 if stop_at == "batch" else 2):
+            raise KeyboardInterrupt
+        return original(*arguments)
+
+    monkeypatch.setattr(trainer, method, interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.run()
+    project = Path(whole.project)
+    Trainer.resume(project, "broken").run()
+    states = [_without_seconds(load_state(project / n / "weights/state.pt")) for n in ("whole", "broken")]
+    assert _same(*states)
+    assert any(g is not None for g in states[0]["gradients"])
+    assert [r["metrics/ap"] for r in _rows(project / "whole")] == [r["metrics/ap"] for r in _rows(project / "broken")]
+
+
+def test_a_finished_run_and_a_missing_run_cannot_be_resumed(tiny_config: Make) -> None:
+    config = tiny_config(epochs=1)
+    with pytest.raises(UserError, match="nothing to resume"):
+        Trainer.resume(config.project)
+    train(config)
+    with pytest.raises(UserError, match="has finished its 1 epochs"):
+        Trainer.resume(config.project)
+
+
+def test_a_damaged_state_is_refused(tiny_config: Make) -> None:
+    config = tiny_config(epochs=1)
+    train(config)
+    path = Path(config.project) / "exp/weights/state.pt"
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(CheckpointError, match="not a usable training state"):
+        Trainer.resume(config.project)
+
+
+def _poison(trainer: Trainer, monkeypatch: pytest.MonkeyPatch, iterations: set[int]) -> None:
+    """Make the network's input NaN at some iterations."""
+    original, calls = trainer.network.forward, []
+
+    def forward(images: torch.Tensor) -> Any:
+        calls.append(1)
+        return original(images * float("nan") if len(calls) - 1 in iterations else images)
+
+    monkeypatch.setattr(trainer.network, "forward", forward)
+
+
+def test_steps_that_are_not_finite_are_skipped_and_counted(
+    tiny_config: Make, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    trainer = Trainer(tiny_config(epochs=2))
+    _poison(trainer, monkeypatch, {1})
+    with caplog.at_level(logging.INFO):
+        trainer.run()
+    assert trainer.state.skipped_steps == 1
+    assert "epoch 1: 1 of 2 optimiser steps skipped" in caplog.text
+    assert all(bool(torch.isfinite(v).all()) for v in trainer.model.state_dict().values())
+    assert _rows(trainer.run_folder.path)[0]["skipped_steps"] == "1"
+
+
+def test_an_epoch_without_a_finite_step_ends_the_run(tiny_config: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = Trainer(tiny_config(epochs=2))
+    _poison(trainer, monkeypatch, {2, 3})
+    with pytest.raises(TrainingDivergedError, match="epoch 2: not one of 2 optimiser steps was finite"):
+        trainer.run()
+    assert load_state(trainer.run_folder.state)["epoch"] == 0
+
+
+def test_a_full_disk_keeps_the_last_checkpoint_and_training_goes_on(
+    tiny_config: Make, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    trainer = Trainer(tiny_config(epochs=3))
+    original, state = os.fsync, trainer.state
+
+    def full(descriptor: int) -> None:
+        if state.epoch == 1:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        original(descriptor)
+
+    monkeypatch.setattr(os, "fsync", full)
+    seen: list[int] = []
+    after = trainer._validate
+
+    def watch(epoch: int) -> Any:
+        if epoch == 2:
+            seen.append(load_state(trainer.run_folder.state)["epoch"])
+        return after(epoch)
+
+    monkeypatch.setattr(trainer, "_validate", watch)
+    with caplog.at_level(logging.ERROR):
+        trainer.run()
+    assert seen == [0]
+    assert "epoch 2 was not saved" in caplog.text and "No space left on device" in caplog.text
+    assert load_state(trainer.run_folder.state)["epoch"] == 2
+    assert not list(trainer.run_folder.weights.glob(".*"))
+
+
+def test_a_full_disk_at_the_end_is_an_error(tiny_config: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = Trainer(tiny_config(epochs=1))
+
+    def full(descriptor: int) -> None:
+        if trainer.state.epoch == 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(UserError, match="No space left on device"):
+        trainer.run()
+
+
+def test_frozen_layers_stay_as_they_are(tiny_config: Make) -> None:
+    trainer = Trainer(tiny_config(epochs=1, freeze=2))
+    before = {k: v.clone() for k, v in trainer.model.state_dict().items()}
+    trainer.run()
+    after = trainer.model.state_dict()
+    changed = {int(k.split(".")[1]) for k, v in after.items() if not torch.equal(v, before[k])}
+    assert not changed & {0, 1}
+    assert 2 in changed
+
+
+def test_freezing_everything_is_refused(tiny_config: Make) -> None:
+    with pytest.raises(UserError, match="nothing is left to train"):
+        Trainer(tiny_config(freeze=99))
+
+
+def test_patience_ends_a_run_that_does_not_improve(tiny_config: Make, caplog: pytest.LogCaptureFixture) -> None:
+    trainer = Trainer(tiny_config(epochs=9, patience=2, lr0=0.0, warmup_epochs=0.0))
+    with caplog.at_level(logging.INFO):
+        trainer.run()
+    assert len(trainer.state.rows) == trainer.state.best_epoch + 3 < 9
+    assert "no improvement for 2 epochs" in caplog.text
+
+
+def test_multi_scale_draws_sizes_by_seed_and_iteration(tiny_config: Make) -> None:
+    trainer = Trainer(tiny_config(multi_scale=True, imgsz=128))
+    images = torch.zeros(1, 3, 128, 128)
+    sizes = [trainer._rescaled(images, i).shape[-1] for i in range(30)]
+    assert set(sizes) == {64, 96, 128, 160, 192}
+    assert sizes == [trainer._rescaled(images, i).shape[-1] for i in range(30)]
+
+
+@pytest.mark.parametrize("amp", ["bf16", "fp16"])
+def test_mixed_precision_trains_on_a_cpu(tiny_config: Make, amp: str) -> None:
+    trainer = Trainer(tiny_config(epochs=8, amp=amp))
+    trainer.run()
+    assert trainer.state.ema.updates > 4
+    assert all(bool(torch.isfinite(v).all()) for v in trainer.model.state_dict().values())
+
+
+def test_lead_head_guided_training_runs(tiny_config: Make) -> None:
+    assert train(tiny_config(epochs=1, lead_head_guided=True)) is not None
+
+
+def test_an_odd_image_size_is_rounded_and_said(tiny_config: Make, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO):
+        trainer = Trainer(tiny_config(imgsz=70))
+    assert trainer.config.imgsz == 96
+    assert "image size 70 is not a multiple of 32: training at 96" in caplog.text
+
+
+def test_training_starts_from_weights_of_another_class_count(
+    tiny_config: Make, caplog: pytest.LogCaptureFixture
+) -> None:
+    first = tiny_config(epochs=1, name="first")
+    train(first)
+    weights = Path(first.project) / "first/weights/last.safetensors"
+    trainer = Trainer(tiny_config(name="second", weights=str(weights), class_tower=None))
+    source = load_checkpoint(weights).state_dict()
+    assert all(torch.equal(v, source[k]) for k, v in trainer.model.state_dict().items())
+
+
+def test_fused_weights_are_unfused_and_calibrated(
+    shared: Path, tiny_config: Make, caplog: pytest.LogCaptureFixture
+) -> None:
+    weights = shared / "data/weights/yolov9t_coco_fused.npz"
+    with caplog.at_level(logging.INFO):
+        trainer = Trainer(tiny_config(model="yolov9-t", weights=str(weights), class_tower=None))
+    assert trainer.model.class_tower == 80 and trainer.model.box_groups == 1
+    assert "is fused: BatchNorm put back" in caplog.text
+    assert float(trainer.model.state_dict()["model.0.bn.running_var"].max()) != 1.0
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"data": "missing.yaml"}, DataError, "missing.yaml"),
+        ({"weights": "missing.pt"}, UserError, "no weights file missing.pt"),
+        ({"device": "cuda:0"}, UserError, "sees no CUDA GPU"),
+        ({"device": "tpu"}, UserError, "unknown device 'tpu'"),
+        ({"model": "yolov9-z"}, UserError, "unknown network"),
+    ],
+)
+def test_wrong_options_are_one_clear_error(
+    tiny_config: Make, changes: dict[str, str], error: type[Exception], message: str
+) -> None:
+    if changes.get("device") == "cuda:0" and torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    with pytest.raises(error, match=message):
+        Trainer(tiny_config(**changes))

@@ -87,7 +87,7 @@ def test_two_processes_equal_one_of_twice_the_batch(tiny_config: Make) -> None:
     assert _run(_command(one)).returncode == 0
     finished = _run(_command(two, processes=2))
     assert finished.returncode == 0, finished.stderr
-    assert (finished.stdout + finished.stderr).count("best weights") == 1
+    assert (finished.stdout + finished.stderr).count("best weights (epoch") == 1
     a, b = _state(one), _state(two)
     assert a["last_step"] == b["last_step"] == 1
     for key, value in a["model"].items():

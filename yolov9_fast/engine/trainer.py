@@ -185,9 +185,7 @@ class Trainer:
         scaler = torch.amp.GradScaler(world.device.type, enabled=self.amp == "fp16")
         self.model = model
         self.state = TrainingState(model, ModelEMA(model, config.ema_decay), optimizer, scaler)
-        self.criterion = self._make_loss(sync_normaliser=True)
-        # Each process evaluates other images, so its loss there must not wait for the others.
-        self.val_criterion = self._make_loss(sync_normaliser=False)
+        self.criterion = self._make_loss()
         self.network: nn.Module = model
         if world.is_distributed:
             devices = [world.device.index] if world.device.type == "cuda" else None
@@ -206,7 +204,7 @@ class Trainer:
             accumulate=accumulation(config.batch, config.nominal_batch),
         )
 
-    def _make_loss(self, *, sync_normaliser: bool) -> DetectionLoss:
+    def _make_loss(self) -> DetectionLoss:
         config = self.config
         return DetectionLoss(
             self.data.num_classes,
@@ -218,7 +216,6 @@ class Trainer:
             class_pos_weight=config.cls_pw,
             label_smoothing=config.label_smoothing,
             focal_gamma=config.fl_gamma,
-            sync_normaliser=sync_normaliser,
         )
 
     def _calibration_images(self) -> list[Tensor]:
@@ -381,7 +378,7 @@ class Trainer:
             iou=config.iou,
             max_det=config.max_det,
             amp=self.amp,
-            criterion=self.val_criterion,
+            criterion=self.criterion,
             world=self.world,
             channels_last=config.channels_last,
             title=f"epoch {epoch + 1}/{config.epochs} val",

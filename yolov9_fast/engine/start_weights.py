@@ -52,7 +52,6 @@ def build_model(
     if not (load and config.weights):
         return model
     report = load_pretrained(model, config.weights)
-    announce(report.summary())
     if layout is not None and layout.fused:
         loaded = set(report.loaded)
         seen = calibrate_batch_norm(model, images(), only=lambda name: f"{name}.running_mean" in loaded)

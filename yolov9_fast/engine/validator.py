@@ -171,7 +171,8 @@ def validate(
             with autocast(device, amp):
                 maps = [m.float() for m in model.raw(images, auxiliary=False).main]
             if criterion is not None:
-                loss = criterion.evaluate(DetectionOutput(maps), batch.targets.to(device), (images.shape[2], images.shape[3]))
+                size = (images.shape[2], images.shape[3])
+                loss = criterion.evaluate(DetectionOutput(maps), batch.targets.to(device), size)
                 items = torch.stack([loss.box, loss.cls, loss.dfl]).double()
                 losses += torch.cat((items * len(images), items.new_tensor([len(images)])))
             prediction = decode(maps, model.strides)

@@ -30,7 +30,7 @@ class OptionalPackage:
 OPTIONAL = (
     OptionalPackage("cv2", "opencv-python-headless", "no reading of images and videos: no train, val, predict, demo"),
     OptionalPackage("pycocotools", "pycocotools", "no COCO AP: no val, and no AP while training"),
-    OptionalPackage("tqdm", "tqdm", "no progress bars"),
+    OptionalPackage("tqdm", "tqdm", "no train, val and demo"),
     OptionalPackage("matplotlib", "matplotlib", "no plots"),
     OptionalPackage("tensorboard", "tensorboard", "no TensorBoard logs"),
     OptionalPackage("triton", "triton", "no Triton kernels on NVIDIA GPUs"),

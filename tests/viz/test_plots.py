@@ -207,3 +207,13 @@ def test_importing_the_package_loads_neither_opencv_nor_matplotlib_nor_pycocotoo
     root = Path(__file__).resolve().parents[2]
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=root)
     assert done.stdout.strip() == "[]"
+
+
+def test_a_few_peaks_of_a_loss_do_not_flatten_the_panel() -> None:
+    from yolov9_fast.viz.plots import _loss_limit
+
+    falling = np.linspace(6.0, 2.0, 30)
+    spiked = falling.copy()
+    spiked[8] = 4000.0
+    assert _loss_limit([falling]) == 6.0
+    assert 6.0 <= _loss_limit([falling, spiked]) < 20.0

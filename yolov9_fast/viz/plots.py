@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -199,10 +200,20 @@ def _result_panel(axes: Any, epochs: np.ndarray, columns: dict[str, np.ndarray],
     if family == "metrics":
         axes.set_ylim(0.0, min(1.02, 1.15 * highest) if highest > 0 else 1.0)
     elif family == "train" and highest > 0:
-        axes.set_ylim(0.0, 1.08 * highest)
+        limit = _loss_limit([values for values, _, _ in drawn])
+        axes.set_ylim(0.0, 1.08 * limit)
+        if highest > limit:
+            axes.set_title(f"peaks to {highest:.3g}", loc="right", fontsize=9, fontweight="normal")
     if series[0][0] == "metrics/ap" and "metrics/ap" in columns and np.isfinite(columns["metrics/ap"]).any():
         _mark_best(axes, epochs, columns["metrics/ap"])
     axes.legend(loc="best")
+
+
+def _loss_limit(curves: Sequence[np.ndarray]) -> float:
+    """Top of a loss panel: a few early peaks of the validation loss would otherwise flatten everything else."""
+    highest = max(float(np.nanmax(values)) for values in curves)
+    typical = max(float(np.nanquantile(values, 0.7)) for values in curves)
+    return min(highest, 3.0 * typical)
 
 
 def _mark_best(axes: Any, epochs: np.ndarray, ap: np.ndarray) -> None:

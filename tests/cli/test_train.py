@@ -106,11 +106,6 @@ def test_several_devices_without_a_gpu_are_an_error(monkeypatch: pytest.MonkeyPa
         train.start_processes("0,1")
 
 
-def test_resume_refuses_to_make_it_another_run(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["train", "--resume", "--lr0", "1"]) == 2
-    assert "--lr0" in capsys.readouterr().err
-
-
 def test_there_is_nothing_to_resume(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", "--resume", str(tmp_path / "absent")]) == 2
     assert main(["train", "--resume", str(tmp_path)]) == 2
@@ -139,7 +134,10 @@ def test_a_run_trains_is_resumed_and_leaves_its_files(
     assert f"--resume --project {tmp_path} --name run" in shown.out
     assert "Traceback" not in shown.err
 
-    assert main(["train", "--resume", str(tmp_path / "run")]) == 0
+    assert main(["train", "--resume", str(tmp_path / "run"), "--lr0", "1"]) == 2
+    assert "--lr0 (0.01, not 1.0)" in capsys.readouterr().err
+
+    assert main(["train", "--data", str(shapes), "--epochs", "2", *options, "--resume"]) == 0
     assert "resuming" in capsys.readouterr().out
     with open(tmp_path / "run" / "results.csv", encoding="utf-8") as file:
         assert [row["epoch"] for row in csv.DictReader(file)] == ["1", "2"]

@@ -33,9 +33,10 @@ def _run(command: list[str]) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=280)
 
 
-def _wait_for(path: Path, process: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + 200
-    while not path.exists():
+def _wait_for_two_epochs(run: Path, process: subprocess.Popen[str]) -> None:
+    """The state is written last: with two rows in the table, at least that of the first epoch is there."""
+    deadline, table = time.monotonic() + 200, run / "results.csv"
+    while not table.exists() or len(table.read_text().splitlines()) < 3:
         assert process.poll() is None, process.communicate()[1]
         assert time.monotonic() < deadline
         time.sleep(0.01)
@@ -51,7 +52,7 @@ def test_a_killed_run_resumes_to_the_end_of_an_uninterrupted_one(tiny_config: Ma
     assert _run(_command(whole)).returncode == 0
     process = subprocess.Popen(_command(killed), env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
     run = Path(killed.project) / "killed"
-    _wait_for(run / "weights/state.pt", process)
+    _wait_for_two_epochs(run, process)
     process.send_signal(signal.SIGKILL)
     process.wait()
     finished = _run([sys.executable, "-m", "yolov9_fast", "train", "--resume", str(run)])
@@ -71,7 +72,7 @@ def test_ctrl_c_ends_with_130_and_leaves_the_last_checkpoint(tiny_config: Make) 
     process = subprocess.Popen(
         _command(config), env=ENVIRONMENT, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
-    _wait_for(Path(config.project) / "exp/weights/state.pt", process)
+    _wait_for_two_epochs(Path(config.project) / "exp", process)
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130

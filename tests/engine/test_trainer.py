@@ -90,7 +90,7 @@ def test_an_existing_run_is_never_overwritten(tiny_config: Make) -> None:
     assert {p.name for p in Path(config.project).iterdir()} == {"exp", "exp-2"}
 
 
-@pytest.mark.parametrize("stop_at", ["batch", "validation"])
+@pytest.mark.parametrize("stop_at", ["first batch", "batch", "validation"])
 def test_a_run_stopped_in_mid_epoch_resumes_to_the_same_end(
     tiny_config: Make, monkeypatch: pytest.MonkeyPatch, stop_at: str
 ) -> None:
@@ -100,12 +100,12 @@ def test_a_run_stopped_in_mid_epoch_resumes_to_the_same_end(
     train(whole)
     broken = tiny_config(name="broken", **options)
     trainer = Trainer(broken)
-    method = "_step" if stop_at == "batch" else "_validate"
+    method, call = {"first batch": ("_rescaled", 2), "batch": ("_step", 1), "validation": ("_validate", 2)}[stop_at]
     original, calls = getattr(trainer, method), []
 
     def interrupted(*arguments: Any) -> Any:
         calls.append(1)
-        if len(calls) == (1 if stop_at == "batch" else 2):
+        if len(calls) == call:
             raise KeyboardInterrupt
         return original(*arguments)
 

@@ -25,7 +25,7 @@ log = logging.getLogger("yolov9_fast.demo")
 
 TRAIN_IMAGES = 384
 VAL_IMAGES = 64
-EPOCHS = 24
+EPOCHS = 18
 PASSING_AP50 = 0.5
 _MARKER = ".yolov9_fast_demo"
 _SHOWN_PICTURES = 8

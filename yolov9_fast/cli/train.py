@@ -89,7 +89,7 @@ def _add_flag(group: Any, cls: type, field: dataclasses.Field[Any], text: str, c
 def run(arguments: argparse.Namespace) -> int:
     given = {key: value for key, value in vars(arguments).items() if key not in ("command", "debug")}
     resumed = _run_to_resume(given) if "resume" in given else None
-    config = read_config(resumed.config) if resumed else config_from_flags(given)
+    config = _unchanged_config(resumed, given) if resumed else config_from_flags(given)
     device = given.get("device", config.device)
     start_processes(device)
     from yolov9_fast.engine.trainer import Trainer
@@ -128,15 +128,8 @@ def config_from_flags(given: dict[str, Any]) -> TrainConfig:
 
 
 def _run_to_resume(given: dict[str, Any]) -> RunFolder:
-    """The run that `--resume` means; refuses options that would make it another run."""
+    """The run that `--resume` means."""
     folder = given["resume"]
-    allowed = {"resume", "device", "workers"} | (set() if folder else {"project", "name"})
-    other = sorted("--" + key.replace("_", "-") for key in set(given) - allowed)
-    if other:
-        raise UserError(
-            "--resume goes on with the run's own options; only --device and --workers may change, not "
-            + ", ".join(other)
-        )
     if folder:
         path = Path(folder)
         if not path.is_dir():
@@ -144,6 +137,24 @@ def _run_to_resume(given: dict[str, Any]) -> RunFolder:
         path = path.resolve()
         return find_run(path.parent, path.name)
     return find_run(given.get("project", TrainConfig.project), given.get("name"))
+
+
+def _unchanged_config(run: RunFolder, given: dict[str, Any]) -> TrainConfig:
+    """The run's own options; the command that started it may be repeated, but options that differ are refused."""
+    config = read_config(run.config)
+    own = {**dataclasses.asdict(config), **dataclasses.asdict(config.augment)}
+    free = {"resume", "config", "device", "workers", "project", "name"}
+    differing = [
+        f"--{key.replace('_', '-')} ({own[key]}, not {value})"
+        for key, value in sorted(given.items())
+        if key not in free and own[key] != value
+    ]
+    if differing:
+        raise UserError(
+            "--resume goes on with the run's own options; only --device and --workers may change, not "
+            + ", ".join(differing)
+        )
+    return config
 
 
 def start_processes(device: str | None) -> None:

@@ -79,7 +79,7 @@ def find_run(project: str | Path, name: str | None = None) -> RunFolder:
     candidates = [run for run in candidates if run.state.is_file()]
     if not candidates:
         where = project / name if name else project
-        raise UserError(f"nothing to resume in {where}: no weights/state.pt (it is written after the first epoch)")
+        raise UserError(f"nothing to resume in {where}: no weights/state.pt")
     return max(candidates, key=lambda run: run.state.stat().st_mtime)
 
 

@@ -36,16 +36,15 @@ def build_model(
         config: the options; `class_tower` and `box_groups` are filled in where the weights decide them.
         images: makes batches [B, 3, H, W] in [0, 1]; called only for fused weights.
         announce: prints a line.
-        load: False builds the network only (a resumed run brings its own weights).
+        load: False builds the network only (a resumed run brings its own weights, and the widths in its options).
     """
     layout = None
-    if config.weights:
+    if config.weights and load:
         if not Path(config.weights).is_file():
             raise UserError(f"no weights file {config.weights}")
-        if load or config.class_tower is None or config.box_groups is None:
-            layout = suggest_architecture(config.weights)
-            config.class_tower = config.class_tower or layout.class_tower
-            config.box_groups = config.box_groups or layout.box_groups
+        layout = suggest_architecture(config.weights)
+        config.class_tower = config.class_tower or layout.class_tower
+        config.box_groups = config.box_groups or layout.box_groups
     config.box_groups = config.box_groups or 4
     model = create_model(config.model, data.num_classes, class_tower=config.class_tower, box_groups=config.box_groups)
     model.names = dict(data.names)

@@ -113,7 +113,7 @@ class Trainer:
             trainer.state.restore(saved)
         except (RuntimeError, ValueError, KeyError) as error:
             raise CheckpointError(f"{run.state} does not belong to this run: {error}") from error
-        trainer._say(f"resuming {run.path} after epoch {saved['epoch'] + 1} of {config.epochs}")
+        trainer._say(f"resuming {run.path}: {saved['epoch'] + 1} of {config.epochs} epochs are done")
         return trainer
 
     # Set-up -----------------------------------------------------------------------------------------------------------
@@ -237,7 +237,10 @@ class Trainer:
         self.events = EventLog(folder.path, config.tensorboard and main, purge_step=start if self._resuming else None)
         if main:
             write_config(config, folder.config)
-            if config.plots and not self._resuming:
+        if main and not self._resuming:
+            # A run killed in its first epoch can be resumed too, and a disk without room is found before any work.
+            save_state(folder.state, self.state.capture())
+            if config.plots:
                 report.write_label_plot(self.labels, self.data.names, folder)
         self._announce()
         try:

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from yolov9_fast.models import GraphError, create_model, load_graph, network_costs
+from yolov9_fast.models.graph import GRAPH_FOLDER
 
 # Parameters and GFLOPs at 640 px: training graph unfused and fused, deployed graph unfused and fused.
 PUBLISHED = {
@@ -184,7 +185,7 @@ def test_a_graph_file_that_describes_no_network_is_refused(tmp_path: Path, text:
 
 
 def test_a_graph_file_may_use_other_names_for_the_same_blocks(tmp_path: Path) -> None:
-    text = (Path(__file__).parents[2] / "yolov9_fast/models/graphs/gelan-t.yaml").read_text()
+    text = (GRAPH_FOLDER / "gelan-t.yaml").read_text()
     path = tmp_path / "mine.yaml"
     path.write_text(
         text.replace("CSPELAN", "RepNCSPELAN4").replace(" ELAN,", " ELAN1,").replace("Upsample", "nn.Upsample")

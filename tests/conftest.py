@@ -15,6 +15,12 @@ def shared_folder() -> Path:
     return Path(os.environ.get("YOLOV9_FAST_SHARED", ROOT.parent / "shared"))
 
 
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Tests leave the user's cache of checked images alone; processes that they start inherit this."""
+    os.environ["YOLOV9_FAST_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
 @pytest.fixture(scope="session")
 def shared() -> Path:
     folder = shared_folder()

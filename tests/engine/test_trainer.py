@@ -291,10 +291,11 @@ def test_fused_weights_are_unfused_and_calibrated(
         ({"device": "cuda:0"}, UserError, "sees no CUDA GPU"),
         ({"device": "tpu"}, UserError, "unknown device 'tpu'"),
         ({"model": "yolov9-z"}, UserError, "unknown network"),
+        ({"box_groups": 3}, UserError, "box_groups must divide 64, got 3"),
     ],
 )
 def test_wrong_options_are_one_clear_error(
-    tiny_config: Make, changes: dict[str, str], error: type[Exception], message: str
+    tiny_config: Make, changes: dict[str, Any], error: type[Exception], message: str
 ) -> None:
     if changes.get("device") == "cuda:0" and torch.cuda.is_available():
         pytest.skip("this machine has a GPU")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import types
 import typing
 from dataclasses import dataclass, field
@@ -15,6 +16,10 @@ from yolov9_fast.data import AugmentConfig
 from yolov9_fast.errors import UserError
 
 AMP_MODES = ("auto", "off", "bf16", "fp16")
+_NOT_NEGATIVE = (
+    "lr0 lrf weight_decay warmup_epochs warmup_bias_lr clip freeze patience close_mosaic save_period seed workers "
+    "box cls dfl cls_pw fl_gamma auxiliary_weight"
+).split()
 
 
 def _option(default: Any, text: str, **extra: Any) -> Any:
@@ -85,9 +90,13 @@ class TrainConfig:
         for name in ("epochs", "imgsz", "batch", "nominal_batch", "max_det"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("lr0", "lrf", "weight_decay", "warmup_epochs", "clip", "freeze", "patience", "close_mosaic"):
-            if not getattr(self, name) >= 0:
-                raise UserError(f"{name} must not be negative, got {getattr(self, name)}")
+        for name in _NOT_NEGATIVE:
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < math.inf:
+                raise UserError(f"{name} must not be negative, got {value}")
+        for name in ("conf", "iou", "momentum", "warmup_momentum", "ema_decay", "label_smoothing"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UserError(f"{name} must lie in 0..1, got {getattr(self, name)}")
         for f in option_fields():
             choices = f.metadata.get("choices")
             value = getattr(self, f.name)

@@ -46,7 +46,12 @@ def build_model(
         config.class_tower = config.class_tower or layout.class_tower
         config.box_groups = config.box_groups or layout.box_groups
     config.box_groups = config.box_groups or 4
-    model = create_model(config.model, data.num_classes, class_tower=config.class_tower, box_groups=config.box_groups)
+    try:
+        model = create_model(
+            config.model, data.num_classes, class_tower=config.class_tower, box_groups=config.box_groups
+        )
+    except ValueError as error:
+        raise UserError(str(error)) from error
     model.names = dict(data.names)
     if not (load and config.weights):
         return model

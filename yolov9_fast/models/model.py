@@ -117,10 +117,10 @@ class DetectionModel(nn.Module):
         """
         if images.dim() != 4 or images.shape[1] != 3:
             raise ValueError(f"images must be [B, 3, H, W], got {list(images.shape)}")
-        if images.shape[2] % MAX_STRIDE or images.shape[3] % MAX_STRIDE:
-            height, width = (-(-int(s) // MAX_STRIDE) * MAX_STRIDE for s in images.shape[2:])
+        if any(size % MAX_STRIDE or not size for size in images.shape[2:]):
+            height, width = (max(-(-int(s) // MAX_STRIDE), 1) * MAX_STRIDE for s in images.shape[2:])
             raise ValueError(
-                f"height and width must be multiples of {MAX_STRIDE}, got {list(images.shape[2:])}; "
+                f"height and width must be positive multiples of {MAX_STRIDE}, got {list(images.shape[2:])}; "
                 f"the next larger size is [{height}, {width}]"
             )
         auxiliary = self.has_auxiliary if auxiliary is None else auxiliary and self.has_auxiliary

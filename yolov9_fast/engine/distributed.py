@@ -49,6 +49,15 @@ class World:
             dist.all_reduce(values)
         return values
 
+    @torch.no_grad()
+    def average_gradients(self, module: nn.Module) -> None:
+        """Replace every gradient by its mean over the processes."""
+        if self.is_distributed:
+            for parameter in module.parameters():
+                if parameter.grad is not None:
+                    dist.all_reduce(parameter.grad)
+                    parameter.grad /= self.size
+
     def gather_objects(self, value: Any) -> list[Any]:
         """The value of every process on rank 0; elsewhere an empty list."""
         if not self.is_distributed:

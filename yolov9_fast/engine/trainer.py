@@ -7,6 +7,7 @@ images, gradient norm at most 10, EMA, mosaic closed for the last epochs.
 from __future__ import annotations
 
 import contextlib
+import copy
 import logging
 import os
 import random
@@ -391,6 +392,8 @@ class Trainer:
         """Record, save and report an epoch; True where training should stop."""
         state, patience = self.state, self.config.patience
         state.epoch = epoch
+        # Until the next step pending gradients are each process's own; averaged now, one state holds for all of them.
+        self.world.average_gradients(self.model)
         stop = False
         if self.world.is_main:
             assert result.metrics is not None and result.loss is not None
@@ -440,7 +443,10 @@ class Trainer:
         config, folder = self.config, self.run_folder
         self.world.barrier()
         source = folder.best if folder.best.is_file() else folder.last
-        model = load_checkpoint(source, device=self.world.device)
+        model = copy.deepcopy(self.state.ema.model)
+        if self.world.is_main:
+            model.load_state_dict(load_checkpoint(source).state_dict())
+        self.world.broadcast_state(model)
         result = validate(
             model,
             self.evaluation,
@@ -449,6 +455,7 @@ class Trainer:
             max_det=config.max_det,
             amp=self.amp,
             world=self.world,
+            channels_last=config.channels_last,
             title="best weights",
         )
         if not self.world.is_main:

@@ -23,7 +23,6 @@ from yolov9_fast.data import (
     load_split,
 )
 
-
 ROOT = Path(__file__).parents[2]
 
 
@@ -155,7 +154,7 @@ for _ in batches:
 
 
 def test_killed_worker_is_an_error_and_no_hang(tmp_path: Path) -> None:
-    """In a process of its own: torch raises the error from a signal handler, at whatever line the process has reached."""
+    """In a process of its own: torch raises the error from a signal handler, at any line."""
     words = [sys.executable, "-c", _KILLED_WORKER, str(dataset_folder(tmp_path))]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     finished = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=120)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -145,9 +146,10 @@ from yolov9_fast.data import AugmentConfig, DetectionDataset, create_loader, loa
 
 records = load_split(load_data_config(sys.argv[1]), "train", for_training=True)[0]
 dataset = DetectionDataset(records, image_size=64, augment=AugmentConfig())
-batches = iter(create_loader(dataset, batch_size=1, shuffle=True, workers=1))
+loader = create_loader(dataset, batch_size=1, shuffle=True, workers=1)
+batches = iter(loader)
 next(batches)
-os.kill(batches._workers[0].pid, signal.SIGKILL)
+os.kill(loader._loader._iterator._workers[0].pid, signal.SIGKILL)
 for _ in batches:
     pass
 """
@@ -159,14 +161,15 @@ def test_killed_worker_is_an_error_and_no_hang(tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     finished = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=120)
     assert finished.returncode == 1
-    assert "RuntimeError: DataLoader worker" in finished.stderr
+    # Where the signal arrives between two batches, torch's own error is all there can be.
+    assert re.search("DataError: a loader process died|RuntimeError: DataLoader worker", finished.stderr)
 
 
 def test_worker_survives_ctrl_c(records: list[ImageRecord]) -> None:
     loader = create_loader(training_set(records), batch_size=1, shuffle=True, workers=1)
     batches = iter(loader)
     next(batches)
-    [process] = batches._workers  # type: ignore[attr-defined]
+    [process] = loader._loader._iterator._workers  # type: ignore[union-attr]
     os.kill(process.pid, signal.SIGINT)
     assert sum(1 for _ in batches) == 11
     loader.close()
@@ -176,7 +179,7 @@ def test_closed_loader_says_so_and_its_workers_are_gone(records: list[ImageRecor
     loader = create_loader(training_set(records), batch_size=4, shuffle=True, workers=1)
     batches = iter(loader)
     list(batches)
-    [process] = batches._workers  # type: ignore[attr-defined]
+    [process] = loader._loader._iterator._workers  # type: ignore[union-attr]
     del batches
     loader.close()
     process.join(5)

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Sampler
 from yolov9_fast._lazy import require
 from yolov9_fast.data.dataset import DetectionDataset, Token
 from yolov9_fast.data.sample import Batch, Sample, collate
+from yolov9_fast.errors import DataError
 
 
 def create_loader(
@@ -68,7 +69,7 @@ class DetectionLoader:
     def __iter__(self) -> Iterator[Batch]:
         if self._loader is None:
             raise RuntimeError("this loader is closed")
-        return iter(self._loader)
+        return _naming_deaths(iter(self._loader))
 
     def set_epoch(self, epoch: int, *, mosaic: bool = True) -> None:
         """Choose the order and the random draws of the next pass; without `mosaic` also no mixup and no copy-paste."""
@@ -78,6 +79,22 @@ class DetectionLoader:
     def close(self) -> None:
         """End the worker processes."""
         self._loader = None
+
+
+def _naming_deaths(batches: Iterator[Batch]) -> Iterator[Batch]:
+    """The same batches; a worker's death, which shows in many ways, becomes one error that says what to do."""
+    while True:
+        try:
+            batch = next(batches)
+        except StopIteration:
+            return
+        except (ConnectionError, EOFError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
+                raise
+            raise DataError(
+                f"a loader process died, perhaps for lack of memory ({error}); try fewer --workers, or 0"
+            ) from error
+        yield batch
 
 
 class BatchOrder(Sampler[list[Token]]):

@@ -107,7 +107,9 @@ def test_two_processes_equal_one_of_twice_the_batch(tiny_config: Make, nominal_b
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("pkill") is None, reason="needs pkill")
 def test_two_processes_resume_to_the_same_end(tiny_config: Make) -> None:
-    whole, killed = (tiny_config(name=name, epochs=10, nominal_batch=24) for name in ("whole", "killed"))
+    """A step every five batches of epochs of two: nearly every state holds pending gradients of both processes."""
+    options = {"epochs": 10, "nominal_batch": 40, "warmup_epochs": 0.0}
+    whole, killed = (tiny_config(name=name, **options) for name in ("whole", "killed"))
     assert _run(_command(whole, processes=2)).returncode == 0
     command = _command(killed, processes=2)
     process = subprocess.Popen(command, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)

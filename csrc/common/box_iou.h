@@ -1,11 +1,7 @@
 // Intersection over union of two boxes, the same arithmetic on the CPU and on the GPU.
 #pragma once
 
-#ifdef __CUDACC__
-#define YF_HOST_DEVICE __host__ __device__ __forceinline__
-#else
-#define YF_HOST_DEVICE inline
-#endif
+#include "common/host_device.h"
 
 namespace yolov9_fast {
 

@@ -1,0 +1,114 @@
+// Task-aligned assignment: the operator's tensors checked and turned into pointers, for the CPU and for the GPU.
+#pragma once
+
+#include "common/assign_phases.h"
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+#include <algorithm>
+#include <optional>
+#include <tuple>
+
+namespace yolov9_fast::tal {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// Dense copies are kept alive here while the kernels run.
+struct Arguments {
+  Tensor scores, boxes, points, labels, truths, mask;
+  std::optional<Tensor> strides;
+  Tensor gt_index, weight;
+  double alpha, beta;
+  int64_t topk, rule;
+
+  Arguments(const Tensor& scores_, const Tensor& boxes_, const Tensor& points_, const Tensor& labels_,
+            const Tensor& truths_, const Tensor& mask_, const std::optional<Tensor>& strides_, int64_t topk_,
+            double alpha_, double beta_, int64_t rule_)
+      : scores(scores_),
+        boxes(boxes_),
+        points(torch::stable::contiguous(points_)),
+        labels(torch::stable::contiguous(labels_)),
+        truths(torch::stable::contiguous(truths_)),
+        mask(torch::stable::contiguous(mask_)),
+        strides(strides_),
+        gt_index(torch::stable::new_empty(boxes_, {boxes_.size(0), boxes_.size(1)}, ScalarType::Long)),
+        weight(torch::stable::new_empty(boxes_, {boxes_.size(0), boxes_.size(1)})),
+        alpha(alpha_),
+        beta(beta_),
+        topk(topk_),
+        rule(rule_) {
+    STD_TORCH_CHECK(scores.dim() == 3 && scores.size(2) > 0, "assign: scores must be [B, A, nc]");
+    const int64_t batch = scores.size(0), anchors = scores.size(1), count = truths.size(1);
+    STD_TORCH_CHECK(boxes.dim() == 3 && boxes.size(0) == batch && boxes.size(1) == anchors && boxes.size(2) == 4,
+                    "assign: boxes must be [B, A, 4]");
+    STD_TORCH_CHECK(points.dim() == 2 && points.size(0) == anchors && points.size(1) == 2,
+                    "assign: anchor_points must be [A, 2]");
+    STD_TORCH_CHECK(truths.dim() == 3 && truths.size(0) == batch && truths.size(2) == 4,
+                    "assign: gt_boxes must be [B, N, 4]");
+    STD_TORCH_CHECK(labels.dim() == 2 && labels.size(0) == batch && labels.size(1) == count,
+                    "assign: gt_labels must be [B, N]");
+    STD_TORCH_CHECK(mask.dim() == 2 && mask.size(0) == batch && mask.size(1) == count,
+                    "assign: gt_mask must be [B, N]");
+    STD_TORCH_CHECK(boxes.scalar_type() == ScalarType::Float && points.scalar_type() == ScalarType::Float &&
+                        truths.scalar_type() == ScalarType::Float,
+                    "assign: boxes, anchor_points and gt_boxes must be float32");
+    STD_TORCH_CHECK(labels.scalar_type() == ScalarType::Long && mask.scalar_type() == ScalarType::Bool,
+                    "assign: gt_labels must be int64, gt_mask bool");
+    STD_TORCH_CHECK(topk >= 1 && std::min(topk, anchors) <= kMaxTopk, "assign: topk must lie in [1, ", kMaxTopk, "]");
+    STD_TORCH_CHECK(rule == kYolov9 || rule == kUltralytics || rule == kMit, "assign: rule must be 0, 1 or 2");
+    STD_TORCH_CHECK(anchors < INT32_MAX - kChunk && count < INT32_MAX, "assign: too many anchors or ground truths");
+    if (strides.has_value()) strides = torch::stable::contiguous(*strides);
+    STD_TORCH_CHECK(rule != kMit || strides.has_value(), "assign: rule mit needs strides");
+    STD_TORCH_CHECK(!strides.has_value() || (strides->dim() == 1 && strides->size(0) == anchors &&
+                                             strides->scalar_type() == ScalarType::Float),
+                    "assign: strides must be float32 [A]");
+  }
+
+  bool nothing_to_do() const { return boxes.size(0) == 0 || boxes.size(1) == 0 || truths.size(1) == 0; }
+
+  std::tuple<Tensor, Tensor> all_background() const {
+    torch::stable::fill_(gt_index, -1.0);
+    torch::stable::fill_(weight, 0.0);
+    return {gt_index, weight};
+  }
+
+  // Without the scratch: chunks, best_metric, best_overlap.
+  template <class Score>
+  Problem<Score> problem() const {
+    Problem<Score> p{};
+    p.scores = static_cast<const Score*>(scores.const_data_ptr());
+    p.scores_image = scores.stride(0), p.scores_anchor = scores.stride(1), p.scores_class = scores.stride(2);
+    p.boxes = static_cast<const float*>(boxes.const_data_ptr());
+    p.boxes_image = boxes.stride(0), p.boxes_anchor = boxes.stride(1), p.boxes_side = boxes.stride(2);
+    p.points = static_cast<const float*>(points.const_data_ptr());
+    p.strides = strides.has_value() ? static_cast<const float*>(strides->const_data_ptr()) : nullptr;
+    p.labels = static_cast<const int64_t*>(labels.const_data_ptr());
+    p.truths = static_cast<const float*>(truths.const_data_ptr());
+    p.mask = static_cast<const bool*>(mask.const_data_ptr());
+    p.batch = boxes.size(0), p.anchors = boxes.size(1), p.count = truths.size(1), p.classes = scores.size(2);
+    p.alpha = Exponent::of(alpha), p.beta = Exponent::of(beta);
+    p.topk = static_cast<int>(std::min(topk, p.anchors)), p.rule = rule;
+    p.words = static_cast<uint64_t*>(gt_index.mutable_data_ptr());
+    p.weights = static_cast<float*>(weight.mutable_data_ptr());
+    return p;
+  }
+
+  // Calls body(Score{}) with the type of the scores.
+  template <class Body>
+  void with_score_type(const Body& body) const {
+    switch (scores.scalar_type()) {
+      case ScalarType::Float: return body(float{});
+      case ScalarType::Double: return body(double{});
+      case ScalarType::Half: return body(torch::headeronly::Half{});
+      case ScalarType::BFloat16: return body(torch::headeronly::BFloat16{});
+      default: STD_TORCH_CHECK(false, "assign: scores must be float32, float64, float16 or bfloat16");
+    }
+  }
+};
+
+}  // namespace yolov9_fast::tal

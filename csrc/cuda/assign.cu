@@ -1,0 +1,76 @@
+// assign on the GPU: the four launches of common/assign_phases.h. Reads of the boxes and scores the anchors inside a ground
+// truth only, 4 to 36 bytes each; writes 12 bytes per anchor; waits for nothing and allocates O(A + B·N) beside its outputs.
+#include "common/assign_arguments.h"
+#include "cuda/stream.cuh"
+
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+
+namespace {
+
+using namespace yolov9_fast::tal;
+using yolov9_fast::DeviceBlock;
+
+constexpr int kThreads = 128;  // four chunks of anchors at a time: a ground truth of median size needs two or three rounds
+constexpr int kResolveThreads = 64;  // contested anchors lie together: small blocks spread them
+
+template <class Score>
+__global__ void prepare_kernel(Problem<Score> p) {
+  prepare(p, static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x);
+}
+
+template <class Score>
+__global__ void __launch_bounds__(kThreads) claim_kernel(Problem<Score> p) {
+  __shared__ ClaimShared shared;
+  claim(DeviceBlock{}, shared, p, blockIdx.x);
+}
+
+template <class Score>
+__global__ void __launch_bounds__(kResolveThreads) resolve_kernel(Problem<Score> p) {
+  __shared__ ResolveShared shared;
+  resolve(DeviceBlock{}, shared, p, static_cast<int64_t>(blockIdx.x) * kResolveThreads);
+}
+
+template <class Score>
+__global__ void weigh_kernel(Problem<Score> p) {
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  if (i < p.batch * p.anchors) weigh(p, i);
+}
+
+unsigned blocks(int64_t items, int threads) { return static_cast<unsigned>((items + threads - 1) / threads); }
+
+std::tuple<Tensor, Tensor> assign(const Tensor& scores, const Tensor& boxes, const Tensor& points, const Tensor& labels,
+                                  const Tensor& truths, const Tensor& mask, const std::optional<Tensor>& strides,
+                                  int64_t topk, double alpha, double beta, int64_t rule) {
+  const int32_t device = boxes.get_device_index();
+  const torch::stable::accelerator::DeviceGuard guard(device);
+  const Arguments given(scores, boxes, points, labels, truths, mask, strides, topk, alpha, beta, rule);
+  for (const Tensor* each : {&scores, &points, &labels, &truths, &mask}) {
+    STD_TORCH_CHECK(each->is_cuda() && each->get_device_index() == device, "assign: all tensors must be on one device");
+  }
+  STD_TORCH_CHECK(!strides.has_value() || (strides->is_cuda() && strides->get_device_index() == device),
+                  "assign: all tensors must be on one device");
+  if (given.nothing_to_do()) return given.all_background();
+  const int64_t all = boxes.size(0) * boxes.size(1), rows = boxes.size(0) * truths.size(1);
+  STD_TORCH_CHECK(all < INT32_MAX && rows < INT32_MAX, "assign: too many anchors or ground truths in the batch");
+  const int64_t chunks = (boxes.size(1) + kChunk - 1) / kChunk;
+  const Tensor boxes_of_chunks = torch::stable::new_empty(boxes, {4 * chunks});
+  const Tensor best = torch::stable::new_empty(boxes, {2 * rows}, ScalarType::Int);
+  const cudaStream_t stream = yolov9_fast::current_stream(device);
+  given.with_score_type([&](auto score) {
+    auto p = given.problem<decltype(score)>();
+    p.chunks = static_cast<float*>(boxes_of_chunks.mutable_data_ptr());
+    p.best_metric = static_cast<uint32_t*>(best.mutable_data_ptr());
+    p.best_overlap = p.best_metric + rows;
+    prepare_kernel<<<blocks(std::max({chunks, all, rows}), kThreads), kThreads, 0, stream>>>(p);
+    claim_kernel<<<static_cast<unsigned>(rows), kThreads, 0, stream>>>(p);
+    resolve_kernel<<<blocks(all, kResolveThreads), kResolveThreads, 0, stream>>>(p);
+    weigh_kernel<<<blocks(all, kThreads), kThreads, 0, stream>>>(p);
+  });
+  yolov9_fast::check_launch("assign");
+  return {given.gt_index, given.weight};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(yolov9_fast, CUDA, library) { library.impl("assign", TORCH_BOX(&assign)); }

@@ -8,5 +8,16 @@ from yolov9_fast.ops.box_iou import box_iou
 from yolov9_fast.ops.decode import decode
 from yolov9_fast.ops.detection_loss import detection_loss
 from yolov9_fast.ops.nms import Detections, nms
+from yolov9_fast.ops.nms_boxes import KeptBoxes, nms_boxes
 
-__all__ = ["Assignment", "Detections", "assign", "box_iou", "decode", "detection_loss", "nms"]
+__all__ = [
+    "Assignment",
+    "Detections",
+    "KeptBoxes",
+    "assign",
+    "box_iou",
+    "decode",
+    "detection_loss",
+    "nms",
+    "nms_boxes",
+]

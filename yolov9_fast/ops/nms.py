@@ -9,21 +9,29 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from yolov9_fast.ops.backend import Implementation, Operator, register, select
+from yolov9_fast.ops import library
+from yolov9_fast.ops.backend import Implementation, Operator, not_on, register, select
 from yolov9_fast.ops.boxes import xywh_to_xyxy
 
 _log = logging.getLogger(__name__)
 _warned: set[str] = set()
 # Candidates whose mutual overlaps are looked at together.
 _BLOCK = 256
+MAX_CANDIDATES = 30000
+# The compiled forms number the pairs of anchor and class in 32 bits; CUDA takes the chosen classes as kernel arguments.
+_MAX_PAIRS = 2**32 - 1
+_MAX_CHOSEN = 24576
 
 
 class Detections(NamedTuple):
     """`boxes` [B, max_det, 6] float32: x1, y1, x2, y2 in pixels, score, class, score falling, zero after the end;
-    `count` [B] int64: how many rows of each image are detections."""
+    `count` [B] int64: how many rows of each image are detections; `candidates` [B] int64: how many candidates each image
+    had before `max_candidates` cut; `anchor` [B, max_det] int64: the anchor of each row, −1 after the end."""
 
     boxes: Tensor
     count: Tensor  # type: ignore[assignment]
+    candidates: Tensor | None = None
+    anchor: Tensor | None = None
 
 
 def nms(
@@ -35,14 +43,15 @@ def nms(
     agnostic: bool = False,
     classes: Sequence[int] | None = None,
     max_det: int = 300,
-    max_candidates: int = 30000,
+    max_candidates: int = MAX_CANDIDATES,
 ) -> Detections:
     """Greedy NMS: the best candidate stays, those of its class that overlap it by more than `iou` go, and so on.
 
     A candidate is a pair (anchor, class) with score > conf. Candidates are ordered by falling score, equal scores by
     anchor, then class. IoU is inter / (area + area − inter) in float32; a pair without area suppresses nothing. Nothing
     is dropped for lack of time. A candidate with a score or box that is not finite is ignored. Where an image has more
-    than `max_candidates`, the best are used and a warning is logged (once per process).
+    than `max_candidates`, the best are used, `candidates` of the result tells, and a warning is logged (once per process;
+    not on a GPU, where reading the number would wait for it: call `warn_if_cut` when the result is read anyway).
 
     Args:
         prediction: [B, 4 + nc, A] of `decode`: centre x, y, width, height in pixels, scores. Computed in float32.
@@ -54,16 +63,30 @@ def nms(
         max_candidates: candidates of one image before suppression.
 
     Returns:
-        Detections(boxes [B, max_det, 6], count [B]).
+        Detections(boxes [B, max_det, 6], count [B], candidates [B], anchor [B, max_det]).
 
     Raises:
         TypeError: a prediction that is no floating tensor.
         ValueError: another shape, thresholds outside [0, 1], max_det or max_candidates below 1, a class ≥ nc.
     """
     chosen = _check(prediction, conf, iou, classes, max_det, max_candidates)
-    args = (prediction, conf, iou, multi_label, agnostic, chosen, max_det, max_candidates)
-    result: Detections = select(OPERATOR, *args)(*args)
-    return result
+    args = (prediction.detach(), conf, iou, multi_label, agnostic, chosen, max_det, max_candidates)
+    found = Detections(*select(OPERATOR, *args)(*args))
+    if not torch.compiler.is_compiling() and prediction.device.type == "cpu":
+        warn_if_cut(found, max_candidates)
+    return found
+
+
+def warn_if_cut(found: Detections, max_candidates: int = MAX_CANDIDATES) -> None:
+    """Log, once per process, that an image had more candidates than `nms` used; waits for a GPU's result."""
+    if found.candidates is None or found.candidates.numel() == 0 or "max_candidates" in _warned:
+        return
+    most = int(found.candidates.max())
+    if most > max_candidates:
+        _warned.add("max_candidates")
+        _log.warning(
+            "nms: %d candidates in one image, only the best %d are used (max_candidates)", most, max_candidates
+        )
 
 
 @torch.no_grad()
@@ -76,21 +99,28 @@ def nms_reference(
     classes: list[int] | None,
     max_det: int,
     max_candidates: int,
-) -> Detections:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`nms` in eager PyTorch, image by image."""
-    prediction = prediction.detach().float()
+    prediction = prediction.float()
     boxes = prediction.new_zeros(prediction.shape[0], max_det, 6)
     count = torch.zeros(prediction.shape[0], dtype=torch.int64, device=prediction.device)
+    candidates = torch.zeros_like(count)
+    anchors = torch.full(boxes.shape[:2], -1, dtype=torch.int64, device=prediction.device)
     for image, one in enumerate(prediction):
-        found = _candidates(one, conf, multi_label, classes, max_candidates)
-        kept = _greedy(found[:, :4], None if agnostic else found[:, 5], iou, max_det)
+        found, anchor, number = _candidates(one, conf, multi_label, classes, max_candidates)
+        kept = greedy(found[:, :4], None if agnostic else found[:, 5], iou, max_det)
         boxes[image, : len(kept)] = found[kept]
+        anchors[image, : len(kept)] = anchor[kept]
         count[image] = len(kept)
-    return Detections(boxes, count)
+        candidates[image] = number
+    return boxes, count, candidates, anchors
 
 
-def _candidates(one: Tensor, conf: float, multi_label: bool, classes: list[int] | None, limit: int) -> Tensor:
-    """[n, 6] rows (x1, y1, x2, y2, score, class) of one image [4 + nc, A], best first."""
+def _candidates(
+    one: Tensor, conf: float, multi_label: bool, classes: list[int] | None, limit: int
+) -> tuple[Tensor, Tensor, int]:
+    """Of one image [4 + nc, A]: [n, 6] rows (x1, y1, x2, y2, score, class), best first; their anchors [n]; and how many
+    there were before the limit."""
     scores = one[4:].T
     if multi_label:
         anchor, label = torch.nonzero(scores > conf, as_tuple=True)
@@ -105,22 +135,17 @@ def _candidates(one: Tensor, conf: float, multi_label: bool, classes: list[int] 
     if classes is not None:
         sound &= torch.isin(label, torch.tensor(classes, device=label.device, dtype=label.dtype))
     anchor, label, score = anchor[sound], label[sound], score[sound]
-    if len(score) > limit:
-        _warn_cut(len(score), limit)
+    number = len(score)
+    if number > limit:
         good = score >= score.topk(limit, sorted=False).values.min()
         anchor, label, score = anchor[good], label[good], score[good]
     score, order = score.sort(descending=True, stable=True)
     best = order[:limit]
-    return torch.cat((boxes[anchor[best]], score[:limit, None], label[best, None].to(boxes.dtype)), 1)
+    rows = torch.cat((boxes[anchor[best]], score[:limit, None], label[best, None].to(boxes.dtype)), 1)
+    return rows, anchor[best], number
 
 
-def _warn_cut(count: int, limit: int) -> None:
-    if "max_candidates" not in _warned:
-        _warned.add("max_candidates")
-        _log.warning("nms: %d candidates in one image, only the best %d are used (max_candidates)", count, limit)
-
-
-def _greedy(boxes: Tensor, labels: Tensor | None, iou: float, max_det: int) -> Tensor:
+def greedy(boxes: Tensor, labels: Tensor | None, iou: float, max_det: int) -> Tensor:
     """Indices of the survivors among boxes [n, 4] ordered by falling score, at most `max_det`."""
     kept = torch.empty(0, dtype=torch.int64, device=boxes.device)
     for block in torch.arange(len(boxes), device=boxes.device).split(_BLOCK):
@@ -185,4 +210,81 @@ def _check(
     return chosen
 
 
-OPERATOR = register(Operator("nms", "class-aware non-maximum suppression", {"eager": Implementation(nms_reference)}))
+def _fake(
+    prediction: Tensor,
+    conf: float,
+    iou: float,
+    multi_label: bool,
+    agnostic: bool,
+    classes: list[int] | None,
+    max_det: int,
+    max_candidates: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    images = prediction.shape[0]
+    return (
+        prediction.new_empty((images, max_det, 6), dtype=torch.float32),
+        prediction.new_empty((images,), dtype=torch.int64),
+        prediction.new_empty((images,), dtype=torch.int64),
+        prediction.new_empty((images, max_det), dtype=torch.int64),
+    )
+
+
+_ARGUMENTS = (
+    "Tensor prediction, float conf, float iou, bool multi_label, bool agnostic, int[]? classes, int max_det, "
+    "int max_candidates"
+)
+_RESULTS = "(Tensor boxes, Tensor count, Tensor candidates, Tensor anchor)"
+_compiled = library.define(f"nms({_ARGUMENTS}) -> {_RESULTS}", fake=_fake, reference=nms_reference)
+# The GPU's algorithm run by the CPU, thread by thread, for tests: `threads` of a block, the order of threads and blocks
+# drawn from `seed` (0: none), and with `small` buffers so small that a few candidates fill them.
+library.define(
+    f"nms_phases({_ARGUMENTS}, int threads, int seed, bool small) -> {_RESULTS}",
+    fake=lambda *args: _fake(*args[:8]),
+    reference=lambda *args: nms_reference(*args[:8]),
+)
+
+
+def _run_compiled(
+    prediction: Tensor,
+    conf: float,
+    iou: float,
+    multi_label: bool,
+    agnostic: bool,
+    classes: list[int] | None,
+    max_det: int,
+    max_candidates: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The compiled operator; it reads any image and channel stride, anchors side by side."""
+    prediction = prediction.float()
+    if prediction.stride(2) != 1:
+        prediction = prediction.contiguous()
+    result: tuple[Tensor, Tensor, Tensor, Tensor] = _compiled(
+        prediction, conf, iou, multi_label, agnostic, classes, max_det, max_candidates
+    )
+    return result
+
+
+def _cannot(device: str, prediction: Tensor, classes: list[int] | None) -> str | None:
+    pairs = (prediction.shape[1] - 4) * prediction.shape[2]
+    if pairs > _MAX_PAIRS:
+        return f"it numbers at most {_MAX_PAIRS} pairs of anchor and class, got {pairs}"
+    if device == "cuda" and classes is not None and prediction.shape[1] - 4 > _MAX_CHOSEN:
+        return f"it chooses among at most {_MAX_CHOSEN} classes, got {prediction.shape[1] - 4}"
+    return not_on(device, prediction)
+
+
+OPERATOR = register(
+    Operator(
+        "nms",
+        "class-aware non-maximum suppression",
+        {
+            "eager": Implementation(nms_reference),
+            "cpu": Implementation(
+                _run_compiled, library.missing("nms", "cpu"), lambda p, *args: _cannot("cpu", p, args[4])
+            ),
+            "cuda": Implementation(
+                _run_compiled, library.missing("nms", "cuda"), lambda p, *args: _cannot("cuda", p, args[4])
+            ),
+        },
+    )
+)

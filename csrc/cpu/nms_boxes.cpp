@@ -1,0 +1,78 @@
+// nms_boxes on the CPU: one sort of all candidates, then each meets the survivors of its label, sixteen at a time.
+#include "common/nms.h"
+#include "cpu/kept_boxes.h"
+#include "cpu/sort_keys.h"
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <optional>
+#include <tuple>
+#include <unordered_map>
+#include <vector>
+
+namespace {
+
+using torch::stable::Tensor;
+using torch::headeronly::ScalarType;
+using namespace yolov9_fast;
+
+// Labels as given, which may be any integers, to 0, 1, 2 …; returns how many there are.
+int64_t number_labels(const int64_t* labels, int64_t count, std::vector<int32_t>& numbers) {
+  std::unordered_map<int64_t, int32_t> known;
+  numbers.resize(count);
+  for (int64_t i = 0; i < count; ++i) {
+    numbers[i] = known.try_emplace(labels[i], static_cast<int32_t>(known.size())).first->second;
+  }
+  return static_cast<int64_t>(known.size());
+}
+
+std::tuple<Tensor, Tensor> nms_boxes(const Tensor& boxes, const Tensor& scores, std::optional<Tensor> labels,
+                                     double iou, int64_t max_det) {
+  STD_TORCH_CHECK(boxes.dim() == 2 && boxes.size(1) == 4 && boxes.is_contiguous(), "nms_boxes: boxes must be [n, 4]");
+  STD_TORCH_CHECK(boxes.scalar_type() == ScalarType::Float, "nms_boxes: boxes must be float32");
+  const int64_t total = boxes.size(0);
+  STD_TORCH_CHECK(scores.dim() == 1 && scores.size(0) == total && scores.is_contiguous() &&
+                      scores.scalar_type() == ScalarType::Float,
+                  "nms_boxes: scores must be float32 [n]");
+  STD_TORCH_CHECK(!labels || (labels->dim() == 1 && labels->size(0) == total && labels->is_contiguous() &&
+                              labels->scalar_type() == ScalarType::Long),
+                  "nms_boxes: labels must be int64 [n]");
+  STD_TORCH_CHECK(total < int64_t{1} << 31, "nms_boxes: more than 2^31 boxes");
+  STD_TORCH_CHECK(iou >= 0 && max_det >= 0, "nms_boxes: iou and max_det must not be negative");
+  Tensor index = torch::stable::new_empty(scores, {max_det}, ScalarType::Long);
+  Tensor count = torch::stable::new_zeros(scores, {}, ScalarType::Long);
+  int64_t* kept_index = static_cast<int64_t*>(index.mutable_data_ptr());
+  std::fill_n(kept_index, max_det, int64_t{-1});
+  if (total == 0 || max_det == 0) return {index, count};
+
+  const float* score = static_cast<const float*>(scores.const_data_ptr());
+  std::vector<uint64_t> keys(total), scratch;
+  for (int64_t i = 0; i < total; ++i) keys[i] = candidate_key(rank_of_score(score[i]), static_cast<uint32_t>(i));
+  sort_keys(keys.data(), total, scratch);
+
+  std::vector<int32_t> numbers;
+  const int64_t groups =
+      labels ? number_labels(static_cast<const int64_t*>(labels->const_data_ptr()), total, numbers) : 1;
+  const Corners* box = static_cast<const Corners*>(boxes.const_data_ptr());
+  KeptBoxes kept(groups, static_cast<float>(iou));
+  int64_t survivors = 0;
+  for (int64_t i = 0; i < total && survivors < max_det; ++i) {
+    const uint32_t candidate = index_of_key(keys[i]);
+    const int32_t group = labels ? numbers[candidate] : 0;
+    const float area = signed_area(box[candidate]);
+    if (kept.suppress(group, box[candidate], area)) continue;
+    kept.add(group, box[candidate], area);
+    kept_index[survivors++] = candidate;
+  }
+  *static_cast<int64_t*>(count.mutable_data_ptr()) = survivors;
+  return {index, count};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(yolov9_fast, CPU, library) { library.impl("nms_boxes", TORCH_BOX(&nms_boxes)); }

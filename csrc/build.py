@@ -7,6 +7,7 @@ every torch from 2.10 on. A missing tool is no error; the reason goes into `_bui
     YOLOV9_FAST_SKIP_CUDA=1     compile the CPU part only
     YOLOV9_FAST_FORCE_CUDA=1    compile CUDA although torch was built for another CUDA major version
     YOLOV9_FAST_PORTABLE=1      for any CPU of this architecture, not only those with this one's vector units
+    YOLOV9_FAST_SANITIZE        such as "address,undefined": instrument the CPU part; slow, needs their runtime preloaded
     YOLOV9_FAST_CUDA_ARCHS      such as "8.0;9.0+PTX"; default: what nvcc knows of DEFAULT_ARCHS, PTX of the newest
     MAX_JOBS                    compilers at a time; default min(cores / 2, free memory / 5 GB)
     CXX, CUDA_HOME              the compiler (default c++) and the CUDA toolkit (default: the one of the nvcc on PATH)
@@ -35,7 +36,7 @@ STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020a000000000000"
 # Without traps and errno, values stay the same and a division may move across a branch, so that loops vectorise.
 CXX_MATH = ("-ffp-contract=off", "-fno-trapping-math", "-fno-math-errno")
 CXX_FLAGS = ("-O3", "-std=c++20", "-fPIC", "-fvisibility=hidden", "-Wall", *CXX_MATH, STABLE_ABI)
-CUDA_FLAGS = ("-O3", "-std=c++20", "--fmad=false", "-Xcompiler=-fPIC,-fvisibility=hidden", STABLE_ABI)
+CUDA_FLAGS = ("-O3", "-std=c++20", "--fmad=false", "-Xptxas=-v", "-Xcompiler=-fPIC,-fvisibility=hidden", STABLE_ABI)
 
 
 class Unbuildable(Exception):
@@ -55,6 +56,8 @@ class Part:
     compiler: str | None = None
     flags: list[str] = field(default_factory=list)
     log: str = ""
+    kernels: list[dict[str, str | int]] = field(default_factory=list)
+    """Of a CUDA part: what ptxas says of each kernel and architecture, as `kernel_report` returns it."""
 
 
 @dataclass(frozen=True)
@@ -126,16 +129,24 @@ def build_part(
         recipe = find_recipe(torch)
         sources = sorted((source / name).glob(pattern))
         library = output / f"_C_{name}.so"
-        compile_and_link(recipe, sources, source, library, scratch / name, torch)
+        logs = compile_and_link(recipe, sources, source, library, scratch / name, torch)
     except Unbuildable as error:
         return Part(reason=str(error), log=error.log)
-    return Part(file=library.name, compiler=version_line(recipe.compiler), flags=public_flags(recipe.compile_flags))
+    return Part(
+        file=library.name,
+        compiler=version_line(recipe.compiler),
+        flags=public_flags(recipe.compile_flags),
+        kernels=[row for file, text in logs.items() for row in kernel_report(file, text)],
+    )
 
 
 def compile_and_link(
     recipe: Recipe, sources: Sequence[Path], root: Path, library: Path, scratch: Path, torch: Torch
-) -> None:
-    """Compile what changed since the last call (by content) and link, replacing `library` in one step."""
+) -> dict[str, str]:
+    """Compile what changed since the last call (by content) and link, replacing `library` in one step.
+
+    Returns what the compiler said of each source file, kept beside its object.
+    """
     scratch.mkdir(parents=True, exist_ok=True)
     headers = sorted([*root.rglob("*.h"), *root.rglob("*.cuh")])
     common = hashlib.sha256(repr((recipe, version_line(recipe.compiler), torch.version)).encode())
@@ -148,7 +159,8 @@ def compile_and_link(
         compiled = scratch / f"{path.stem}-{key.hexdigest()[:16]}.o"
         if not compiled.exists():
             partial = compiled.with_suffix(".part.o")
-            run([*recipe.compiler, *recipe.compile_flags, f"-I{root}", "-c", str(path), "-o", str(partial)], path.name)
+            command = [*recipe.compiler, *recipe.compile_flags, f"-I{root}", "-c", str(path), "-o", str(partial)]
+            compiled.with_suffix(".log").write_text(run(command, path.name, with_messages=True))
             partial.replace(compiled)
         return compiled
 
@@ -157,16 +169,51 @@ def compile_and_link(
     partial = library.with_suffix(".part.so")
     run([*recipe.compiler, "-shared", *map(str, objects), "-o", str(partial), *recipe.link_flags], library.name)
     partial.replace(library)
+    logs = (compiled.with_suffix(".log") for compiled in objects)
+    return {path.name: log.read_text() for path, log in zip(sources, logs, strict=True) if log.exists()}
+
+
+def kernel_report(file: str, log: str) -> list[dict[str, str | int]]:
+    """From the messages of `ptxas -v`: file, kernel (mangled), arch, registers, stack and spills in bytes."""
+    rows: list[dict[str, str | int]] = []
+    for block in re.split(r"(?=ptxas info\s*: Compiling entry function)", log)[1:]:
+        name = re.match(r"ptxas info\s*: Compiling entry function '(\w+)' for '(\w+)'", block)
+        memory = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", block)
+        registers = re.search(r"Used (\d+) registers", block)
+        if name and memory and registers:
+            stack, stores, loads = map(int, memory.groups())
+            rows.append(
+                {
+                    "file": file,
+                    "kernel": name.group(1),
+                    "arch": name.group(2),
+                    "registers": int(registers.group(1)),
+                    "stack": stack,
+                    "spill_stores": stores,
+                    "spill_loads": loads,
+                }
+            )
+    return rows
 
 
 def cpu_recipe(torch: Torch) -> Recipe:
     """Flags for csrc/cpu/*.cpp: this machine's vector width unless YOLOV9_FAST_PORTABLE=1."""
     native = [] if flag("YOLOV9_FAST_PORTABLE") else ["-march=native"]
+    sanitize = sanitizer_flags(os.environ.get("YOLOV9_FAST_SANITIZE", ""))
     return Recipe(
         find_cxx(),
-        [*CXX_FLAGS, *native, *(f"-isystem{folder}" for folder in torch.include)],
-        link_flags(torch, ""),
+        [*CXX_FLAGS, *native, *sanitize, *(f"-isystem{folder}" for folder in torch.include)],
+        [*sanitize[:1], *link_flags(torch, "")],
     )
+
+
+def sanitizer_flags(names: str) -> list[str]:
+    """For YOLOV9_FAST_SANITIZE: the first finding ends the process, with line numbers; -O1 so that these stay true."""
+    if not names.strip():
+        return []
+    if not re.fullmatch(r"[a-z-]+(,[a-z-]+)*", names.strip()):
+        raise Unbuildable(f"YOLOV9_FAST_SANITIZE={names!r}: expected names such as address,undefined")
+    return [f"-fsanitize={names.strip()}", "-fno-sanitize-recover=all", "-O1", "-g", "-fno-omit-frame-pointer"]
 
 
 def cuda_recipe(torch: Torch) -> Recipe:
@@ -250,8 +297,8 @@ def find_nvcc() -> str:
     return path
 
 
-def run(command: list[str], what: str) -> str:
-    """Standard output of `command`; a failure is an `Unbuildable` that carries the compiler's words."""
+def run(command: list[str], what: str, with_messages: bool = False) -> str:
+    """Standard output (and error) of `command`; a failure is an `Unbuildable` that carries the compiler's words."""
     try:
         done = subprocess.run(command, capture_output=True, text=True)
     except OSError as error:
@@ -260,7 +307,7 @@ def run(command: list[str], what: str) -> str:
         log = f"{shlex.join(command)}\n{done.stderr or done.stdout}"
         print(log, file=sys.stderr)
         raise Unbuildable(f"{Path(command[0]).name} failed on {what} with exit code {done.returncode}", log[:4000])
-    return done.stdout
+    return done.stdout + done.stderr if with_messages else done.stdout
 
 
 def version_line(compiler: list[str]) -> str:

@@ -239,7 +239,7 @@ def test_only_what_changed_is_compiled_again(
     settings = recipe.Recipe(recipe.find_cxx(), ["-fPIC"], [])
     compiled: list[str] = []
     original = recipe.run
-    monkeypatch.setattr(recipe, "run", lambda command, what: (compiled.append(what), original(command, what))[1])
+    monkeypatch.setattr(recipe, "run", lambda *args, **kw: (compiled.append(args[1]), original(*args, **kw))[1])
 
     def names_compiled() -> list[str]:
         compiled.clear()

@@ -48,14 +48,15 @@ YF_HOST_DEVICE uint64_t prediction_key(float score, uint64_t index) {
 template <class Use>
 YF_BLOCK void visit(const Prediction& view, const Wanted& wanted, const float* one, int64_t part, int64_t threads, int t,
                     const Use& use) {
-  const int64_t columns = (view.anchors + threads - 1) / threads;
-  const int64_t anchor = part % columns * threads + t;
+  const uint32_t columns = static_cast<uint32_t>((view.anchors + threads - 1) / threads);
+  const uint32_t row = static_cast<uint32_t>(part) / columns;
+  const int64_t anchor = (static_cast<uint32_t>(part) - row * columns) * threads + t;
   if (anchor >= view.anchors || !is_finite(view.box(one, anchor))) return;
   const float* scores = one + 4 * view.channel + anchor;
-  const int64_t first = part / columns * view.classes_per_block();
+  const int64_t first = row * view.classes_per_block();
   const int64_t end = first + view.classes_per_block() < view.classes ? first + view.classes_per_block() : view.classes;
   if (view.multi_label) {
-    constexpr int kAtOnce = 8;  // loads in flight
+    constexpr int kAtOnce = 4;  // loads in flight; with 8 the registers spill
     for (int64_t label = first; label < end; label += kAtOnce) {
       float score[kAtOnce];
 #ifdef __CUDACC__

@@ -4,6 +4,8 @@ Each module is imported here, at once: importing it later would bind the module 
 """
 
 from yolov9_fast.ops.assign import Assignment, assign
+from yolov9_fast.ops.batch_norm import Norm
+from yolov9_fast.ops.bn_silu import bias_silu, bn_silu
 from yolov9_fast.ops.box_iou import box_iou
 from yolov9_fast.ops.decode import decode
 from yolov9_fast.ops.detection_loss import detection_loss
@@ -21,3 +23,4 @@ __all__ = [
     "nms",
     "nms_boxes",
 ]
+__all__ = ["Assignment", "Detections", "Norm", "assign", "bias_silu", "bn_silu", "box_iou", "decode", "detection_loss", "nms"]

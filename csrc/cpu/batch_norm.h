@@ -1,0 +1,467 @@
+// Batch statistics, normalise + SiLU and their gradient over one or two feature maps, for bn_silu and rep_bn_silu.
+//
+// out = act(sum_b (x_b - mean_b) scale_b + shift) (+ residual), scale = weight * rstd. Forward: every x is read twice,
+// out written once. Backward: dz and every x are read twice and dx is written; in float32 and float64 the first pass
+// leaves act' dz in dx, so that the second needs no e^x (measured faster than recomputing it up to 13 MB a tensor).
+#pragma once
+
+#include "cpu/feature_map.h"
+
+#include <memory>
+#include <vector>
+
+namespace yolov9_fast {
+
+// The statistics and parameters of one input, vectors [C]; weight and bias null where there are none.
+template <typename A>
+struct Norm {
+  const A* mean;
+  const A* rstd;
+  const A* weight;
+  const A* bias;
+};
+
+// Per-channel factors of the loops, repeated for folded rows and filled up to whole registers.
+template <typename A, int B>
+struct Factors {
+  Factors(const std::array<Norm<A>, B>& norms, const Tiling& tiling) {
+    const int64_t padded = tiling.width + 4 * kLanes<A>;
+    values.assign((2 * B + 1) * padded, A(0));
+    for (int b = 0; b < B; ++b) {
+      mean[b] = values.data() + (2 * b) * padded;
+      scale[b] = values.data() + (2 * b + 1) * padded;
+    }
+    shift = values.data() + 2 * B * padded;
+    for (int64_t i = 0, c = 0; i < tiling.width; ++i, c = c + 1 == tiling.channels ? 0 : c + 1) {
+      for (int b = 0; b < B; ++b) {
+        mean[b][i] = norms[b].mean[c];
+        scale[b][i] = norms[b].weight ? norms[b].weight[c] * norms[b].rstd[c] : norms[b].rstd[c];
+        shift[i] += norms[b].bias ? norms[b].bias[c] : A(0);
+      }
+    }
+  }
+
+  std::array<A*, B> mean, scale;
+  A* shift;
+
+ private:
+  std::vector<A> values;
+};
+
+// Calls body(registers, lanes, first) for blocks of MOST registers of columns, then fewer, then the rest of one register.
+template <int Most, typename A, typename Body>
+void over_columns(int64_t width, const Body& body) {
+  constexpr int L = kLanes<A>;
+  int64_t c = 0;
+  if constexpr (Most >= 4) {
+    for (; c + 4 * L <= width; c += 4 * L) body(std::integral_constant<int, 4>{}, AllLanes{}, c);
+  }
+  for (; c + 2 * L <= width; c += 2 * L) body(std::integral_constant<int, 2>{}, AllLanes{}, c);
+  if (c + L <= width) {
+    body(std::integral_constant<int, 1>{}, AllLanes{}, c);
+    c += L;
+  }
+  if (c < width) body(std::integral_constant<int, 1>{}, FirstLanes{static_cast<int>(width - c)}, c);
+}
+
+// Calls body(lanes, i) for the registers of a run of `length` values.
+template <typename A, typename Body>
+void over_run(int64_t length, const Body& body) {
+  int64_t i = 0;
+  for (; i + kLanes<A> <= length; i += kLanes<A>) body(AllLanes{}, i);
+  if (i < length) body(FirstLanes{static_cast<int>(length - i)}, i);
+}
+
+// Runs rows_body(first row, rows, table row) or plane_body(n, c, first value, values, entry) for every tile.
+template <typename RowsBody, typename PlaneBody>
+void over_tiles(const Tiling& tiling, const RowsBody& rows_body, const PlaneBody& plane_body) {
+  torch::stable::parallel_for(0, tiling.tiles, tiling.grain, [&](int64_t begin, int64_t end) {
+    for (int64_t t = begin; t < end; ++t) {
+      const int64_t segment = t % tiling.segments;
+      if (tiling.rows) {
+        rows_body(tiling.begin(segment), tiling.extent(segment), t * tiling.fold);
+      } else {
+        const int64_t plane = t / tiling.segments, n = plane / tiling.channels, c = plane % tiling.channels;
+        plane_body(n, c, tiling.begin(segment), tiling.extent(segment), n * tiling.segments + segment);
+      }
+    }
+  });
+}
+
+// In pairs: the mean of equal values is then exactly that value.
+template <typename V>
+V mean_of_8(const V (&x)[8]) {
+  return (((x[0] + x[1]) + (x[2] + x[3])) + ((x[4] + x[5]) + (x[6] + x[7]))) / 8;
+}
+
+// Mean and sum of squared deviations [C] of x. Each tile sums x - centre and its square, the centre being the mean of a
+// few of its own values, so nothing cancels however far the mean lies from zero; tiles are combined in float64.
+template <typename T>
+struct Statistics {
+  using A = Compute<T>;
+
+  Statistics(const FeatureMap& map, const Tensor& x) : values(map.count()), channels(map.channels) {
+    const Access<const T> input = reading<T>(map, x);
+    const Tiling tiling(map, input.row == channels, kLanes<A>);
+    const int64_t size = tiling.entries * channels;
+    const std::unique_ptr<A[]> table(new A[3 * size + kLanes<A>]);
+    A *centre = table.get(), *sum = centre + size, *square = sum + size;
+    over_tiles(
+        tiling,
+        [&](int64_t first, int64_t rows, int64_t entry) {
+          over_columns<4, A>(tiling.width, [&](auto registers, auto lanes, int64_t c) {
+            const int64_t at = entry * channels + c;
+            const int64_t row = tiling.fold * input.row;
+            sum_rows<registers.value>(input.data + first * row + c, row, rows, lanes, centre + at, sum + at, square + at);
+          });
+        },
+        [&](int64_t n, int64_t c, int64_t first, int64_t length, int64_t entry) {
+          const int64_t at = entry * channels + c;
+          sum_run(input.plane(n, c) + first, length, centre + at, sum + at, square + at);
+        });
+    combine(tiling, centre, sum, square);
+  }
+
+  std::vector<double> mean, m2;
+  int64_t values, channels;
+
+ private:
+  template <int V, typename Lanes>
+  static void sum_rows(const T* x, int64_t row, int64_t rows, Lanes lanes, A* centre, A* sum, A* square) {
+    constexpr int L = kLanes<A>;
+    Vector<A> middle[V], s[V], q[V];
+    for (int v = 0; v < V; ++v) {
+      middle[v] = load(x + v * L, lanes);
+      if (rows >= 8) {
+        const int64_t step = rows / 8 * row;
+        Vector<A> sample[8];
+        for (int i = 0; i < 8; ++i) sample[i] = load(x + i * step + v * L, lanes);
+        middle[v] = mean_of_8(sample);
+      }
+      s[v] = q[v] = Vector<A>{};
+    }
+    int64_t r = 0;
+    if constexpr (V == 1) {
+      // Two rows at a time, for one register of columns alone would wait for its own additions.
+      Vector<A> s1{}, q1{};
+      for (; r + 2 <= rows; r += 2) {
+        const Vector<A> d = load(x + r * row, lanes) - middle[0], d1 = load(x + (r + 1) * row, lanes) - middle[0];
+        s[0] += d, s1 += d1;
+        q[0] = multiply_add(d, d, q[0]), q1 = multiply_add(d1, d1, q1);
+      }
+      s[0] += s1, q[0] += q1;
+    }
+    for (; r < rows; ++r) {
+      for (int v = 0; v < V; ++v) {
+        const Vector<A> d = load(x + r * row + v * L, lanes) - middle[v];
+        s[v] += d;
+        q[v] = multiply_add(d, d, q[v]);
+      }
+    }
+    for (int v = 0; v < V; ++v) {
+      store(centre + v * L, middle[v], lanes);
+      store(sum + v * L, s[v], lanes);
+      store(square + v * L, q[v], lanes);
+    }
+  }
+
+  static void sum_run(const T* x, int64_t length, A* centre, A* sum, A* square) {
+    A sample[8];
+    for (int i = 0; i < 8; ++i) sample[i] = static_cast<A>(x[length >= 8 ? i * (length / 8) : 0]);
+    const A middle = mean_of_8(sample);
+    constexpr int L = kLanes<A>;
+    Vector<A> s{}, q{}, s1{}, q1{};
+    int64_t i = 0;
+    for (; i + 2 * L <= length; i += 2 * L) {
+      const Vector<A> d = load(x + i, AllLanes{}) - middle, d1 = load(x + i + L, AllLanes{}) - middle;
+      s += d, s1 += d1;
+      q = multiply_add(d, d, q), q1 = multiply_add(d1, d1, q1);
+    }
+    s += s1, q += q1;
+    A rest_sum = 0, rest_square = 0;
+    for (; i < length; ++i) {
+      const A d = static_cast<A>(x[i]) - middle;
+      rest_sum += d;
+      rest_square += d * d;
+    }
+    *centre = middle;
+    *sum = sum_of_lanes<A>(s) + rest_sum;
+    *square = sum_of_lanes<A>(q) + rest_square;
+  }
+
+  void combine(const Tiling& tiling, const A* centre, const A* sum, const A* square) {
+    mean.assign(channels, 0.0), m2.assign(channels, 0.0);
+    if (values == 0) return;
+    for (int64_t e = 0; e < tiling.entries; ++e) {
+      const double n = static_cast<double>(tiling.values_of_entry(e));
+      for (int64_t c = 0; c < channels; ++c) mean[c] += n * centre[e * channels + c] + sum[e * channels + c];
+    }
+    for (int64_t c = 0; c < channels; ++c) mean[c] /= static_cast<double>(values);
+    for (int64_t e = 0; e < tiling.entries; ++e) {
+      const double n = static_cast<double>(tiling.values_of_entry(e)), inverse = 1 / n;
+      for (int64_t c = 0; c < channels; ++c) {
+        const double s = sum[e * channels + c], apart = centre[e * channels + c] + s * inverse - mean[c];
+        m2[c] += square[e * channels + c] - s * s * inverse + n * apart * apart;
+      }
+    }
+    // Rounding may leave a constant channel below zero; written so that NaN stays.
+    for (int64_t c = 0; c < channels; ++c) m2[c] = m2[c] < 0 ? 0 : m2[c];
+  }
+};
+
+template <bool Silu, typename V>
+V activated(V y) {
+  if constexpr (Silu) return silu(y);
+  return y;
+}
+
+// The normalised and scaled sum of the B inputs at one register's place.
+template <int B, typename V>
+V normalised(const std::array<V, B>& x, const std::array<V, B>& mean, const std::array<V, B>& scale, V shift) {
+  for (int b = 0; b < B; ++b) shift = multiply_add(x[b] - mean[b], scale[b], shift);
+  return shift;
+}
+
+template <typename T, int B>
+using Inputs = std::array<Access<const T>, B>;
+
+template <typename T, int B>
+bool all_dense(const Inputs<T, B>& x, int64_t channels) {
+  return std::all_of(x.begin(), x.end(), [&](const auto& input) { return input.row == channels; });
+}
+
+// out = act(y) (+ residual); residual.data may be null.
+template <typename T, int B, bool Silu>
+void apply(const FeatureMap& map, const Inputs<T, B>& x, const std::array<Norm<Compute<T>>, B>& norms,
+           Access<const T> residual, Access<T> out) {
+  using A = Compute<T>;
+  using V = Vector<A>;
+  constexpr int L = kLanes<A>;
+  const int64_t channels = map.channels;
+  const bool dense = all_dense<T, B>(x, channels) && out.row == channels && (!residual.data || residual.row == channels);
+  const Tiling tiling(map, dense, L);
+  const Factors<A, B> factors(norms, tiling);
+  over_tiles(
+      tiling,
+      [&](int64_t first, int64_t rows, int64_t) {
+        over_columns<2, A>(tiling.width, [&](auto registers, auto lanes, int64_t c) {
+          constexpr int N = registers.value;
+          std::array<V, B> mean[N], scale[N];
+          V shift[N];
+          for (int v = 0; v < N; ++v) {
+            for (int b = 0; b < B; ++b) {
+              mean[v][b] = load(factors.mean[b] + c + v * L, AllLanes{});
+              scale[v][b] = load(factors.scale[b] + c + v * L, AllLanes{});
+            }
+            shift[v] = load(factors.shift + c + v * L, AllLanes{});
+          }
+          for (int64_t r = first; r < first + rows; ++r) {
+            for (int v = 0; v < N; ++v) {
+              const int64_t at = c + v * L;
+              std::array<V, B> values;
+              for (int b = 0; b < B; ++b) values[b] = load(x[b].data + r * tiling.fold * x[b].row + at, lanes);
+              V z = activated<Silu>(normalised<B, V>(values, mean[v], scale[v], shift[v]));
+              if (residual.data) z += load(residual.data + r * tiling.fold * residual.row + at, lanes);
+              store(out.data + r * tiling.fold * out.row + at, z, lanes);
+            }
+          }
+        });
+      },
+      [&](int64_t n, int64_t c, int64_t first, int64_t length, int64_t) {
+        std::array<V, B> mean, scale;
+        std::array<const T*, B> source;
+        for (int b = 0; b < B; ++b) {
+          mean[b] = broadcast(factors.mean[b][c]), scale[b] = broadcast(factors.scale[b][c]);
+          source[b] = x[b].plane(n, c) + first;
+        }
+        const V shift = broadcast(factors.shift[c]);
+        const T* added = residual.data ? residual.plane(n, c) + first : nullptr;
+        T* target = out.plane(n, c) + first;
+        over_run<A>(length, [&](auto lanes, int64_t i) {
+          std::array<V, B> values;
+          for (int b = 0; b < B; ++b) values[b] = load(source[b] + i, lanes);
+          V z = activated<Silu>(normalised<B, V>(values, mean, scale, shift));
+          if (added) z += load(added + i, lanes);
+          store(target + i, z, lanes);
+        });
+      });
+}
+
+// Sums over the batch, [1 + B, C]: of dy and of dy x̂_b, where dy = act'(y) dz. With Keep, dy goes into `kept` as well.
+template <typename T, int B, bool Silu, bool Keep>
+void gradient_sums(const FeatureMap& map, Access<const T> dz, const Inputs<T, B>& x,
+                   const std::array<Norm<Compute<T>>, B>& norms, Access<T> kept, Compute<T>* sums) {
+  using A = Compute<T>;
+  using V = Vector<A>;
+  constexpr int L = kLanes<A>;
+  const int64_t channels = map.channels;
+  const Tiling tiling(map, all_dense<T, B>(x, channels) && dz.row == channels, L);
+  const Factors<A, B> factors(norms, tiling);
+  const int64_t size = tiling.entries * channels;
+  const std::unique_ptr<A[]> table(new A[(1 + B) * size + L]);
+  over_tiles(
+      tiling,
+      [&](int64_t first, int64_t rows, int64_t entry) {
+        over_columns<2, A>(tiling.width, [&](auto registers, auto lanes, int64_t c) {
+          constexpr int N = registers.value;
+          std::array<V, B> mean[N], scale[N], product[N];
+          V shift[N], sum[N];
+          for (int v = 0; v < N; ++v) {
+            for (int b = 0; b < B; ++b) {
+              mean[v][b] = load(factors.mean[b] + c + v * L, AllLanes{});
+              scale[v][b] = load(factors.scale[b] + c + v * L, AllLanes{});
+              product[v][b] = V{};
+            }
+            shift[v] = load(factors.shift + c + v * L, AllLanes{});
+            sum[v] = V{};
+          }
+          for (int64_t r = first; r < first + rows; ++r) {
+            for (int v = 0; v < N; ++v) {
+              const int64_t at = c + v * L;
+              V dy = load(dz.data + r * tiling.fold * dz.row + at, lanes), y = shift[v];
+              std::array<V, B> apart;
+              for (int b = 0; b < B; ++b) {
+                apart[b] = load(x[b].data + r * tiling.fold * x[b].row + at, lanes) - mean[v][b];
+                y = multiply_add(apart[b], scale[v][b], y);
+              }
+              if constexpr (Silu) dy *= silu_slope(y);
+              if constexpr (Keep) store(kept.data + r * tiling.fold * kept.row + at, dy, lanes);
+              sum[v] += dy;
+              for (int b = 0; b < B; ++b) product[v][b] = multiply_add(dy, apart[b], product[v][b]);
+            }
+          }
+          A* target = table.get() + entry * channels + c;
+          for (int v = 0; v < N; ++v) {
+            store(target + v * L, sum[v], lanes);
+            for (int b = 0; b < B; ++b) store(target + (1 + b) * size + v * L, product[v][b], lanes);
+          }
+        });
+      },
+      [&](int64_t n, int64_t c, int64_t first, int64_t length, int64_t entry) {
+        std::array<V, B> mean, scale, product;
+        std::array<const T*, B> source;
+        for (int b = 0; b < B; ++b) {
+          mean[b] = broadcast(factors.mean[b][c]), scale[b] = broadcast(factors.scale[b][c]);
+          source[b] = x[b].plane(n, c) + first;
+          product[b] = V{};
+        }
+        const V shift = broadcast(factors.shift[c]);
+        const T* gradient = dz.plane(n, c) + first;
+        T* target = Keep ? kept.plane(n, c) + first : nullptr;
+        V sum{};
+        over_run<A>(length, [&](auto lanes, int64_t i) {
+          // Lanes beyond the run's end read dz = 0 and so add nothing.
+          V dy = load(gradient + i, lanes), y = shift;
+          std::array<V, B> apart;
+          for (int b = 0; b < B; ++b) {
+            apart[b] = load(source[b] + i, lanes) - mean[b];
+            y = multiply_add(apart[b], scale[b], y);
+          }
+          if constexpr (Silu) dy *= silu_slope(y);
+          if constexpr (Keep) store(target + i, dy, lanes);
+          sum += dy;
+          for (int b = 0; b < B; ++b) product[b] = multiply_add(dy, apart[b], product[b]);
+        });
+        A* entry_of_channel = table.get() + entry * channels + c;
+        entry_of_channel[0] = sum_of_lanes<A>(sum);
+        for (int b = 0; b < B; ++b) entry_of_channel[(1 + b) * size] = sum_of_lanes<A>(product[b]);
+      });
+  std::vector<double> total(channels);
+  for (int k = 0; k <= B; ++k) {
+    total.assign(channels, 0.0);
+    const A* part = table.get() + k * size;
+    for (int64_t e = 0; e < tiling.entries; ++e) {
+      for (int64_t c = 0; c < channels; ++c) total[c] += part[e * channels + c];
+    }
+    for (int64_t c = 0; c < channels; ++c) {
+      sums[k * channels + c] = static_cast<A>(k ? total[c] * norms[k - 1].rstd[c] : total[c]);
+    }
+  }
+}
+
+// dx_b = scale_b (dy - mean(dy) - x̂_b mean(dy x̂_b)); means: [1 + B, C]. With Kept, `dz` holds dy already.
+template <typename T, int B, bool Silu, bool Kept>
+void input_gradient(const FeatureMap& map, Access<const T> dz, const Inputs<T, B>& x,
+                    const std::array<Norm<Compute<T>>, B>& norms, const Compute<T>* means,
+                    const std::array<Access<T>, B>& dx) {
+  using A = Compute<T>;
+  using V = Vector<A>;
+  constexpr int L = kLanes<A>;
+  const int64_t channels = map.channels;
+  const Tiling tiling(map, all_dense<T, B>(x, channels) && dz.row == channels, L);
+  const Factors<A, B> factors(norms, tiling);
+  // dx = scale dy + slope (x - mean) + offset, slope and offset in two more tables laid out like the factors.
+  const int64_t padded = tiling.width + 4 * L;
+  std::vector<A> more(2 * B * padded, A(0));
+  for (int64_t i = 0, c = 0; i < tiling.width; ++i, c = c + 1 == channels ? 0 : c + 1) {
+    for (int b = 0; b < B; ++b) {
+      const A scale = factors.scale[b][i];
+      more[2 * b * padded + i] = -scale * norms[b].rstd[c] * means[(1 + b) * channels + c];
+      more[(2 * b + 1) * padded + i] = -scale * means[c];
+    }
+  }
+  const auto slope = [&](int b, int64_t i) { return more.data() + 2 * b * padded + i; };
+  const auto offset = [&](int b, int64_t i) { return more.data() + (2 * b + 1) * padded + i; };
+  over_tiles(
+      tiling,
+      [&](int64_t first, int64_t rows, int64_t) {
+        over_columns<2, A>(tiling.width, [&](auto registers, auto lanes, int64_t c) {
+          constexpr int N = registers.value;
+          std::array<V, B> mean[N], scale[N], steep[N], apart_by[N];
+          V shift[N];
+          for (int v = 0; v < N; ++v) {
+            const int64_t at = c + v * L;
+            for (int b = 0; b < B; ++b) {
+              mean[v][b] = load(factors.mean[b] + at, AllLanes{});
+              scale[v][b] = load(factors.scale[b] + at, AllLanes{});
+              steep[v][b] = load(slope(b, at), AllLanes{});
+              apart_by[v][b] = load(offset(b, at), AllLanes{});
+            }
+            shift[v] = load(factors.shift + at, AllLanes{});
+          }
+          for (int64_t r = first; r < first + rows; ++r) {
+            for (int v = 0; v < N; ++v) {
+              const int64_t at = c + v * L;
+              V dy = load(dz.data + r * tiling.fold * dz.row + at, lanes), y = shift[v];
+              std::array<V, B> apart;
+              for (int b = 0; b < B; ++b) {
+                apart[b] = load(x[b].data + r * tiling.fold * x[b].row + at, lanes) - mean[v][b];
+                if constexpr (Silu && !Kept) y = multiply_add(apart[b], scale[v][b], y);
+              }
+              if constexpr (Silu && !Kept) dy *= silu_slope(y);
+              for (int b = 0; b < B; ++b) {
+                const V shifted = multiply_add(apart[b], steep[v][b], apart_by[v][b]);
+                store(dx[b].data + r * tiling.fold * dx[b].row + at, multiply_add(dy, scale[v][b], shifted), lanes);
+              }
+            }
+          }
+        });
+      },
+      [&](int64_t n, int64_t c, int64_t first, int64_t length, int64_t) {
+        std::array<V, B> mean, scale, steep, apart_by;
+        std::array<const T*, B> source;
+        std::array<T*, B> target;
+        for (int b = 0; b < B; ++b) {
+          mean[b] = broadcast(factors.mean[b][c]), scale[b] = broadcast(factors.scale[b][c]);
+          steep[b] = broadcast(*slope(b, c)), apart_by[b] = broadcast(*offset(b, c));
+          source[b] = x[b].plane(n, c) + first, target[b] = dx[b].plane(n, c) + first;
+        }
+        const V shift = broadcast(factors.shift[c]);
+        const T* gradient = dz.plane(n, c) + first;
+        over_run<A>(length, [&](auto lanes, int64_t i) {
+          V dy = load(gradient + i, lanes), y = shift;
+          std::array<V, B> apart;
+          for (int b = 0; b < B; ++b) {
+            apart[b] = load(source[b] + i, lanes) - mean[b];
+            if constexpr (Silu && !Kept) y = multiply_add(apart[b], scale[b], y);
+          }
+          if constexpr (Silu && !Kept) dy *= silu_slope(y);
+          for (int b = 0; b < B; ++b) {
+            const V shifted = multiply_add(apart[b], steep[b], apart_by[b]);
+            store(target[b] + i, multiply_add(dy, scale[b], shifted), lanes);
+          }
+        });
+      });
+}
+
+}  // namespace yolov9_fast

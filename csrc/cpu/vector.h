@@ -1,0 +1,204 @@
+// Vectors of one register for the CPU kernels: loads and stores of every floating type, e^x and the sigmoid.
+#pragma once
+
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+#if defined(__AVX2__) || defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
+namespace yolov9_fast {
+
+#if defined(__AVX512F__)
+constexpr int kRegisterBytes = 64;
+#elif defined(__AVX2__)
+constexpr int kRegisterBytes = 32;
+#else
+constexpr int kRegisterBytes = 16;
+#endif
+
+using BFloat16 = c10::BFloat16;
+using Half = c10::Half;
+
+// What a value of type T is computed in: float64 in itself, everything else in float32.
+template <typename T>
+using Compute = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
+template <typename A>
+struct VectorOf {
+  typedef A type __attribute__((vector_size(kRegisterBytes)));
+};
+template <typename A>
+using Vector = typename VectorOf<A>::type;
+template <typename A>
+constexpr int kLanes = kRegisterBytes / static_cast<int>(sizeof(A));
+
+using Floats = Vector<float>;
+using Doubles = Vector<double>;
+typedef uint32_t Bits __attribute__((vector_size(kRegisterBytes)));
+typedef uint16_t HalfBits __attribute__((vector_size(kRegisterBytes / 2)));
+
+// a * b + c with one rounding where the CPU has it; the compiler may not contract by itself (see csrc/build.py).
+inline Floats multiply_add(Floats a, Floats b, Floats c) {
+#if defined(__AVX512F__)
+  return (Floats)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__AVX2__) && defined(__FMA__)
+  return (Floats)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#else
+  return a * b + c;
+#endif
+}
+
+inline Doubles multiply_add(Doubles a, Doubles b, Doubles c) { return a * b + c; }
+
+// All lanes of a register, or its first `count`: the rest reads as zero and is not written.
+struct AllLanes {};
+struct FirstLanes {
+  int count;
+};
+
+inline Floats load(const float* source, AllLanes) {
+  Floats values;
+  std::memcpy(&values, source, sizeof values);
+  return values;
+}
+
+inline Doubles load(const double* source, AllLanes) {
+  Doubles values;
+  std::memcpy(&values, source, sizeof values);
+  return values;
+}
+
+inline void store(float* target, Floats values, AllLanes) { std::memcpy(target, &values, sizeof values); }
+inline void store(double* target, Doubles values, AllLanes) { std::memcpy(target, &values, sizeof values); }
+
+inline Floats load(const BFloat16* source, AllLanes) {
+  HalfBits bits;
+  std::memcpy(&bits, source, sizeof bits);
+  return (Floats)(__builtin_convertvector(bits, Bits) << 16);
+}
+
+inline HalfBits to_bfloat16(Floats values) {
+  const Bits bits = (Bits)values;
+  // Round to nearest even; a NaN keeps its upper half, made quiet, lest rounding carries it to infinity.
+  const Bits rounded = bits + 0x7fff + ((bits >> 16) & 1);
+  const Bits chosen = values == values ? rounded : bits | 0x400000;
+  return __builtin_convertvector(chosen >> 16, HalfBits);
+}
+
+inline void store(BFloat16* target, Floats values, AllLanes) {
+  const HalfBits bits = to_bfloat16(values);
+  std::memcpy(target, &bits, sizeof bits);
+}
+
+inline Floats load(const Half* source, AllLanes) {
+#if defined(__AVX512F__)
+  return (Floats)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(source)));
+#elif defined(__AVX2__) && defined(__F16C__)
+  return (Floats)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(source)));
+#else
+  Floats values;
+  for (int i = 0; i < kLanes<float>; ++i) values[i] = static_cast<float>(source[i]);
+  return values;
+#endif
+}
+
+inline void store(Half* target, Floats values, AllLanes) {
+#if defined(__AVX512F__)
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(target),
+                      _mm512_cvtps_ph((__m512)values, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+#elif defined(__AVX2__) && defined(__F16C__)
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(target), _mm256_cvtps_ph((__m256)values, _MM_FROUND_TO_NEAREST_INT));
+#else
+  for (int i = 0; i < kLanes<float>; ++i) target[i] = static_cast<Half>(values[i]);
+#endif
+}
+
+template <typename T>
+Vector<Compute<T>> load(const T* source, FirstLanes lanes) {
+#if defined(__AVX512F__)
+  if constexpr (std::is_same_v<T, float>) {
+    return (Floats)_mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << lanes.count) - 1), source);
+  }
+#endif
+  alignas(64) T padded[kLanes<Compute<T>>] = {};
+  std::memcpy(static_cast<void*>(padded), source, lanes.count * sizeof(T));
+  return load(padded, AllLanes{});
+}
+
+template <typename T>
+void store(T* target, Vector<Compute<T>> values, FirstLanes lanes) {
+#if defined(__AVX512F__)
+  if constexpr (std::is_same_v<T, float>) {
+    _mm512_mask_storeu_ps(target, static_cast<__mmask16>((1u << lanes.count) - 1), (__m512)values);
+    return;
+  }
+#endif
+  alignas(64) T padded[kLanes<Compute<T>>];
+  store(padded, values, AllLanes{});
+  std::memcpy(static_cast<void*>(target), padded, lanes.count * sizeof(T));
+}
+
+template <typename A>
+Vector<A> broadcast(A value) {
+  return Vector<A>{} + value;
+}
+
+template <typename A>
+A sum_of_lanes(Vector<A> values) {
+  A sum = 0;
+  for (int i = 0; i < kLanes<A>; ++i) sum += values[i];
+  return sum;
+}
+
+// e^x for x in [-87, 88], else that of the nearer end: 2^n e^r with |r| <= ln 2 / 2, within 1 ulp. A NaN gives any value.
+// e^r = 1 + r + r^2 p(r); p by Lawson's iteration towards the least relative maximum error, 0.05 ulp.
+inline Floats exponential(Floats x) {
+  const Floats upper = broadcast(88.0f), lower = broadcast(-87.0f);
+  x = x > upper ? upper : x;
+  x = x < lower ? lower : x;
+  // Adding 1.5 * 2^23 rounds to an integer, which then stands in the lowest bits.
+  const Floats shifter = broadcast(12582912.0f);
+  const Floats shifted = multiply_add(x, broadcast(1.44269504f), shifter);
+  const Floats n = shifted - shifter;
+  // ln 2 in two parts; the first has so few bits that n times it is exact.
+  Floats r = multiply_add(n, broadcast(-0.693145752f), x);
+  r = multiply_add(n, broadcast(-1.42860677e-6f), r);
+  Floats p = broadcast(0x1.6a2430p-10f);
+  p = multiply_add(p, r, broadcast(0x1.1239e4p-7f));
+  p = multiply_add(p, r, broadcast(0x1.5558f2p-5f));
+  p = multiply_add(p, r, broadcast(0x1.555492p-3f));
+  p = multiply_add(p, r, broadcast(0x1.fffffcp-2f));
+  p = multiply_add(p, r * r, r) + 1.0f;
+  return (Floats)((Bits)p + ((Bits)shifted << 23));
+}
+
+inline Doubles exponential(Doubles x) {
+  for (int i = 0; i < kLanes<double>; ++i) x[i] = std::exp(x[i]);
+  return x;
+}
+
+template <typename V>
+V sigmoid(V x) {
+  return 1 / (1 + exponential(-x));
+}
+
+template <typename V>
+V silu(V x) {
+  return x * sigmoid(x);
+}
+
+// d silu / dx = s + x s (1 - s), s = sigmoid(x).
+template <typename V>
+V silu_slope(V x) {
+  const V s = sigmoid(x);
+  return multiply_add(x * s, 1 - s, s);
+}
+
+}  // namespace yolov9_fast

@@ -1,0 +1,376 @@
+"""BatchNorm, SiLU and an optional residual in one pass: silu(γ x̂ + β) + residual; formulas in `ops/batch_norm.py`.
+
+Eager PyTorch moves 13 tensors through memory for forward and backward, the kernels 8, and they save the input and two
+vectors where eager saves the normalised tensor too.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from yolov9_fast.ops import batch_norm as bn
+from yolov9_fast.ops import library
+from yolov9_fast.ops.backend import Implementation, Operator, not_on, register, select
+from yolov9_fast.ops.batch_norm import Branch, Raw
+from yolov9_fast.ops.interpreted import runs_triton, triton_missing
+
+
+def bn_silu(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    *,
+    training: bool,
+    momentum: float,
+    eps: float,
+    residual: Tensor | None = None,
+    out: Tensor | None = None,
+    activation: bool = True,
+    group: Any = None,
+) -> Tensor:
+    """`silu(F.batch_norm(x, ...)) + residual` [N, C, H, W], of x's dtype; differentiable once.
+
+    Args:
+        x: float32, bfloat16, float16 or float64, channels_last, contiguous, or a channel slice of either (no copy);
+            any other strides too (with one).
+        weight, bias: γ and β [C], None for 1 and 0.
+        running_mean, running_var: [C]. With `training` they are updated in place (the unbiased variance) or None;
+            without, they are the statistics, and gradients flow as for frozen BatchNorm.
+        training: normalise by the statistics of this batch. One value per channel raises `ValueError`, as in torch.
+        momentum: weight of the new statistics; for a cumulative average (`momentum=None` of a module) pass 1 / count.
+        eps: added to the variance.
+        residual: added after the activation; x's shape, taken in x's dtype.
+        out: written to and returned, as a slice of a concatenation buffer; x's shape and dtype. Where several slices
+            of one buffer are written in eager mode, each needs its own version counter (`ops/concat.py` sees to it).
+        activation: False leaves out the SiLU.
+        group: a process group, as `dist.group.WORLD`: statistics of the batches of all its processes (SyncBN).
+
+    Raises `ValueError` or `TypeError` that names the argument.
+    """
+    bn.check_map("bn_silu", "x", x)
+    for name, vector in (
+        ("weight", weight),
+        ("bias", bias),
+        ("running_mean", running_mean),
+        ("running_var", running_var),
+    ):
+        if vector is not None:
+            bn.check_vector("bn_silu", name, vector, x)
+    bn.check_statistics("bn_silu", x, training, running_mean, running_var, group is None)
+    if residual is not None:
+        bn.check_like("bn_silu", "residual", residual, x)
+        residual = residual if residual.dtype == x.dtype else residual.to(x.dtype)
+    if out is not None:
+        bn.check_out("bn_silu", out, x)
+    run = select(OPERATOR, x, running_mean)
+    return run(
+        x, weight, bias, running_mean, running_var, training, momentum, eps, residual, out, activation, group
+    )  # type: ignore[no-any-return]
+
+
+def bias_silu(x: Tensor, bias: Tensor | None, *, out: Tensor | None = None, activation: bool = True) -> Tensor:
+    """silu(x + bias), for units whose BatchNorm is folded into the convolution: γ = rstd = 1, mean = 0.
+
+    Written into `out`; without one, into x itself where autograd records nothing, else into a new tensor.
+    """
+    bn.check_map("bias_silu", "x", x)
+    if bias is not None:
+        bn.check_vector("bias_silu", "bias", bias, x)
+    if out is None and not (torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))):
+        out = x.detach()
+    zeros = torch.zeros(x.shape[1], dtype=bn.computed_in(x.dtype), device=x.device)
+    # eps is 0: rstd is exactly 1.
+    return bn_silu(
+        x, None, bias, zeros, zeros + 1, training=False, momentum=0.0, eps=0.0, out=out, activation=activation
+    )
+
+
+def bn_silu_reference(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+    residual: Tensor | None = None,
+    out: Tensor | None = None,
+    activation: bool = True,
+    group: Any = None,
+) -> Tensor:
+    """The definition by torch's own functions; with a group, by the formulas of `ops/batch_norm.py`."""
+    if training and group is not None:
+        return _run(
+            _REFERENCE, x, weight, bias, running_mean, running_var, training, momentum, eps, residual, out, activation, group
+        )
+    z = F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
+    z = F.silu(z) if activation else z
+    return bn.into(out, z if residual is None else z + residual)
+
+
+# ---- raw operators
+
+
+def _forward(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    momentum: float,
+    eps: float,
+    residual: Tensor | None,
+    out: Tensor,
+    silu: bool,
+) -> tuple[Tensor, Tensor]:
+    mean, rstd = bn.normalise(x, running_mean, running_var, momentum, eps)
+    bn.apply_reference([Branch(x, weight, bias, mean, rstd)], residual, out, silu)
+    return mean, rstd
+
+
+def _backward(
+    dz: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, rstd: Tensor, silu: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    branches = [Branch(x, weight, bias, mean, rstd)]
+    sums = bn.sums_reference(dz, branches, silu)
+    means = sums / max(x.numel() // max(x.shape[1], 1), 1)
+    (dx,) = bn.input_gradients_reference(dz, branches, means.unbind(), silu)
+    return dx, sums[1].clone(), sums[0].clone()
+
+
+def _apply(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    residual: Tensor | None,
+    out: Tensor,
+    silu: bool,
+) -> None:
+    bn.apply_reference([Branch(x, weight, bias, mean, rstd)], residual, out, silu)
+
+
+def _backward_sums(
+    dz: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, rstd: Tensor, silu: bool
+) -> Tensor:
+    return bn.sums_reference(dz, [Branch(x, weight, bias, mean, rstd)], silu)
+
+
+def _backward_apply(
+    dz: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    mean_dy: Tensor,
+    mean_dy_xhat: Tensor,
+    silu: bool,
+) -> Tensor:
+    return bn.input_gradients_reference(dz, [Branch(x, weight, bias, mean, rstd)], (mean_dy, mean_dy_xhat), silu)[0]
+
+
+_PARAMETERS = "Tensor? weight, Tensor? bias"
+_GIVEN = f"Tensor x, {_PARAMETERS}, Tensor mean, Tensor rstd"
+_forward_ops = bn.define(
+    f"bn_silu_forward(Tensor x, {_PARAMETERS}, Tensor(a!)? running_mean, Tensor(b!)? running_var, float momentum, "
+    "float eps, Tensor? residual, Tensor(c!) out, bool silu) -> (Tensor mean, Tensor rstd)",
+    lambda x, *others: (bn.fake_vector(x), bn.fake_vector(x)),
+    _forward,
+    "bn_silu",
+)
+_backward_ops = bn.define(
+    f"bn_silu_backward(Tensor dz, {_GIVEN}, bool silu) -> (Tensor dx, Tensor dweight, Tensor dbias)",
+    lambda dz, x, *others: (bn.empty_dense(x), bn.fake_vector(x), bn.fake_vector(x)),
+    _backward,
+    "bn_silu",
+)
+STATS = bn.define(
+    "bn_stats(Tensor x) -> (Tensor mean, Tensor m2)",
+    lambda x: (bn.fake_vector(x), bn.fake_vector(x)),
+    bn.statistics,
+    "bn_silu",
+)
+_apply_ops = bn.define(
+    f"bn_silu_apply({_GIVEN}, Tensor? residual, Tensor(a!) out, bool silu) -> ()",
+    lambda *others: None,
+    _apply,
+    "bn_silu",
+)
+_sums_ops = bn.define(
+    f"bn_silu_backward_sums(Tensor dz, {_GIVEN}, bool silu) -> Tensor",
+    lambda dz, x, *others: x.new_empty((2, x.shape[1]), dtype=bn.computed_in(x.dtype)),
+    _backward_sums,
+    "bn_silu",
+)
+_input_ops = bn.define(
+    f"bn_silu_backward_apply(Tensor dz, {_GIVEN}, Tensor mean_dy, Tensor mean_dy_xhat, bool silu) -> Tensor",
+    lambda dz, x, *others: bn.empty_dense(x),
+    _backward_apply,
+    "bn_silu",
+)
+_COMPILED, _TRITON = (
+    Raw(*ops)
+    for ops in zip(_forward_ops, _backward_ops, STATS, _apply_ops, _sums_ops, _input_ops, strict=True)
+)
+_REFERENCE = Raw(_forward, _backward, bn.statistics, _apply, _backward_sums, _backward_apply)
+
+
+# ---- autograd
+
+
+class _OfBatch(torch.autograd.Function):
+    """Statistics of this batch: saves x and two vectors beside the parameters."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        momentum: float,
+        eps: float,
+        out: Tensor | None,
+        silu: bool,
+        raw: Raw,
+    ) -> Tensor:
+        target = bn.empty_dense(x) if out is None else out
+        mean, rstd = raw.forward(x, weight, bias, running_mean, running_var, momentum, eps, residual, target, silu)
+        ctx.save_for_backward(x, weight, bias, mean, rstd)
+        ctx.silu, ctx.raw = silu, raw
+        return target if out is None else bn.returned(out)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dz: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, bias, mean, rstd = ctx.saved_tensors
+        need = ctx.needs_input_grad
+        residual = dz if need[3] else None
+        if need[0]:
+            dx, dweight, dbias = ctx.raw.backward(dz, x, weight, bias, mean, rstd, ctx.silu)
+        elif need[1] or need[2]:
+            dbias, dweight = ctx.raw.backward_sums(dz, x, weight, bias, mean, rstd, ctx.silu).unbind()
+            dx = None
+        else:
+            return None, None, None, residual, None, None, None, None, None, None, None
+        dweight, dbias = dweight if need[1] else None, dbias if need[2] else None
+        return dx, dweight, dbias, residual, None, None, None, None, None, None, None
+
+
+class _Given(torch.autograd.Function):
+    """Statistics given: running ones (total and group None), or those of all processes, through which dx flows too."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        mean: Tensor,
+        rstd: Tensor,
+        total: Tensor | None,
+        group: Any,
+        out: Tensor | None,
+        silu: bool,
+        raw: Raw,
+    ) -> Tensor:
+        target = bn.empty_dense(x) if out is None else out
+        raw.apply(x, weight, bias, mean, rstd, residual, target, silu)
+        ctx.save_for_backward(x, weight, bias, mean, rstd, total)
+        ctx.silu, ctx.raw, ctx.group = silu, raw, group
+        return target if out is None else bn.returned(out)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dz: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, bias, mean, rstd, total = ctx.saved_tensors
+        given = (dz, x, weight, bias, mean, rstd)
+        need = ctx.needs_input_grad
+        dx = dweight = dbias = None
+        if total is not None or need[1] or need[2]:
+            sums = ctx.raw.backward_sums(*given, ctx.silu)
+            dbias, dweight = sums.unbind()
+        else:
+            sums = mean.new_zeros((2, mean.shape[0]))
+        # Every process takes part in the reduction, also one whose x needs no gradient.
+        means = bn.means_of(sums, total, ctx.group)
+        if need[0]:
+            dx = ctx.raw.backward_apply(*given, means[0], means[1], ctx.silu)
+        residual = dz if need[3] else None
+        dweight, dbias = dweight if need[1] else None, dbias if need[2] else None
+        return dx, dweight, dbias, residual, None, None, None, None, None, None, None
+
+
+def _run(
+    raw: Raw,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+    residual: Tensor | None,
+    out: Tensor | None,
+    activation: bool,
+    group: Any,
+) -> Tensor:
+    weight, bias = bn.parameter(weight, x.dtype), bn.parameter(bias, x.dtype)
+    if training and group is None:
+        return _OfBatch.apply(
+            x, weight, bias, residual, running_mean, running_var, momentum, eps, out, activation, raw
+        )  # type: ignore[no-any-return]
+    total = None
+    if training:
+        mean, rstd, total = bn.synchronised(x, raw, (running_mean, running_var), momentum, eps, group)
+    else:
+        assert running_mean is not None and running_var is not None
+        mean, rstd = running_mean, (running_var + eps).rsqrt()
+    return _Given.apply(
+        x, weight, bias, residual, mean, rstd, total, group, out, activation, raw
+    )  # type: ignore[no-any-return]
+
+
+def _compiled(*args: Any) -> Tensor:
+    return _run(_COMPILED, *args)
+
+
+def _triton(*args: Any) -> Tensor:
+    return _run(_TRITON, *args)
+
+
+OPERATOR = register(
+    Operator(
+        "bn_silu",
+        "BatchNorm, SiLU and residual in one pass",
+        {
+            "eager": Implementation(bn_silu_reference),
+            "cpu": Implementation(
+                _compiled,
+                library.missing("bn_silu_forward", "cpu"),
+                lambda x, running: not_on("cpu", x) or bn.why_not_kernel(x, running),
+            ),
+            "triton": Implementation(
+                _triton,
+                triton_missing(),
+                lambda x, running: runs_triton("bn_silu", x) or bn.why_not_kernel(x, running),
+            ),
+        },
+        # The compiled kernels before interpreted Triton.
+        ("cpu", "triton", "eager"),
+    )
+)

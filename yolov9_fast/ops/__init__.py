@@ -7,6 +7,7 @@ from yolov9_fast.ops.assign import Assignment, assign
 from yolov9_fast.ops.batch_norm import Norm
 from yolov9_fast.ops.bn_silu import bias_silu, bn_silu
 from yolov9_fast.ops.box_iou import box_iou
+from yolov9_fast.ops.concat import ConcatBuffer, concat, split_view, tap
 from yolov9_fast.ops.decode import decode
 from yolov9_fast.ops.detection_loss import detection_loss
 from yolov9_fast.ops.nms import Detections, nms
@@ -24,3 +25,14 @@ __all__ = [
     "nms_boxes",
 ]
 __all__ = ["Assignment", "Detections", "Norm", "assign", "bias_silu", "bn_silu", "box_iou", "decode", "detection_loss", "nms"]
+    "ConcatBuffer",
+    "Detections",
+    "assign",
+    "box_iou",
+    "concat",
+    "decode",
+    "detection_loss",
+    "nms",
+    "split_view",
+    "tap",
+]

@@ -1,0 +1,329 @@
+"""Aggregation along the channels without a copy: producers write into slots of one buffer, gradients come as views.
+
+CSP-ELAN aggregates [y0, y1, y2, y3] by one 1×1 convolution (YOLOv9, arXiv 2402.13616, section 4.1). Eager PyTorch
+copies all parts into the concatenation; its backward pads the gradients of slices with zeros, copies and adds. Here:
+
+    buffer = ConcatBuffer.beside(x, (c, c, d, d))
+    y = bn_silu(cv1(x), ..., out=buffer.slot(0, 2))     # both halves in one write
+    y, y1 = tap(y, c)                                   # y for the aggregation, its second half for the next stage
+    y2 = stage(y1, out=buffer.slot(2))
+    y3 = stage(y2, out=buffer.slot(3))
+    z = conv1x1(buffer.join(y, y2, y3), weight)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from yolov9_fast.ops import library
+from yolov9_fast.ops.backend import Implementation, Operator, not_on, register, select
+from yolov9_fast.ops.layout import check_map, layout_of, memory_format_of
+
+
+class ConcatBuffer:
+    """One tensor [B, ΣC, H, W] whose channel slices, the slots, are written by the producers of the parts.
+
+    A buffer serves one forward: each slot is handed out once, because what was written there may be saved for the
+    backward. Slots have a version counter of their own, so that filling one does not invalidate what autograd
+    saved of another. A producer returns `out.view_as(out)` from its `autograd.Function` after it wrote to `out`.
+    """
+
+    def __init__(
+        self,
+        size: tuple[int, int, int],
+        channels: Sequence[int],
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        memory_format: torch.memory_format = torch.channels_last,
+    ) -> None:
+        """`size`: batch, height, width; `channels`: of each slot, in the order of the concatenation."""
+        if not channels or any(count < 1 for count in channels):
+            raise ValueError(f"ConcatBuffer: channels must be positive, got {list(channels)}")
+        self.channels = list(channels)
+        self._starts = [sum(self.channels[:index]) for index in range(len(self.channels) + 1)]
+        self._free = [True] * len(self.channels)
+        batch, height, width = size
+        self._buffer = torch.empty(
+            (batch, self._starts[-1], height, width), dtype=dtype, device=device, memory_format=memory_format
+        )
+
+    @classmethod
+    def beside(cls, x: Tensor, channels: Sequence[int], *, dtype: torch.dtype | None = None) -> ConcatBuffer:
+        """A buffer of the batch, size, device, layout and dtype (unless another is given) of `x` [B, C, H, W]."""
+        check_map("ConcatBuffer", "x", x)
+        size = (x.shape[0], x.shape[2], x.shape[3])
+        return cls(size, channels, dtype=dtype or x.dtype, device=x.device, memory_format=memory_format_of(x))
+
+    def slot(self, index: int, count: int = 1) -> Tensor:
+        """The slice of `count` neighbouring slots from `index` on, [B, C, H, W], to be written by one producer.
+
+        Raises `ValueError` for a slot that does not exist and `RuntimeError` for one that was handed out before.
+        """
+        if index < 0 or count < 1 or index + count > len(self.channels):
+            raise ValueError(
+                f"ConcatBuffer: slots {index} to {index + count - 1} do not exist, there are {len(self.channels)}"
+            )
+        if not all(self._free[index : index + count]):
+            raise RuntimeError(
+                "ConcatBuffer: a slot is written once; make a new buffer for each forward, "
+                "what the last one wrote may be saved for its backward"
+            )
+        self._free[index : index + count] = [False] * count
+        return _alias(self._buffer, self._starts[index], self._starts[index + count])
+
+    def join(self, *parts: Tensor) -> Tensor:
+        """The concatenation of `parts` [B, C_i, H, W], in order, as one tensor [B, ΣC, H, W].
+
+        A part may span several slots. Parts that lie in their slots are not touched; others (from a producer that
+        cannot write into a slot) are copied there. While `torch.compile` traces there are no addresses to compare:
+        there, slots that were handed out count as written. The gradient of each part is a view of the whole gradient.
+        """
+        places = self._check_parts(parts)
+        joined: Tensor = _Join.apply(_alias(self._buffer, 0, self._starts[-1]), places, *parts)
+        return joined
+
+    def _check_parts(self, parts: Sequence[Tensor]) -> list[bool]:
+        """Whether each part is to be copied into its place."""
+        start, to_copy = 0, []
+        for number, part in enumerate(parts):
+            check_map("ConcatBuffer.join", f"part {number}", part)
+            batch, _, height, width = self._buffer.shape
+            if part.shape[0] != batch or part.shape[2:] != self._buffer.shape[2:]:
+                raise ValueError(
+                    f"ConcatBuffer.join: part {number} must have shape [{batch}, C, {height}, {width}], "
+                    f"got {list(part.shape)}"
+                )
+            if part.dtype != self._buffer.dtype or part.device != self._buffer.device:
+                raise ValueError(
+                    f"ConcatBuffer.join: part {number} must be {self._buffer.dtype} on {self._buffer.device}, "
+                    f"got {part.dtype} on {part.device}"
+                )
+            first, start = start, start + part.shape[1]
+            if start not in self._starts:
+                raise ValueError(
+                    f"ConcatBuffer.join: part {number} ends at channel {start}, the slots at {self._starts[1:]}"
+                )
+            if torch.compiler.is_compiling():
+                to_copy.append(any(self._free[self._starts.index(first) : self._starts.index(start)]))
+            else:
+                to_copy.append(not _is_at(part, self._buffer.narrow(1, first, part.shape[1])))
+        if start != self._starts[-1]:
+            raise ValueError(f"ConcatBuffer.join: the parts have {start} channels, the buffer {self._starts[-1]}")
+        return to_copy
+
+
+def concat(parts: Sequence[Tensor]) -> Tensor:
+    """Concatenation of `parts` [B, C_i, H, W] along the channels: [B, ΣC, H, W].
+
+    Parts that lie side by side in one buffer already (slots, neighbouring slices) are not copied: the result is then a
+    view of them. The gradients of the parts are views of the whole gradient. Raises `ValueError` for other shapes.
+    """
+    if not parts:
+        raise ValueError("concat: parts must hold at least one tensor, got none")
+    for number, part in enumerate(parts):
+        check_map("concat", f"part {number}", part)
+        if part.shape[0] != parts[0].shape[0] or part.shape[2:] != parts[0].shape[2:]:
+            raise ValueError(
+                f"concat: part {number} must agree with part 0 {list(parts[0].shape)} but for the channels, "
+                f"got {list(part.shape)}"
+            )
+    whole = None if torch.compiler.is_compiling() else _side_by_side(parts)
+    if whole is None:
+        return torch.cat(list(parts), 1)
+    joined: Tensor = _Join.apply(whole, [False] * len(parts), *parts)
+    return joined
+
+
+def concat_reference(parts: Sequence[Tensor]) -> Tensor:
+    """The definition of `ConcatBuffer.join`: what the parts give when concatenated."""
+    return torch.cat(list(parts), 1)
+
+
+def tap(x: Tensor, start: int, channels: int | None = None) -> tuple[Tensor, Tensor]:
+    """`x` [B, C, H, W] for one consumer and its channels `start` ... as a view for another, nothing copied.
+
+    `channels`: how many, default all that follow. The gradients of both come back as one dense gradient of `x`,
+    added while it is written (one pass; autograd's own slicing pads the second with zeros, copies and adds).
+    Raises `ValueError` when the slice is not in `x`.
+    """
+    check_map("tap", "x", x)
+    channels = x.shape[1] - start if channels is None else channels
+    if start < 0 or channels < 1 or start + channels > x.shape[1]:
+        raise ValueError(f"tap: channels {start} to {start + channels - 1} are not among the {x.shape[1]} of x")
+    whole, part = _Tap.apply(x, start, channels)
+    return whole, part
+
+
+def tap_reference(x: Tensor, start: int, channels: int | None = None) -> tuple[Tensor, Tensor]:
+    """The definition of `tap`: autograd's own slicing."""
+    return x, x.narrow(1, start, x.shape[1] - start if channels is None else channels)
+
+
+def split_view(x: Tensor, sizes: Sequence[int]) -> tuple[Tensor, ...]:
+    """Neighbouring channel slices of `x` [B, C, H, W] with `sizes` channels, as views.
+
+    The gradient of `x` is one dense tensor: the gradients of the slices each copied once to their place, zeros for
+    slices that nobody used; not even that when they already lie side by side in one tensor. Raises `ValueError`
+    when the sizes do not add up to C.
+    """
+    check_map("split_view", "x", x)
+    if any(size < 1 for size in sizes) or sum(sizes) != x.shape[1]:
+        raise ValueError(f"split_view: sizes must be positive and add up to {x.shape[1]}, got {list(sizes)}")
+    parts: tuple[Tensor, ...] = _Split.apply(x, tuple(sizes))
+    return parts
+
+
+def split_view_reference(x: Tensor, sizes: Sequence[int]) -> tuple[Tensor, ...]:
+    """The definition of `split_view`: autograd's own splitting."""
+    return x.split(list(sizes), 1)
+
+
+def _alias(buffer: Tensor, start: int, stop: int) -> Tensor:
+    """Channels start..stop of `buffer` with a version counter of their own.
+
+    Views share their base's counter: writing one slot would make what autograd saved of another look modified. The
+    compiler cannot trace storages, and needs none of this: it removes mutation before it differentiates.
+    """
+    view = buffer.narrow(1, start, stop - start)
+    if torch.compiler.is_compiling():
+        return view
+    return buffer.new_empty(0).set_(buffer.untyped_storage(), view.storage_offset(), view.shape, view.stride())
+
+
+def _is_at(part: Tensor, place: Tensor) -> bool:
+    return part.data_ptr() == place.data_ptr() and part.stride() == place.stride()
+
+
+def _side_by_side(parts: Sequence[Tensor]) -> Tensor | None:
+    """One tensor over all `parts` where they are neighbouring channel slices of one buffer, else None."""
+    first = parts[0]
+    strides, storage = first.stride(), first.untyped_storage()
+    offset = first.storage_offset()
+    for part in parts:
+        if part.dtype != first.dtype or part.stride() != strides or part.storage_offset() != offset:
+            return None
+        if part.untyped_storage().data_ptr() != storage.data_ptr():
+            return None
+        offset += part.shape[1] * strides[1]
+    channels = sum(part.shape[1] for part in parts)
+    size = (first.shape[0], channels, *first.shape[2:])
+    whole = first.new_empty(0).set_(storage, first.storage_offset(), size, strides)
+    # Strides of one channel or one pixel say little: only what lies in a known layout holds no element twice.
+    return whole if layout_of(whole) is not None else None
+
+
+def _assemble(gradients: Sequence[Tensor | None], sizes: Sequence[int]) -> Tensor:
+    """One gradient from those of neighbouring slices with `sizes` channels; None stands for zeros."""
+    known = next(gradient for gradient in gradients if gradient is not None)
+    traced = torch.is_grad_enabled() or torch.compiler.is_compiling()
+    if all(gradient is not None for gradient in gradients):
+        parts = [gradient for gradient in gradients if gradient is not None]
+        whole = None if traced else _side_by_side(parts)
+        return torch.cat(parts, 1) if whole is None else whole
+    shapes = [(known.shape[0], size, *known.shape[2:]) for size in sizes]
+    if traced:
+        filled = [
+            known.new_zeros(shape) if gradient is None else gradient
+            for gradient, shape in zip(gradients, shapes, strict=True)
+        ]
+        return torch.cat(filled, 1)
+    whole = torch.empty(
+        (known.shape[0], sum(sizes), *known.shape[2:]),
+        dtype=known.dtype,
+        device=known.device,
+        memory_format=memory_format_of(known),
+    )
+    for gradient, place in zip(gradients, whole.split(list(sizes), 1), strict=True):
+        if gradient is None:
+            place.zero_()
+        else:
+            place.copy_(gradient)
+    return whole
+
+
+class _Join(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, buffer: Tensor, to_copy: Sequence[bool], *parts: Tensor) -> Tensor:
+        ctx.sizes = [part.shape[1] for part in parts]
+        for part, place, copied in zip(parts, buffer.split(ctx.sizes, 1), to_copy, strict=True):
+            if copied:
+                place.copy_(part)
+        return buffer.view_as(buffer)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        return None, None, *gradient.split(ctx.sizes, 1)
+
+
+class _Tap(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, start: int, channels: int) -> tuple[Tensor, Tensor]:
+        ctx.set_materialize_grads(False)
+        ctx.start = start
+        ctx.channels = x.shape[1]
+        return x.view_as(x), x.narrow(1, start, channels)
+
+    @staticmethod
+    def backward(ctx: Any, whole: Tensor | None, part: Tensor | None) -> tuple[Tensor | None, None, None]:
+        if whole is None and part is None:
+            return None, None, None
+        if part is None:
+            return whole, None, None
+        if whole is None:
+            after = ctx.channels - ctx.start - part.shape[1]
+            return _assemble([None, part, None], [ctx.start, part.shape[1], after]), None, None
+        if torch.is_grad_enabled():
+            return tap_backward_reference(whole, part, ctx.start), None, None
+        return select(OPERATOR, whole, part, ctx.start)(whole, part, ctx.start), None, None
+
+
+class _Split(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, sizes: Sequence[int]) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        ctx.sizes = sizes
+        return x.split(sizes, 1)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, None]:
+        if all(gradient is None for gradient in gradients):
+            return None, None
+        return _assemble(gradients, ctx.sizes), None
+
+
+def tap_backward_reference(whole: Tensor, part: Tensor, start: int) -> Tensor:
+    """Gradient of `x` in `tap`: `whole` [B, C, H, W] plus `part` at the channels from `start` on, in a new tensor."""
+    stop = start + part.shape[1]
+    return torch.cat((whole[:, :start], whole[:, start:stop] + part, whole[:, stop:]), 1)
+
+
+def _fake(whole: Tensor, part: Tensor, start: int) -> Tensor:
+    return torch.empty(whole.shape, dtype=whole.dtype, device=whole.device, memory_format=memory_format_of(whole))
+
+
+_compiled = library.define(
+    "tap_backward(Tensor whole, Tensor part, int start) -> Tensor", fake=_fake, reference=tap_backward_reference
+)
+
+
+def _supports_cpu(whole: Tensor, part: Tensor, start: int) -> str | None:
+    if layout_of(whole) is None or layout_of(part) is None:
+        return "it reads channels_last or contiguous maps"
+    return not_on("cpu", whole, part)
+
+
+OPERATOR = register(
+    Operator(
+        "concat",
+        "aggregation without a copy: the gradient of a map that is aggregated and tapped, in one pass",
+        {
+            "eager": Implementation(tap_backward_reference),
+            "cpu": Implementation(_compiled, library.missing("tap_backward", "cpu"), _supports_cpu),
+        },
+    )
+)

@@ -8,6 +8,7 @@ from yolov9_fast.ops.batch_norm import Norm
 from yolov9_fast.ops.bn_silu import bias_silu, bn_silu
 from yolov9_fast.ops.box_iou import box_iou
 from yolov9_fast.ops.concat import ConcatBuffer, concat, split_view, tap
+from yolov9_fast.ops.conv1x1 import conv1x1, conv1x1_pair
 from yolov9_fast.ops.decode import decode
 from yolov9_fast.ops.detection_loss import detection_loss
 from yolov9_fast.ops.nms import Detections, nms
@@ -30,6 +31,8 @@ __all__ = ["Assignment", "Detections", "Norm", "assign", "bias_silu", "bn_silu",
     "assign",
     "box_iou",
     "concat",
+    "conv1x1",
+    "conv1x1_pair",
     "decode",
     "detection_loss",
     "nms",

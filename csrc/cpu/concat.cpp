@@ -1,0 +1,58 @@
+// tap_backward on the CPU: whole + part at the channels start ..., reads and writes each element once.
+#include "cpu/map_view.h"
+
+namespace {
+
+using namespace yolov9_fast;
+
+template <class T>
+void copy_and_add(const T* whole, const T* part, T* out, int64_t start, int64_t stop, int64_t count) {
+  using A = typename Accumulate<T>::type;
+  for (int64_t i = 0; i < start; ++i) out[i] = whole[i];
+  for (int64_t i = start; i < stop; ++i) out[i] = static_cast<T>(static_cast<A>(whole[i]) + static_cast<A>(part[i - start]));
+  for (int64_t i = stop; i < count; ++i) out[i] = whole[i];
+}
+
+Tensor tap_backward(const Tensor& whole, const Tensor& part, int64_t start) {
+  const FeatureMap w = feature_map(whole, "tap_backward", "whole");
+  const FeatureMap p = feature_map(part, "tap_backward", "part");
+  STD_TORCH_CHECK(whole.scalar_type() == part.scalar_type(), "tap_backward: whole and part must have one dtype");
+  STD_TORCH_CHECK(w.batch == p.batch && w.height == p.height && w.width == p.width && start >= 0 &&
+                      start + p.channels <= w.channels,
+                  "tap_backward: part must be a channel slice of whole");
+  Tensor result = new_map(whole, w.batch, w.channels, w.height, w.width, w.channels_last);
+  if (w.empty()) return result;
+  const FeatureMap out = feature_map(result, "tap_backward", "result", w.channels_last);
+  const int64_t stop = start + p.channels;
+  dispatch(whole.scalar_type(), "tap_backward", [&](auto zero) {
+    using T = decltype(zero);
+    using A = typename Accumulate<T>::type;
+    if (w.channels_last && p.channels_last) {
+      torch::stable::parallel_for(0, w.batch * w.pixels(), 1 + 32768 / w.channels, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i)
+          copy_and_add(w.at<const T>(0, 0, i), p.at<const T>(0, 0, i), out.at<T>(0, 0, i), start, stop, w.channels);
+      });
+      return;
+    }
+    // Planes; a part in another layout than the whole is read with its stride.
+    torch::stable::parallel_for(0, w.batch * w.channels, 1 + 32768 / w.pixels(), [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t n = i / w.channels, c = i % w.channels;
+        const T* a = w.at<const T>(n, c, 0);
+        T* o = out.at<T>(n, c, 0);
+        if (c < start || c >= stop) {
+          for (int64_t q = 0; q < w.pixels(); ++q) o[q * out.pixel] = a[q * w.pixel];
+        } else {
+          const T* b = p.at<const T>(n, c - start, 0);
+          for (int64_t q = 0; q < w.pixels(); ++q)
+            o[q * out.pixel] = static_cast<T>(static_cast<A>(a[q * w.pixel]) + static_cast<A>(b[q * p.pixel]));
+        }
+      }
+    });
+  });
+  return result;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(yolov9_fast, CPU, library) { library.impl("tap_backward", TORCH_BOX(&tap_backward)); }

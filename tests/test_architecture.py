@@ -93,7 +93,7 @@ def test_imports_go_down(path: Path) -> None:
 
 @pytest.mark.parametrize("path", sorted((ROOT / "kernels").rglob("*.py")), ids=lambda path: path.name)
 def test_kernels_know_nothing_of_the_package(path: Path) -> None:
-    assert not list(imported(ast.parse(path.read_text())))
+    assert {name for _, name in imported(ast.parse(path.read_text()))} <= {"kernels"}
 
 
 @pytest.mark.parametrize("path", modules(), ids=lambda path: path.relative_to(PACKAGE).as_posix())

@@ -1,0 +1,284 @@
+"""Batch statistics and sums over all pixels of each channel, in two stages of fixed order: the same bits on every run.
+
+Stage one leaves for each block of pixels the mean and M2 = Σ (x − mean)² of its own pixels, each lane by Welford's update,
+lanes joined by Chan's formula; stage two joins the blocks by the same formula. No E[x²] − E[x]² anywhere.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from yolov9_fast.kernels.config import Tile, tile
+from yolov9_fast.kernels.launch import View, kernel, origin, tile_offsets, vector_of, views
+
+PROGRAMS = 1024
+"""Programs of a first stage: about eight for each of 132 multiprocessors. Fixed, so that every GPU gives the same bits."""
+WHOLE_ELEMENTS = {2: 32768, 4: 16384}
+"""Elements that one program holds in registers in the one-launch form, by element size: 64 KiB of the 256 KiB of a
+multiprocessor, at 16 warps 64 or 32 values a thread."""
+FINISH_BLOCKS, FINISH_CHANNELS = 64, 16
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How the pixels of a tensor are shared out: `blocks` programs an image, each going over `tiles` tiles."""
+
+    shape: Tile
+    blocks: int
+    tiles: int
+    partials: int
+    columns: int
+
+
+def plan(name: str, view: View, vector: int) -> Plan:
+    shape = tile(name, view, vector)
+    columns = triton.cdiv(view.channels, shape.channels)
+    per_image = triton.cdiv(view.pixels, shape.pixels)
+    wanted = max(1, PROGRAMS // columns)
+    tiles = min(per_image, max(1, triton.cdiv(view.images * per_image, wanted)))
+    blocks = triton.cdiv(per_image, tiles)
+    return Plan(shape, blocks, tiles, view.images * blocks, columns)
+
+
+def extent(view: View, vector: int) -> tuple[int, int]:
+    """Pixels and channels as the kernels take them: the contiguous one in units of `vector`."""
+    return (view.pixels, view.channels // vector) if view.last else (view.pixels // vector, view.channels)
+
+
+def whole_block(channels_last: bool, rows: int, size: int, tensors: int) -> tuple[int, int] | None:
+    """Rows (a power of two) and channels of one program that holds all rows of `tensors` tensors; None if too many."""
+    block = 16 // size
+    held = max(triton.next_power_of_2(rows), 256)
+    return (held, block) if held * block * tensors <= WHOLE_ELEMENTS[size] else None
+
+
+# Reads x once; writes 8 bytes per channel and block of pixels. Grid: blocks of pixels × blocks of channels.
+@kernel()
+def bn_statistics_kernel(
+    x_ptr,
+    partial_ptr,
+    image_stride,
+    stride,
+    pixels,
+    channels,
+    blocks,
+    tiles,
+    LAST: tl.constexpr,
+    VEC: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    image_stride = image_stride * VEC
+    stride = stride * VEC
+    if LAST:
+        channels = channels * VEC
+    else:
+        pixels = pixels * VEC
+    block = tl.program_id(0)
+    start = (block % blocks) * (tiles * BLOCK_P)
+    first = tl.program_id(1) * BLOCK_C
+    x_ptr += origin(block // blocks, start, first, image_stride, stride, LAST)
+    p = tl.arange(0, BLOCK_P)
+    c = tl.arange(0, BLOCK_C)
+    inside = (first + c < channels)[None, :]
+    mean = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
+    m2 = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
+    for t in range(tiles):
+        valid = (start + t * BLOCK_P + p < pixels)[:, None] & inside
+        x = tl.load(x_ptr + tile_offsets(t * BLOCK_P + p, c, stride, LAST), mask=valid, other=0).to(tl.float32)
+        delta = tl.where(valid, x - mean, 0.0)
+        mean += delta * (1.0 / (t + 1))
+        m2 += delta * tl.where(valid, x - mean, 0.0)
+    # How many values each lane has seen: the last tile of an image may be short.
+    seen = tl.minimum(tl.maximum((pixels - start - p + BLOCK_P - 1) // BLOCK_P, 0), tiles).to(tl.float32)[:, None]
+    n = tl.minimum(pixels - start, tiles * BLOCK_P).to(tl.float32)
+    block_mean = tl.sum(mean * seen, axis=0) / n
+    off = mean - block_mean[None, :]
+    block_m2 = tl.sum(m2 + seen * off * off, axis=0)
+    channels_i64 = tl.cast(channels, tl.int64)
+    place = block * channels_i64 + first + c
+    tl.store(partial_ptr + place, block_mean, mask=first + c < channels)
+    tl.store(partial_ptr + tl.num_programs(0) * channels_i64 + place, block_m2, mask=first + c < channels)
+
+
+# Reads 8 bytes per channel and block, twice; writes 8 (16 with running statistics) per channel. Grid: blocks of channels.
+@kernel(streams=False)
+def bn_finish_kernel(
+    partial_ptr,
+    mean_ptr,
+    spread_ptr,
+    running_mean_ptr,
+    running_var_ptr,
+    momentum,
+    eps,
+    partials,
+    channels,
+    blocks,
+    span,
+    pixels,
+    total,
+    RSTD: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    g = tl.arange(0, BLOCK_G)
+    m2_ptr = partial_ptr + partials * tl.cast(channels, tl.int64)
+    acc = tl.zeros([BLOCK_G, BLOCK_C], tl.float32)
+    for start in range(0, partials, BLOCK_G):
+        rows = start + g
+        valid = (rows < partials)[:, None] & (c < channels)[None, :]
+        n = tl.minimum(span, pixels - (rows % blocks) * span).to(tl.float32)[:, None]
+        acc += n * tl.load(partial_ptr + rows[:, None].to(tl.int64) * channels + c[None, :], mask=valid, other=0.0)
+    count = tl.cast(total, tl.float32)
+    mean = tl.sum(acc, axis=0) / count
+    acc = tl.zeros([BLOCK_G, BLOCK_C], tl.float32)
+    for start in range(0, partials, BLOCK_G):
+        rows = start + g
+        valid = (rows < partials)[:, None] & (c < channels)[None, :]
+        place = rows[:, None].to(tl.int64) * channels + c[None, :]
+        n = tl.minimum(span, pixels - (rows % blocks) * span).to(tl.float32)[:, None]
+        off = tl.load(partial_ptr + place, mask=valid, other=0.0) - mean[None, :]
+        m2 = tl.load(m2_ptr + place, mask=valid, other=0.0)
+        acc += tl.where(valid, m2 + n * off * off, 0.0)
+    m2 = tl.sum(acc, axis=0)
+    keep_statistics(
+        mean, m2, count, c, channels, mean_ptr, spread_ptr, running_mean_ptr, running_var_ptr, momentum, eps, RSTD
+    )
+
+
+@triton.jit
+def keep_statistics(
+    mean,
+    m2,
+    count,
+    c,
+    channels,
+    mean_ptr,
+    spread_ptr,
+    running_mean_ptr,
+    running_var_ptr,
+    momentum,
+    eps,
+    RSTD: tl.constexpr,
+):
+    """Store mean and rstd (or M2), update the running statistics with the unbiased variance; returns rstd (or M2)."""
+    inside = c < channels
+    spread = m2
+    if RSTD:
+        spread = 1.0 / tl.sqrt(m2 / count + tl.cast(eps, tl.float32))
+    tl.store(mean_ptr + c, mean, mask=inside)
+    tl.store(spread_ptr + c, spread, mask=inside)
+    if running_mean_ptr is not None:
+        rate = tl.cast(momentum, tl.float32)
+        kept = tl.load(running_mean_ptr + c, mask=inside, other=0.0).to(tl.float32)
+        new = (1.0 - rate) * kept + rate * mean
+        tl.store(running_mean_ptr + c, new.to(running_mean_ptr.dtype.element_ty), mask=inside)
+    if running_var_ptr is not None:
+        rate = tl.cast(momentum, tl.float32)
+        kept = tl.load(running_var_ptr + c, mask=inside, other=0.0).to(tl.float32)
+        new = (1.0 - rate) * kept + rate * (m2 / tl.maximum(count - 1.0, 1.0))
+        tl.store(running_var_ptr + c, new.to(running_var_ptr.dtype.element_ty), mask=inside)
+    return spread
+
+
+# Second stage of up to three sums: reads 4 bytes per column and block, writes one value per column. Grid: columns × sums.
+@kernel(streams=False)
+def column_sums_kernel(
+    partial_ptr,
+    out0_ptr,
+    out1_ptr,
+    out2_ptr,
+    partials,
+    columns,
+    BLOCK_G: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    columns_i64 = tl.cast(columns, tl.int64)
+    which = tl.program_id(1)
+    partial_ptr += which * columns_i64 * partials
+    acc = tl.zeros([BLOCK_G, BLOCK_C], tl.float32)
+    for start in range(0, partials, BLOCK_G):
+        rows = start + tl.arange(0, BLOCK_G)
+        valid = (rows < partials)[:, None] & (c < columns)[None, :]
+        acc += tl.load(partial_ptr + rows[:, None] * columns_i64 + c[None, :], mask=valid, other=0.0)
+    total = tl.sum(acc, axis=0)
+    total = total.to(out0_ptr.dtype.element_ty)
+    if which == 0:
+        tl.store(out0_ptr + c, total, mask=c < columns)
+    if out1_ptr is not None:
+        if which == 1:
+            tl.store(out1_ptr + c, total, mask=c < columns)
+    if out2_ptr is not None:
+        if which == 2:
+            tl.store(out2_ptr + c, total, mask=c < columns)
+
+
+def column_sums(partial: Tensor, *out: Tensor) -> None:
+    """`partial` [K, G, C] float32 summed over G in a fixed order, into K tensors of C elements of one dtype."""
+    sums, partials, columns = partial.shape
+    grid = (triton.cdiv(columns, FINISH_CHANNELS), sums)
+    targets = [*out, None, None][:3]
+    column_sums_kernel(
+        grid, partial, *targets, partials, columns, warps=4, BLOCK_G=FINISH_BLOCKS, BLOCK_C=FINISH_CHANNELS
+    )
+
+
+def statistics(
+    x: View,
+    rstd: bool,
+    eps: float = 0.0,
+    momentum: float = 0.0,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Mean and rstd (or M2) of each channel, float32; updates the running statistics."""
+    vector = vector_of(x)
+    shared = plan("bn_statistics_kernel", x, vector)
+    workspace = torch.empty((2, shared.partials, x.channels), dtype=torch.float32, device=x.data.device)
+    bn_statistics_kernel(
+        (shared.partials, shared.columns),
+        x.data,
+        workspace,
+        x.image_stride // vector,
+        x.stride // vector,
+        *extent(x, vector),
+        shared.blocks,
+        shared.tiles,
+        warps=shared.shape.warps,
+        LAST=x.last,
+        VEC=vector,
+        BLOCK_P=shared.shape.pixels,
+        BLOCK_C=shared.shape.channels,
+    )
+    mean, spread = (torch.empty(x.channels, dtype=torch.float32, device=x.data.device) for _ in range(2))
+    bn_finish_kernel(
+        (triton.cdiv(x.channels, FINISH_CHANNELS),),
+        workspace,
+        mean,
+        spread,
+        running_mean,
+        running_var,
+        float(momentum),
+        float(eps),
+        shared.partials,
+        x.channels,
+        shared.blocks,
+        shared.tiles * shared.shape.pixels,
+        x.pixels,
+        x.images * x.pixels,
+        warps=4,
+        RSTD=rstd,
+        BLOCK_G=FINISH_BLOCKS,
+        BLOCK_C=FINISH_CHANNELS,
+    )
+    return mean, spread
+
+
+def bn_stats(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and M2 = Σ (x − mean)² of each channel of x [N, C, H, W]: float32 [C] each."""
+    return statistics(views(x)[0], rstd=False)

@@ -1,21 +1,22 @@
-"""Batch statistics and sums over all pixels of each channel, in two stages of fixed order: the same bits on every run.
+"""Batch statistics and sums over all pixels of a channel, in two stages of fixed order: the same bits on every run.
 
-Stage one leaves for each block of pixels the mean and M2 = Σ (x − mean)² of its own pixels, each lane by Welford's update,
-lanes joined by Chan's formula; stage two joins the blocks by the same formula. No E[x²] − E[x]² anywhere.
+Stage one leaves for each block of pixels the mean and M2 = Σ (x − mean)² of its own pixels, each lane by Welford's
+update, lanes joined by Chan's formula; stage two joins the blocks by the same formula. No E[x²] − E[x]² anywhere.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-
 from yolov9_fast.kernels.config import Tile, tile
-from yolov9_fast.kernels.launch import View, kernel, origin, tile_offsets, vector_of, views
+from yolov9_fast.kernels.launch import View, affine, kernel, origin, parameters, tile_offsets, vector_of, views
 
 PROGRAMS = 1024
-"""Programs of a first stage: about eight for each of 132 multiprocessors. Fixed, so that every GPU gives the same bits."""
+"""Programs of a first stage: about eight for each of 132 multiprocessors; fixed: every GPU gives the same bits."""
 WHOLE_ELEMENTS = {2: 32768, 4: 16384}
 """Elements that one program holds in registers in the one-launch form, by element size: 64 KiB of the 256 KiB of a
 multiprocessor, at 16 warps 64 or 32 values a thread."""
@@ -32,15 +33,45 @@ class Plan:
     partials: int
     columns: int
 
+    def constants(self, view: View, vector: int) -> dict[str, Any]:
+        shape = self.shape
+        blocks = {"BLOCK_P": shape.pixels, "BLOCK_C": shape.channels}
+        return {"LAST": view.last, "VEC": vector, "warps": shape.warps} | blocks
 
-def plan(name: str, view: View, vector: int) -> Plan:
-    shape = tile(name, view, vector)
-    columns = triton.cdiv(view.channels, shape.channels)
-    per_image = triton.cdiv(view.pixels, shape.pixels)
-    wanted = max(1, PROGRAMS // columns)
-    tiles = min(per_image, max(1, triton.cdiv(view.images * per_image, wanted)))
-    blocks = triton.cdiv(per_image, tiles)
-    return Plan(shape, blocks, tiles, view.images * blocks, columns)
+
+@dataclass(frozen=True)
+class Norm:
+    """A tensor and the vectors that normalise it."""
+
+    x: View
+    weight: Tensor | None
+    bias: Tensor | None
+    mean: Tensor
+    rstd: Tensor
+
+    @property
+    def vectors(self) -> tuple[Tensor | None, ...]:
+        return self.weight, self.bias, self.mean, self.rstd
+
+
+def given(x: View, weight: Tensor | None, bias: Tensor | None, mean: Tensor, rstd: Tensor) -> Norm:
+    """`Norm` with all vectors as the kernels read them."""
+    return Norm(x, *affine(weight, bias, x.channels, x.data.device), *parameters(mean, rstd))
+
+
+def forward_views(inputs: Sequence[Tensor], residual: Tensor | None, out: Tensor) -> list[Any]:
+    """Views of the inputs, of the residual (or None) and of the output, in one layout."""
+    seen: list[Any] = views(*inputs, *([] if residual is None else [residual]), written=[out])
+    return seen if residual is not None else [*seen[:-1], None, seen[-1]]
+
+
+def channel_vectors(x: View, count: int) -> list[Tensor]:
+    return [torch.empty(x.channels, dtype=torch.float32, device=x.data.device) for _ in range(count)]
+
+
+def strides(vector: int, *all_views: View | None) -> list[int]:
+    """Image stride and stride of each view in units of `vector`, 0 for a view left out."""
+    return [s // vector for view in all_views for s in ((view.image_stride, view.stride) if view else (0, 0))]
 
 
 def extent(view: View, vector: int) -> tuple[int, int]:
@@ -48,11 +79,68 @@ def extent(view: View, vector: int) -> tuple[int, int]:
     return (view.pixels, view.channels // vector) if view.last else (view.pixels // vector, view.channels)
 
 
-def whole_block(channels_last: bool, rows: int, size: int, tensors: int) -> tuple[int, int] | None:
-    """Rows (a power of two) and channels of one program that holds all rows of `tensors` tensors; None if too many."""
+def plan(name: str, view: View, vector: int) -> Plan:
+    """For a first stage: about PROGRAMS programs, each over several tiles of one image."""
+    shape = tile(name, view, vector)
+    columns = triton.cdiv(view.channels, shape.channels)
+    per_image = triton.cdiv(view.pixels, shape.pixels)
+    wanted = max(1, PROGRAMS // max(columns, 1))
+    tiles = min(per_image, max(1, triton.cdiv(view.images * per_image, wanted)))
+    blocks = triton.cdiv(per_image, max(tiles, 1))
+    return Plan(shape, blocks, tiles, view.images * blocks, columns)
+
+
+def per_tile(name: str, view: View, vector: int) -> tuple[Plan, tuple[int, int]]:
+    """A plan of one tile a program, and its grid."""
+    shape = tile(name, view, vector)
+    blocks = triton.cdiv(view.pixels, shape.pixels)
+    columns = triton.cdiv(view.channels, shape.channels)
+    return Plan(shape, blocks, 1, view.images * blocks, columns), (view.images * blocks, columns)
+
+
+def whole_block(view: View, tensors: int) -> tuple[int, int] | None:
+    """Rows (a power of two) and channels of a program that holds all rows of `tensors` tensors; None if too many."""
+    rows = view.images * view.pixels
+    size = view.data.element_size()
     block = 16 // size
     held = max(triton.next_power_of_2(rows), 256)
-    return (held, block) if held * block * tensors <= WHOLE_ELEMENTS[size] else None
+    return (held, block) if 0 < rows and held * block * tensors <= WHOLE_ELEMENTS[size] else None
+
+
+def whole_constants(view: View, vector: int, block: tuple[int, int], tensors: int) -> dict[str, Any]:
+    """Constants of a one-launch kernel; up to 16 warps, from 32 values a thread on."""
+    warps = max(4, min(16, block[0] * block[1] * tensors // (32 * 32)))
+    return {"LAST": view.last, "VEC": vector, "warps": warps, "BLOCK_P": block[0], "BLOCK_C": block[1]}
+
+
+@triton.jit
+def load_channel(ptr, c, inside, absent: tl.constexpr):
+    """A per-channel vector as [1, C], or the value that stands for a vector left out."""
+    if ptr is None:
+        return absent
+    else:
+        return tl.load(ptr + c, mask=inside, other=0.0).to(tl.float32)[None, :]
+
+
+@triton.jit
+def silu_of(y):
+    return y / (1.0 + tl.exp(-y))
+
+
+@triton.jit
+def silu_gradient(dz, y):
+    s = 1.0 / (1.0 + tl.exp(-y))
+    return dz * s * (1.0 + y * (1.0 - s))
+
+
+@triton.jit
+def whole_offsets(rows, c, pixels, image_stride, stride, LAST: tl.constexpr):
+    """Offsets of all rows of a small tensor (row = pixel of the batch) × channels c."""
+    if LAST:
+        return rows[:, None].to(tl.int64) * stride + c[None, :]
+    else:
+        image = (rows // pixels).to(tl.int64)
+        return (image * image_stride + rows % pixels)[:, None] + c[None, :].to(tl.int64) * stride
 
 
 # Reads x once; writes 8 bytes per channel and block of pixels. Grid: blocks of pixels × blocks of channels.
@@ -104,7 +192,7 @@ def bn_statistics_kernel(
     tl.store(partial_ptr + tl.num_programs(0) * channels_i64 + place, block_m2, mask=first + c < channels)
 
 
-# Reads 8 bytes per channel and block, twice; writes 8 (16 with running statistics) per channel. Grid: blocks of channels.
+# Reads 8 bytes per channel and block, twice; writes 8 (16 with running statistics) per channel. Grid: channels.
 @kernel(streams=False)
 def bn_finish_kernel(
     partial_ptr,
@@ -185,7 +273,7 @@ def keep_statistics(
     return spread
 
 
-# Second stage of up to three sums: reads 4 bytes per column and block, writes one value per column. Grid: columns × sums.
+# Second stage of up to three sums: reads 4 bytes per column and block, writes a value a column. Grid: columns × sums.
 @kernel(streams=False)
 def column_sums_kernel(
     partial_ptr,
@@ -238,24 +326,21 @@ def statistics(
 ) -> tuple[Tensor, Tensor]:
     """Mean and rstd (or M2) of each channel, float32; updates the running statistics."""
     vector = vector_of(x)
+    if x.images * x.pixels == 0:
+        return tuple(torch.zeros(x.channels, dtype=torch.float32, device=x.data.device) for _ in range(2))
     shared = plan("bn_statistics_kernel", x, vector)
     workspace = torch.empty((2, shared.partials, x.channels), dtype=torch.float32, device=x.data.device)
     bn_statistics_kernel(
         (shared.partials, shared.columns),
         x.data,
         workspace,
-        x.image_stride // vector,
-        x.stride // vector,
+        *strides(vector, x),
         *extent(x, vector),
         shared.blocks,
         shared.tiles,
-        warps=shared.shape.warps,
-        LAST=x.last,
-        VEC=vector,
-        BLOCK_P=shared.shape.pixels,
-        BLOCK_C=shared.shape.channels,
+        **shared.constants(x, vector),
     )
-    mean, spread = (torch.empty(x.channels, dtype=torch.float32, device=x.data.device) for _ in range(2))
+    mean, spread = channel_vectors(x, 2)
     bn_finish_kernel(
         (triton.cdiv(x.channels, FINISH_CHANNELS),),
         workspace,

@@ -1,20 +1,19 @@
 """Block sizes: the shape of a tile follows the tensor, its size and warps come from `configs/*.json`.
 
-A record of `yolov9-fast tune` for this GPU by name (`configs/nvidia_h200.json`) wins over one for its compute capability
-(`configs/sm90.json`), that over `configs/default.json`, whose reasons are written in it. Looked up once per shape; nothing
-is ever tuned inside a step.
+A record of `yolov9-fast tune` for this GPU by name (`configs/nvidia_h200.json`) wins over one for its compute
+capability (`configs/sm90.json`), that over `configs/default.json`, whose reasons are written in it. Looked up once per
+bucket; nothing is ever tuned inside a step.
 """
 
 import json
 import os
 import re
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
-
 from yolov9_fast.kernels.launch import View, capability_of
 
 FOLDER = Path(__file__).resolve().parent / "configs"
@@ -61,7 +60,7 @@ def _device_key(device: torch.device) -> tuple[str, int | None]:
     return (_gpu_name(device.index) if device.type == "cuda" else "", capability_of(device))
 
 
-@lru_cache(maxsize=None)
+@cache
 def _gpu_name(index: int | None) -> str:
     return slug(torch.cuda.get_device_name(index))
 
@@ -71,7 +70,7 @@ def slug(name: str) -> str:
     return re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_")
 
 
-@lru_cache(maxsize=None)
+@cache
 def _record(kernel: str, bucket: str, device: tuple[str, int | None]) -> dict[str, int]:
     """{"elements": …, "warps": …} for a bucket "layout/bytes/block/size"; the most specific record wins."""
     name, capability = device
@@ -83,7 +82,7 @@ def _record(kernel: str, bucket: str, device: tuple[str, int | None]) -> dict[st
     return found
 
 
-@lru_cache(maxsize=None)
+@cache
 def load(name: str) -> dict[str, Any]:
     """One file of records, from YOLOV9_FAST_TUNING (a folder) when it has it, else from the package; empty if absent.
 

@@ -226,20 +226,22 @@ def _copied(tensor: Tensor, view: Callable[[Tensor], View | None]) -> View:
     return found
 
 
-def empty_like_view(view: View, shape: Sequence[int] | None = None, dtype: torch.dtype | None = None) -> Tensor:
-    """An uninitialised dense tensor in the layout of `view`."""
-    return torch.empty(
+def dense_like(view: View, shape: Sequence[int] | None = None, dtype: torch.dtype | None = None) -> View:
+    """A view of an uninitialised dense tensor in the layout of `view`."""
+    data = torch.empty(
         tuple(shape if shape is not None else view.data.shape),
         dtype=dtype or view.data.dtype,
         device=view.data.device,
         memory_format=torch.channels_last if view.last else torch.contiguous_format,
     )
+    found = (pixel_view if view.last else plane_view)(data)
+    assert found is not None
+    return found
 
 
-def vector_of(*all_views: View) -> int:
-    """Elements of one access that suits all views (1 when any of them is not aligned to 16 bytes)."""
-    sizes = {view.vector() for view in all_views}
-    return min(sizes)
+def vector_of(*all_views: View | None) -> int:
+    """Elements of one access that suits all views: 16 bytes, or 1 element when any of them is not aligned for that."""
+    return min(view.vector() for view in all_views if view is not None)
 
 
 def parameters(*tensors: Tensor | None) -> list[Tensor | None]:

@@ -143,6 +143,16 @@ def whole_offsets(rows, c, pixels, image_stride, stride, LAST: tl.constexpr):
         return (image * image_stride + rows % pixels)[:, None] + c[None, :].to(tl.int64) * stride
 
 
+@triton.jit
+def whole_statistics(x, valid, count):
+    """Mean and M2 of each column of a tile that holds all rows."""
+    mean = tl.sum(x.to(tl.float32), axis=0) / count
+    off = tl.where(valid, x.to(tl.float32) - mean[None, :], 0.0)
+    # The mean of the deviations is the rounding error of the mean itself; put right, it costs no read.
+    error = tl.sum(off, axis=0) / count
+    return mean + error, tl.sum(off * off, axis=0) - count * error * error
+
+
 # Reads x once; writes 8 bytes per channel and block of pixels. Grid: blocks of pixels × blocks of channels.
 @kernel()
 def bn_statistics_kernel(

@@ -13,6 +13,7 @@ from yolov9_fast.kernels.batch_norm import (
     strides,
     whole_constants,
     whole_offsets,
+    whole_statistics,
 )
 from yolov9_fast.kernels.launch import View, kernel, vector_of
 
@@ -56,12 +57,7 @@ def bn_silu_whole_kernel(
     valid = (rows < total)[:, None] & inside[None, :]
     x = tl.load(x_ptr + whole_offsets(rows, c, pixels, x_image * VEC, x_stride * VEC, LAST), mask=valid, other=0)
     count = tl.cast(total, tl.float32)
-    mean = tl.sum(x.to(tl.float32), axis=0) / count
-    off = tl.where(valid, x.to(tl.float32) - mean[None, :], 0.0)
-    # The mean of the deviations is the rounding error of the mean itself; put right, it costs no read.
-    error = tl.sum(off, axis=0) / count
-    m2 = tl.sum(off * off, axis=0) - count * error * error
-    mean += error
+    mean, m2 = whole_statistics(x, valid, count)
     rstd = keep_statistics(
         mean, m2, count, c, channels, mean_ptr, rstd_ptr, running_mean_ptr, running_var_ptr, momentum, eps, True
     )

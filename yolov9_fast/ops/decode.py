@@ -10,6 +10,10 @@ from torch import Tensor
 from yolov9_fast.ops.backend import Implementation, Operator, register, select
 from yolov9_fast.ops.boxes import REG_MAX, STRIDES, anchor_points
 
+MAP_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+"""Of the raw maps that compiled implementations take."""
+MAX_LEVELS = 8
+
 
 def decode(maps: Sequence[Tensor], strides: Sequence[int] = STRIDES) -> Tensor:
     """Boxes and scores of a batch; differentiable, computed in float32 (float64 stays).
@@ -65,6 +69,14 @@ def map_anchor_points(maps: Sequence[Tensor], strides: Sequence[int], dtype: tor
     """`anchor_points` of the levels of `maps`."""
     sizes = [(level.shape[2], level.shape[3]) for level in maps]
     return anchor_points(sizes, strides, device=maps[0].device, dtype=dtype)
+
+
+def rows_in_step(level: Tensor) -> Tensor:
+    """`level`, copied only where its rows of pixels do not follow each other at one step, as in a crop."""
+    height, width = level.shape[2:]
+    if height <= 1 or width <= 1 or level.stride(2) == width * level.stride(3):
+        return level
+    return level.contiguous()
 
 
 def check_maps(maps: Sequence[Tensor], strides: Sequence[int]) -> None:

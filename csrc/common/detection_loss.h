@@ -2,15 +2,13 @@
 // The same on the CPU and on the GPU. Formulas: yolov9_fast/ops/detection_loss.py.
 #pragma once
 
+#include "common/decode.h"
 #include "common/logistic.h"
 
 #include <cmath>
 
 namespace yolov9_fast {
 
-constexpr int kBins = 16;
-constexpr int kSides = 4;
-constexpr int kBoxChannels = kSides * kBins;
 constexpr double kFocalAlpha = 0.25;
 
 template <class Real>

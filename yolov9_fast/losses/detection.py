@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -13,7 +14,7 @@ from yolov9_fast.losses.targets import PaddedTargets, pad_targets
 from yolov9_fast.nn.output import DetectionOutput
 from yolov9_fast.ops.assign import Assignment, assign
 from yolov9_fast.ops.boxes import REG_MAX, STRIDES
-from yolov9_fast.ops.decode import check_maps, expected_sides, flatten_maps, map_anchor_points, split_maps
+from yolov9_fast.ops.decode import check_maps, decode_for_assignment, map_anchor_points
 from yolov9_fast.ops.detection_loss import detection_loss
 
 
@@ -41,6 +42,9 @@ class DetectionLoss:
         box_gain, cls_gain, dfl_gain: factors of the parts.
         class_pos_weight, label_smoothing, focal_gamma: as in `ops.detection_loss`.
         topk, alpha, beta: as in `ops.assign`.
+        assigner_rule: the published variant of the assignment, `rule` of `ops.assign`.
+        max_objects: pad every batch to so many ground truths per image instead of to its fullest image: shapes then
+            stay the same from step to step, and targets on a GPU are sorted in without waiting for it.
         sync_normaliser: while training with several processes, S is the mean over them, and its least value 1 holds
             for their sum. The processes' totals then add up to the total of one process that sees all images; DDP
             averages gradients, so a trainer multiplies each total by the number of processes.
@@ -63,11 +67,15 @@ class DetectionLoss:
         beta: float = 6.0,
         strides: Sequence[int] = STRIDES,
         sync_normaliser: bool = True,
+        assigner_rule: str = "yolov9",
+        max_objects: int | None = None,
     ) -> None:
         if num_classes < 1:
             raise ValueError(f"num_classes: expected at least 1, got {num_classes}")
         if not 0 <= label_smoothing < 1:
             raise ValueError(f"label_smoothing: expected a value in [0, 1), got {label_smoothing}")
+        if max_objects is not None and max_objects < 0:
+            raise ValueError(f"max_objects: expected at least 0, got {max_objects}")
         self.num_classes = num_classes
         self.lead_head_guided = lead_head_guided
         self.auxiliary_weight = auxiliary_weight
@@ -80,13 +88,21 @@ class DetectionLoss:
         self.beta = beta
         self.strides = tuple(strides)
         self.sync_normaliser = sync_normaliser
+        self.assigner_rule = assigner_rule
+        self.max_objects = max_objects
 
-    def __call__(self, output: DetectionOutput, targets: Tensor, image_size: int | tuple[int, int]) -> Loss:
+    def __call__(
+        self, output: DetectionOutput, targets: Tensor | PaddedTargets, image_size: int | tuple[int, int]
+    ) -> Loss:
         """Loss of a batch, in float32 whatever the maps' dtype or autocast.
+
+        Leave targets on the CPU: they are checked and sorted there and sent without waiting. Rows on a GPU are waited
+        for, unless `max_objects` is given; then a row that does not fit makes the loss NaN.
 
         Args:
             output: raw maps [B, 64 + nc, H/s, W/s] per branch.
-            targets: [n, 6] rows (image, class, x, y, w, h), normalised centre form; n may be 0.
+            targets: [n, 6] rows (image, class, x, y, w, h), normalised centre form; n may be 0. Or what `pad_targets`
+                made of them.
             image_size: (H, W) of the network's input in pixels, or one number for both.
 
         Raises:
@@ -99,25 +115,48 @@ class DetectionLoss:
         main = output.main
         with torch.autocast(main[0].device.type, enabled=False):
             dtype = torch.float64 if main[0].dtype == torch.float64 else torch.float32
-            truth = pad_targets(targets.to(main[0].device), main[0].shape[0], self.num_classes, size, dtype)
+            truth = self._truth(targets, main[0], size, dtype)
             assignments = self._assignments(branches, truth)
-            normalisers = self._normalisers(assignments)
-            items = main[0].new_zeros(3, dtype=dtype)
-            weights = (1.0, self.auxiliary_weight)
-            for maps, assignment, normaliser, weight in zip(branches, assignments, normalisers, weights, strict=False):
-                items = items + weight * self._branch(maps, assignment, truth, normaliser)
-            items = items * items.new_tensor(self.gains)
-            box, cls, dfl = items.detach()
-            return Loss(items.sum() * main[0].shape[0], box, cls, dfl)
+            normalisers = self._normalisers(assignments, truth)
+            # All factors go into the operator: the gradient that comes back to it is then one.
+            batch = main[0].shape[0]
+            factors = [batch * weight for weight in (1.0, self.auxiliary_weight)]
+            items = torch.stack(
+                [
+                    self._branch(maps, assignment, truth, normaliser, factor)
+                    for maps, assignment, normaliser, factor in zip(
+                        branches, assignments, normalisers, factors, strict=False
+                    )
+                ]
+            ).sum(0)
+            box, cls, dfl = items.detach() / batch
+            return Loss(items.sum(), box, cls, dfl)
 
     @torch.no_grad()
-    def evaluate(self, output: DetectionOutput, targets: Tensor, image_size: int | tuple[int, int]) -> Loss:
+    def evaluate(
+        self, output: DetectionOutput, targets: Tensor | PaddedTargets, image_size: int | tuple[int, int]
+    ) -> Loss:
         """The same without gradient and without talking to other processes, for validation."""
         return self(output, targets, image_size)
 
+    def _truth(
+        self, targets: Tensor | PaddedTargets, like: Tensor, size: tuple[int, int], dtype: torch.dtype
+    ) -> PaddedTargets:
+        if not isinstance(targets, PaddedTargets):
+            targets = pad_targets(targets, like.shape[0], self.num_classes, size, dtype, self.max_objects)
+        elif targets.labels.shape[0] != like.shape[0]:
+            raise ValueError(f"targets: expected {like.shape[0]} images, got {targets.labels.shape[0]}")
+        return targets.to(like.device, dtype)
+
     def _branch(
-        self, maps: Sequence[Tensor], assignment: Assignment, truth: PaddedTargets, normaliser: Tensor
+        self,
+        maps: Sequence[Tensor],
+        assignment: Assignment,
+        truth: PaddedTargets,
+        normaliser: Tensor,
+        factor: float,
     ) -> Tensor:
+        box, cls, dfl = (gain * factor for gain in self.gains)
         return detection_loss(
             maps,
             assignment,
@@ -128,6 +167,7 @@ class DetectionLoss:
             class_pos_weight=self.class_pos_weight,
             label_smoothing=self.label_smoothing,
             focal_gamma=self.focal_gamma,
+            gains=(box, cls, dfl),
         )
 
     @torch.no_grad()
@@ -137,35 +177,39 @@ class DetectionLoss:
         return [self._assign(maps, truth) for maps in branches]
 
     def _assign(self, maps: Sequence[Tensor], truth: PaddedTargets) -> Assignment:
-        raw = flatten_maps([level.detach() for level in maps])
-        points, stride = map_anchor_points(maps, self.strides, raw.dtype)
-        bins, logits = split_maps(raw)
-        sides = expected_sides(bins)
-        boxes = torch.cat((points.T - sides[:, :2], points.T + sides[:, 2:]), 1) * stride.T
+        given = decode_for_assignment(maps, truth.labels, self.strides)
+        options: dict[str, Any] = {}
+        if self.assigner_rule != "yolov9":
+            _, strides = map_anchor_points(maps, self.strides, given.points.dtype)
+            options = {"rule": self.assigner_rule, "strides": strides}
         return assign(
-            logits.sigmoid().transpose(1, 2),
-            boxes.transpose(1, 2),
-            points * stride,
-            truth.labels,
+            given.scores,
+            given.boxes,
+            given.points,
+            given.columns,
             truth.boxes,
             truth.mask,
             topk=self.topk,
             alpha=self.alpha,
             beta=self.beta,
+            **options,
         )
 
-    def _normalisers(self, assignments: Sequence[Assignment]) -> Tensor:
+    def _normalisers(self, assignments: Sequence[Assignment], truth: PaddedTargets) -> Tensor:
         """S of each branch, [branches]."""
-        total = torch.stack([assignment.weight.sum() for assignment in assignments])
+        own = assignments[:1] if self.lead_head_guided else assignments
+        total = torch.stack([assignment.weight.sum() for assignment in own])
         world = 1
         if self.sync_normaliser and torch.is_grad_enabled() and dist.is_available() and dist.is_initialized():
             world = dist.get_world_size()
             if world > 1:
                 dist.all_reduce(total)
         if self.lead_head_guided:
-            total = torch.where(total > 0, total, torch.ones_like(total))
+            total = torch.where(total > 0, total, torch.ones_like(total)).expand(len(assignments))
         else:
             total = total.clamp(min=1)
+        if truth.fits is not None:
+            total = total.masked_fill(~truth.fits, math.nan)
         return total / world
 
     def _check(self, maps: Sequence[Tensor], size: tuple[int, int]) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from yolov9_fast.ops.backend import Implementation, Operator, register, select
+from yolov9_fast.ops import library
+from yolov9_fast.ops.backend import Implementation, Operator, needs_gradient, not_on, register, select
 from yolov9_fast.ops.boxes import REG_MAX, STRIDES, anchor_points
 
 MAP_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -44,6 +46,46 @@ def decode_reference(maps: Sequence[Tensor], strides: Sequence[int]) -> Tensor:
     high = points.T + sides[:, 2:]
     boxes = torch.cat(((low + high) / 2, high - low), 1) * stride.T
     return torch.cat((boxes, logits.sigmoid()), 1)
+
+
+class AssignmentInputs(NamedTuple):
+    """What `assign` reads: `scores` [B, A, K], `boxes` [B, A, 4] and `points` [A, 2] in pixels, and for each ground
+    truth the column of `scores` that is its class, `columns` [B, N]."""
+
+    scores: Tensor
+    boxes: Tensor
+    points: Tensor
+    columns: Tensor
+
+
+@torch.no_grad()
+def decode_for_assignment(maps: Sequence[Tensor], labels: Tensor, strides: Sequence[int] = STRIDES) -> AssignmentInputs:
+    """Raw maps decoded for `assign`, without gradient; in float32 (float64 stays).
+
+    Args:
+        maps, strides: as for `decode`.
+        labels: [B, N] class of each ground truth. Where there are fewer of them than classes, a compiled form computes
+            their scores alone, K = N; else K = nc.
+
+    Raises:
+        ValueError: maps or labels that do not fit.
+    """
+    check_maps(maps, strides)
+    if labels.dim() != 2 or labels.shape[0] != maps[0].shape[0]:
+        raise ValueError(f"labels: expected [{maps[0].shape[0]}, N], got {tuple(labels.shape)}")
+    maps = [level.detach() for level in maps]
+    result: AssignmentInputs = select(ASSIGNMENT_OPERATOR, maps, labels, strides)(maps, labels, strides)
+    return result
+
+
+def decode_for_assignment_reference(maps: Sequence[Tensor], labels: Tensor, strides: Sequence[int]) -> AssignmentInputs:
+    """`decode_for_assignment` in eager PyTorch, all classes."""
+    raw = flatten_maps(maps)
+    points, stride = map_anchor_points(maps, strides, raw.dtype)
+    bins, logits = split_maps(raw)
+    sides = expected_sides(bins)
+    boxes = torch.cat((points.T - sides[:, :2], points.T + sides[:, 2:]), 1) * stride.T
+    return AssignmentInputs(logits.sigmoid().transpose(1, 2), boxes.transpose(1, 2), points * stride, labels)
 
 
 def expected_sides(bins: Tensor) -> Tensor:
@@ -89,4 +131,99 @@ def check_maps(maps: Sequence[Tensor], strides: Sequence[int]) -> None:
             raise ValueError(f"maps: expected [B, {4 * REG_MAX} + nc, H, W] with the same B and nc ≥ 1, got {shapes}")
 
 
-OPERATOR = register(Operator("decode", "head maps to boxes and scores", {"eager": Implementation(decode_reference)}))
+def _decode_compiled(maps: Sequence[Tensor], strides: Sequence[int]) -> Tensor:
+    result: Tensor = _decode([rows_in_step(level) for level in maps], strides)
+    return result
+
+
+def _for_assignment_compiled(maps: Sequence[Tensor], labels: Tensor, strides: Sequence[int]) -> AssignmentInputs:
+    count, classes = labels.shape[1], maps[0].shape[1] - 4 * REG_MAX
+    few = count < classes
+    labels = labels.long().contiguous()
+    scores, boxes, points = _for_assignment([rows_in_step(level) for level in maps], labels if few else None, strides)
+    columns = torch.arange(count, device=labels.device).expand_as(labels) if few else labels
+    return AssignmentInputs(scores.transpose(1, 2), boxes, points, columns)
+
+
+def why_not_maps(device: str, maps: Sequence[Tensor]) -> str | None:
+    """For `supports`: why compiled implementations for `device` cannot take these maps, None when they can."""
+    if maps[0].dtype not in MAP_DTYPES or any(level.dtype != maps[0].dtype for level in maps):
+        return f"it needs maps of one floating dtype, got {[level.dtype for level in maps]}"
+    if len(maps) > MAX_LEVELS:
+        return f"it takes up to {MAX_LEVELS} levels, got {len(maps)}"
+    return not_on(device, *maps)
+
+
+def _supports_decode(device: str) -> Callable[..., str | None]:
+    return lambda maps, strides: why_not_maps(device, maps) or needs_gradient(*maps)
+
+
+def _supports_assignment(device: str) -> Callable[..., str | None]:
+    return lambda maps, labels, strides: why_not_maps(device, maps) or not_on(device, labels)
+
+
+def _decode_fake(maps: Sequence[Tensor], strides: Sequence[int]) -> Tensor:
+    anchors = sum(level.shape[2] * level.shape[3] for level in maps)
+    dtype = torch.promote_types(maps[0].dtype, torch.float32)
+    return maps[0].new_empty((maps[0].shape[0], maps[0].shape[1] - 4 * REG_MAX + 4, anchors), dtype=dtype)
+
+
+def _assignment_fake(
+    maps: Sequence[Tensor], labels: Tensor | None, strides: Sequence[int]
+) -> tuple[Tensor, Tensor, Tensor]:
+    batch, channels = maps[0].shape[:2]
+    anchors = sum(level.shape[2] * level.shape[3] for level in maps)
+    rows = channels - 4 * REG_MAX if labels is None else labels.shape[1]
+    dtype = torch.promote_types(maps[0].dtype, torch.float32)
+    shapes = ((batch, rows, anchors), (batch, anchors, 4), (anchors, 2))
+    scores, boxes, points = (maps[0].new_empty(shape, dtype=dtype) for shape in shapes)
+    return scores, boxes, points
+
+
+def _assignment_raw_reference(
+    maps: Sequence[Tensor], labels: Tensor | None, strides: Sequence[int]
+) -> tuple[Tensor, Tensor, Tensor]:
+    scores, boxes, points, _ = decode_for_assignment_reference(maps, torch.empty(0), strides)
+    scores = scores.transpose(1, 2)
+    if labels is not None:
+        scores = scores.gather(1, labels[:, :, None].expand(-1, -1, scores.shape[2]))
+    return scores.contiguous(), boxes.contiguous(), points
+
+
+_decode = library.define(
+    "decode_forward(Tensor[] maps, int[] strides) -> Tensor", fake=_decode_fake, reference=decode_reference
+)
+_for_assignment = library.define(
+    "decode_for_assignment(Tensor[] maps, Tensor? labels, int[] strides) -> (Tensor, Tensor, Tensor)",
+    fake=_assignment_fake,
+    reference=_assignment_raw_reference,
+)
+
+OPERATOR = register(
+    Operator(
+        "decode",
+        "head maps to boxes and scores",
+        {
+            "eager": Implementation(decode_reference),
+            "cpu": Implementation(_decode_compiled, library.missing("decode_forward", "cpu"), _supports_decode("cpu")),
+            "cuda": Implementation(
+                _decode_compiled, library.missing("decode_forward", "cuda"), _supports_decode("cuda")
+            ),
+        },
+    )
+)
+ASSIGNMENT_OPERATOR = register(
+    Operator(
+        "decode_for_assignment",
+        "head maps to what the assignment reads",
+        {
+            "eager": Implementation(decode_for_assignment_reference),
+            "cpu": Implementation(
+                _for_assignment_compiled, library.missing("decode_for_assignment", "cpu"), _supports_assignment("cpu")
+            ),
+            "cuda": Implementation(
+                _for_assignment_compiled, library.missing("decode_for_assignment", "cuda"), _supports_assignment("cuda")
+            ),
+        },
+    )
+)

@@ -15,13 +15,12 @@ from yolov9_fast.ops.assign import Assignment
 from yolov9_fast.ops.backend import Implementation, Operator, not_on, register, select
 from yolov9_fast.ops.boxes import REG_MAX, STRIDES, ciou
 from yolov9_fast.ops.decode import (
-    MAP_DTYPES,
-    MAX_LEVELS,
     check_maps,
     flatten_maps,
     map_anchor_points,
     rows_in_step,
     split_maps,
+    why_not_maps,
 )
 
 _FOCAL_ALPHA = 0.25
@@ -229,11 +228,7 @@ def _supports(device: str) -> Any:
         normaliser: Tensor,
         options: LossOptions,
     ) -> str | None:
-        if maps[0].dtype not in MAP_DTYPES or any(level.dtype != maps[0].dtype for level in maps):
-            return f"it needs maps of one floating dtype, got {[level.dtype for level in maps]}"
-        if len(maps) > MAX_LEVELS:
-            return f"it takes up to {MAX_LEVELS} levels, got {len(maps)}"
-        return not_on(device, *maps, *assignment, gt_labels, gt_boxes, normaliser)
+        return why_not_maps(device, maps) or not_on(device, *assignment, gt_labels, gt_boxes, normaliser)
 
     return supports
 

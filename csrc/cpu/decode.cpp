@@ -1,0 +1,246 @@
+// decode on the CPU: reads the maps once, writes every result once. Tiles of 64 anchors are turned so that anchors lie
+// side by side, whatever the map's layout; all arithmetic then runs over whole vectors of anchors.
+#include "common/decode.h"
+#include "common/raw_maps.h"
+#include "cpu/rows.h"
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <optional>
+#include <tuple>
+#include <type_traits>
+#include <vector>
+
+namespace {
+
+using namespace yolov9_fast;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+constexpr char kOp[] = "decode";
+constexpr int kTile = 64;  // anchors; their bins take 16 KiB as float
+
+struct Tile {
+  int level;
+  int64_t image, first;
+  int count;
+};
+
+template <class T>
+std::vector<Tile> tiles_of(const Levels<T>& maps) {
+  std::vector<Tile> tiles;
+  for (int l = 0; l < maps.count; ++l) {
+    for (int64_t image = 0; image < maps.batch; ++image) {
+      for (int64_t first = 0; first < maps.level[l].pixels; first += kTile) {
+        const int64_t count = std::min<int64_t>(kTile, maps.level[l].pixels - first);
+        tiles.push_back({l, image, first, static_cast<int>(count)});
+      }
+    }
+  }
+  return tiles;
+}
+
+// Channels [from, to) of a tile, anchors side by side: channel c at tile[(c - from) * kTile].
+template <class T, class Real>
+void load_tile(const Level<T>& level, const Tile& tile, int64_t from, int64_t to, Real* out) {
+  const T* source = level.data + tile.image * level.at.image + tile.first * level.at.pixel + from * level.at.channel;
+  const int64_t channels = to - from;
+  if (level.at.pixel == 1 || channels > kBoxChannels) {
+    for (int64_t c = 0; c < channels; ++c) load_run(source + c * level.at.channel, level.at.pixel, out + c * kTile, tile.count);
+    return;
+  }
+  Real row[kBoxChannels];
+  for (int i = 0; i < tile.count; ++i) {
+    load_run(source + i * level.at.pixel, level.at.channel, row, channels);
+    for (int64_t c = 0; c < channels; ++c) out[c * kTile + i] = row[c];
+  }
+}
+
+// Means of the four sides; all kTile lanes are computed, whatever lies in those beyond the count.
+template <class Real>
+void expected_sides(const Real* bins, Real* sides) {
+  for (int side = 0; side < kSides; ++side) {
+    const Real* mine = bins + side * kBins * kTile;
+    Real greatest[kTile], sum[kTile] = {}, first[kTile] = {};
+    for (int i = 0; i < kTile; ++i) greatest[i] = mine[i];
+    for (int k = 1; k < kBins; ++k) {
+      for (int i = 0; i < kTile; ++i) greatest[i] = mine[k * kTile + i] > greatest[i] ? mine[k * kTile + i] : greatest[i];
+    }
+    for (int k = 0; k < kBins; ++k) {
+      for (int i = 0; i < kTile; ++i) {
+        const Real e = exp_not_positive(mine[k * kTile + i] - greatest[i]);
+        sum[i] += e;
+        first[i] += e * Real(k);
+      }
+    }
+    for (int i = 0; i < kTile; ++i) sides[side * kTile + i] = first[i] / sum[i];
+  }
+}
+
+template <class T, class Real>
+struct Cells {
+  Real column[kTile], row[kTile];
+
+  Cells(const Level<T>& level, const Tile& tile) {
+    int64_t x = tile.first % level.width, y = tile.first / level.width;
+    for (int i = 0; i < kTile; ++i) {
+      column[i] = static_cast<Real>(x);
+      row[i] = static_cast<Real>(y);
+      if (++x == level.width) {
+        x = 0;
+        ++y;
+      }
+    }
+  }
+};
+
+template <class Real>
+void sigmoid_run(const Real* logits, Real* out, int count) {
+  for (int i = 0; i < count; ++i) out[i] = sigmoid(logits[i]);
+}
+
+// Bins of a tile to its four means. Lanes beyond the count keep zeros: no stray value traps or slows them.
+template <class T, class Real>
+void sides_of_tile(const Level<T>& level, const Tile& tile, Real* sides) {
+  Real bins[kBoxChannels * kTile];
+  if (tile.count < kTile) std::fill(bins, bins + kBoxChannels * kTile, Real(0));
+  load_tile(level, tile, 0, kBoxChannels, bins);
+  expected_sides(bins, sides);
+}
+
+template <class T, class Real>
+void decode_tile(const Levels<T>& maps, const Tile& tile, Real* out) {
+  const Level<T>& level = maps.level[tile.level];
+  const Cells<T, Real> cells(level, tile);
+  const Real stride = static_cast<Real>(level.stride);
+  Real sides[kSides * kTile], logits[kBoxChannels * kTile];
+  sides_of_tile(level, tile, sides);
+  Real* first = out + (tile.image * (maps.channels - kBoxChannels + kSides)) * maps.anchors + level.first_anchor + tile.first;
+  for (int axis = 0; axis < 2; ++axis) {
+    const Real* cell = axis == 0 ? cells.column : cells.row;
+    const Real *before = sides + axis * kTile, *after = sides + (axis + 2) * kTile;
+    for (int i = 0; i < tile.count; ++i) first[axis * maps.anchors + i] = box_centre(cell[i], before[i], after[i], stride);
+    for (int i = 0; i < tile.count; ++i) {
+      first[(axis + 2) * maps.anchors + i] = box_length(cell[i], before[i], after[i], stride);
+    }
+  }
+  for (int64_t from = kBoxChannels; from < maps.channels; from += kBoxChannels) {
+    const int64_t to = std::min<int64_t>(maps.channels, from + kBoxChannels);
+    load_tile(level, tile, from, to, logits);
+    for (int64_t c = from; c < to; ++c) {
+      sigmoid_run(logits + (c - from) * kTile, first + (c - kBoxChannels + kSides) * maps.anchors, tile.count);
+    }
+  }
+}
+
+// Boxes as corners, and the scores of the wanted classes: row n of an image is class labels[n], or class n without labels.
+template <class T, class Real>
+void assignment_tile(const Levels<T>& maps, const Tile& tile, const int64_t* labels, int64_t rows, Real* scores,
+                     Real* boxes, Real* points) {
+  const Level<T>& level = maps.level[tile.level];
+  const Cells<T, Real> cells(level, tile);
+  const Real stride = static_cast<Real>(level.stride);
+  Real sides[kSides * kTile], logits[kTile];
+  sides_of_tile(level, tile, sides);
+  const int64_t anchor = level.first_anchor + tile.first;
+  Real* box = boxes + (tile.image * maps.anchors + anchor) * 4;
+  for (int i = 0; i < tile.count; ++i) {
+    for (int coordinate = 0; coordinate < 4; ++coordinate) {
+      const Real cell = coordinate % 2 == 0 ? cells.column[i] : cells.row[i];
+      box[4 * i + coordinate] = box_corner(coordinate, cell, sides[coordinate * kTile + i], stride);
+    }
+  }
+  if (tile.image == 0) {
+    for (int i = 0; i < tile.count; ++i) {
+      points[2 * (anchor + i)] = (cells.column[i] + Real(0.5)) * stride;
+      points[2 * (anchor + i) + 1] = (cells.row[i] + Real(0.5)) * stride;
+    }
+  }
+  const T* source = level.data + tile.image * level.at.image + tile.first * level.at.pixel;
+  for (int64_t n = 0; n < rows; ++n) {
+    const int64_t label = labels == nullptr ? n : labels[tile.image * rows + n];
+    STD_TORCH_CHECK(label >= 0 && label < maps.channels - kBoxChannels, kOp, ": labels hold ", label, ", beyond the classes");
+    load_run(source + (kBoxChannels + label) * level.at.channel, level.at.pixel, logits, tile.count);
+    sigmoid_run(logits, scores + (tile.image * rows + n) * maps.anchors + anchor, tile.count);
+  }
+}
+
+template <class Body>
+void dispatch(const std::vector<Tensor>& maps, const Body& body) {
+  STD_TORCH_CHECK(!maps.empty(), kOp, ": no maps");
+  switch (maps[0].scalar_type()) {
+    case ScalarType::Float: return body(float{}, float{});
+    case ScalarType::BFloat16: return body(BFloat16{}, float{});
+    case ScalarType::Half: return body(Half{}, float{});
+    case ScalarType::Double: return body(double{}, double{});
+    default: STD_TORCH_CHECK(false, kOp, ": maps must be of a floating dtype");
+  }
+}
+
+template <class Real>
+constexpr ScalarType type_of = std::is_same_v<Real, double> ? ScalarType::Double : ScalarType::Float;
+
+template <class Real>
+Real* data_of(const Tensor& tensor) {
+  return static_cast<Real*>(tensor.mutable_data_ptr());
+}
+
+Tensor decode_forward(const std::vector<Tensor>& maps, const std::vector<int64_t>& strides) {
+  Tensor out;
+  dispatch(maps, [&](auto element, auto real) {
+    using T = decltype(element);
+    using Real = decltype(real);
+    const Levels<T> levels = raw_maps<T>(maps, {}, strides, kOp);
+    out = torch::stable::new_empty(maps[0], {levels.batch, levels.channels - kBoxChannels + kSides, levels.anchors},
+                                   type_of<Real>);
+    const std::vector<Tile> tiles = tiles_of(levels);
+    Real* result = data_of<Real>(out);
+    torch::stable::parallel_for(0, static_cast<int64_t>(tiles.size()), 2, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) decode_tile<T, Real>(levels, tiles[i], result);
+    });
+  });
+  return out;
+}
+
+std::tuple<Tensor, Tensor, Tensor> decode_for_assignment(const std::vector<Tensor>& maps,
+                                                         const std::optional<Tensor>& labels,
+                                                         const std::vector<int64_t>& strides) {
+  Tensor scores, boxes, points;
+  dispatch(maps, [&](auto element, auto real) {
+    using T = decltype(element);
+    using Real = decltype(real);
+    const Levels<T> levels = raw_maps<T>(maps, {}, strides, kOp);
+    int64_t rows = levels.channels - kBoxChannels;
+    const int64_t* wanted = nullptr;
+    if (labels.has_value()) {
+      STD_TORCH_CHECK(labels->dim() == 2 && labels->size(0) == levels.batch && labels->is_contiguous() &&
+                          labels->scalar_type() == ScalarType::Long,
+                      kOp, ": labels must be int64 [B, N], contiguous");
+      rows = labels->size(1);
+      wanted = static_cast<const int64_t*>(labels->const_data_ptr());
+    }
+    scores = torch::stable::new_empty(maps[0], {levels.batch, rows, levels.anchors}, type_of<Real>);
+    boxes = torch::stable::new_empty(maps[0], {levels.batch, levels.anchors, 4}, type_of<Real>);
+    points = torch::stable::new_empty(maps[0], {levels.anchors, 2}, type_of<Real>);
+    const std::vector<Tile> tiles = tiles_of(levels);
+    torch::stable::parallel_for(0, static_cast<int64_t>(tiles.size()), 4, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        assignment_tile<T, Real>(levels, tiles[i], wanted, rows, data_of<Real>(scores), data_of<Real>(boxes),
+                                 data_of<Real>(points));
+      }
+    });
+  });
+  return {scores, boxes, points};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(yolov9_fast, CPU, library) {
+  library.impl("decode_forward", TORCH_BOX(&decode_forward));
+  library.impl("decode_for_assignment", TORCH_BOX(&decode_for_assignment));
+}

@@ -56,21 +56,48 @@ void share_out(int64_t tasks, const Body& body) {
   });
 }
 
+// Loops over sixteen lanes that are functions of their own: inlined into their callers they are no longer made vectors.
+#define YF_LANES __attribute__((noinline))
+
+// x1, y1, x2, y2, area, aspect in columns `next` apart from 16 x1, 16 y1, 16 x2, 16 y2.
+YF_LANES void write_shapes(const float* __restrict corners, float* to, int64_t next) {
+  const float *x1 = corners, *y1 = x1 + kLanes, *x2 = y1 + kLanes, *y2 = x2 + kLanes;
+  float *__restrict area = to + 4 * next, *__restrict aspect = to + 5 * next;
+  for (int k = 0; k < 4; ++k) std::copy_n(corners + k * kLanes, kLanes, to + k * next);
+  for (int j = 0; j < kLanes; ++j) {
+    const Shape shape = shape_of({x1[j], y1[j], x2[j], y2[j]});
+    area[j] = shape.area, aspect[j] = shape.aspect;
+  }
+}
+
+YF_LANES void published_metrics(const float* score, const float* both, float* __restrict value) {
+  for (int j = 0; j < kLanes; ++j) value[j] = published_metric(score[j], both[j]);
+}
+
 // Boxes in columns, padded to whole sixteens.
 struct Columns {
   explicit Columns(int64_t count_)
       : count(padded(count_)), data(std::make_unique_for_overwrite<float[]>(6 * count)) {}
 
-  void set(int64_t i, const Shape& shape) {
-    float* at = data.get() + i;
-    at[0] = shape.box.x1, at[count] = shape.box.y1, at[2 * count] = shape.box.x2, at[3 * count] = shape.box.y2;
-    at[4 * count] = shape.area, at[5 * count] = shape.aspect;
-  }
+  void set(int64_t first, const float* corners) { write_shapes(corners, data.get() + first, count); }
 
-  Shape operator[](int64_t i) const {
-    const float* at = data.get() + i;
-    return {{at[0], at[count], at[2 * count], at[3 * count]}, at[4 * count], at[5 * count]};
-  }
+  Shape operator[](int64_t i) const { return Lanes(*this, i)[0]; }
+
+  // Sixteen of them, or any number of neighbours.
+  struct Lanes {
+    Lanes(const Columns& columns, int64_t first)
+        : x1(columns.data.get() + first),
+          y1(x1 + columns.count),
+          x2(y1 + columns.count),
+          y2(x2 + columns.count),
+          area(y2 + columns.count),
+          aspect(area + columns.count) {}
+
+    Box box(int64_t j) const { return {x1[j], y1[j], x2[j], y2[j]}; }
+    Shape operator[](int64_t j) const { return {box(j), area[j], aspect[j]}; }
+
+    const float *x1, *y1, *x2, *y2, *area, *aspect;
+  };
 
   int64_t count;
   std::unique_ptr<float[]> data;
@@ -131,10 +158,10 @@ class Assigner {
     for_anchors([&](int64_t image, int64_t begin, int64_t end) { prepare_boxes(image, begin, end); });
     std::vector<int64_t> rows;
     for (int64_t image = 0; image < p_.batch; ++image) {
-      for (int64_t g = 0; g < depth_; ++g) {
-        const int64_t row = image * p_.count + g;
-        truths_.set(image * depth_ + g, g < p_.count ? p_.truth(row) : Shape{});
-        if (g < p_.count && p_.mask[row]) rows.push_back(row);
+      const float* truths = p_.truths + 4 * image * p_.count;
+      for (int64_t g = 0; g < depth_; g += kLanes) set(truths_, image * depth_ + g, truths, 4, 1, g, p_.count);
+      for (int64_t row = image * p_.count; row < (image + 1) * p_.count; ++row) {
+        if (p_.mask[row]) rows.push_back(row);
       }
     }
     constexpr int64_t kRowsOfTask = 4;
@@ -169,25 +196,35 @@ class Assigner {
   }
 
   void prepare_boxes(int64_t image, int64_t begin, int64_t end) {
-    const float* side = p_.boxes + image * p_.boxes_image;
-    const int64_t step = p_.boxes_anchor, next = p_.boxes_side, base = image * width_;
-    for (int64_t a = begin; a < end; ++a) {
-      const float* box = side + a * step;
-      predicted_.set(base + a, shape_of({box[0], box[next], box[2 * next], box[3 * next]}));
-      p_.words[image * p_.anchors + a] = 0;
+    const float* boxes = p_.boxes + image * p_.boxes_image;
+    for (int64_t a = begin; a < end; a += kLanes) {
+      set(predicted_, image * width_ + a, boxes, p_.boxes_anchor, p_.boxes_side, a, p_.anchors);
     }
-    for (int64_t a = end; end == p_.anchors && a < width_; ++a) predicted_.set(base + a, Shape{});
+    std::fill(p_.words + image * p_.anchors + begin, p_.words + image * p_.anchors + end, 0);
+  }
+
+  // Boxes [first, first + 16) of `count`, zeros beyond, from strided corners.
+  static void set(Columns& columns, int64_t at, const float* boxes, int64_t step, int64_t side, int64_t first,
+                  int64_t count) {
+    alignas(64) float corners[4 * kLanes] = {};
+    const int64_t lanes = std::min(kLanes, count - first);
+    for (int64_t j = 0; j < lanes; ++j) {
+      const float* box = boxes + (first + j) * step;
+      for (int k = 0; k < 4; ++k) corners[k * kLanes + j] = box[k * side];
+    }
+    columns.set(at, corners);
   }
 
   // Overlaps of 16 anchors with `truth`, 0 for those that may not learn it.
   template <int64_t rule>
-  void overlaps(int64_t base, int64_t first, const Shape& truth, float* both) const {
-    const float *x = x_.data() + first, *y = y_.data() + first;
-    const float* reach = reach_.data() + (rule == kMit ? first : 0);
+  void overlaps(int64_t base, int64_t first, const Shape& truth, float* __restrict both) const {
+    const float *x = x_.data() + first, *y = y_.data() + first, *reach = reach_.data() + (rule == kMit ? first : 0);
+    const Columns::Lanes predicted(predicted_, base + first);
+    const Shape target = truth;
     for (int j = 0; j < kLanes; ++j) {
-      const bool inside = rule == kMit ? within_reach(x[j], y[j], truth.box, reach[rule == kMit ? j : 0])
-                                       : strictly_inside(x[j], y[j], truth.box);
-      const float value = overlap(truth, predicted_[base + first + j]);
+      const bool inside = rule == kMit ? within_reach(x[j], y[j], target.box, reach[rule == kMit ? j : 0])
+                                       : strictly_inside(x[j], y[j], target.box);
+      const float value = overlap(target, predicted[j]);
       both[j] = inside ? value : 0.0f;
     }
   }
@@ -203,7 +240,7 @@ class Assigner {
       score[j] = static_cast<float>(from[(first + j) * p_.scores_anchor]);
     }
     if constexpr (kPublished) {
-      for (int j = 0; j < kLanes; ++j) value[j] = published_metric(score[j], both[j]);
+      published_metrics(score, both, value);
     } else {
       for (uint32_t left = lanes; left != 0; left &= left - 1) {
         const int j = __builtin_ctz(left);
@@ -258,7 +295,8 @@ class Assigner {
     Top best(1);
     alignas(64) float both[kLanes];
     for (int64_t first = 0; first < width_; first += kLanes) {
-      for (int j = 0; j < kLanes; ++j) both[j] = overlap(truth, predicted_[image * width_ + first + j]);
+      const Columns::Lanes predicted(predicted_, image * width_ + first);
+      for (int j = 0; j < kLanes; ++j) both[j] = overlap(truth, predicted[j]);
       for (int64_t a = p_.anchors; a < first + kLanes; ++a) both[a - first] = 0.0f;
       gather(image, first, label, both, best);
     }
@@ -308,14 +346,14 @@ class Assigner {
     float highest = 0.0f;
     alignas(64) float both[kLanes];
     for (int64_t g = 0; g < depth_; g += kLanes) {
-      const int64_t base = image * depth_ + g;
-      for (int j = 0; j < kLanes; ++j) both[j] = intersection(truths_[base + j].box, predicted.box);
+      const Columns::Lanes truths(truths_, image * depth_ + g);
+      for (int j = 0; j < kLanes; ++j) both[j] = intersection(truths.box(j), predicted.box);
       if (positive_lanes(both) == 0) continue;
-      for (int j = 0; j < kLanes; ++j) both[j] = overlap(truths_[base + j], predicted);
+      for (int j = 0; j < kLanes; ++j) both[j] = overlap(truths[j], predicted);
       for (uint32_t lanes = lanes_where<Compare::kGreater>(both, highest); lanes != 0; lanes &= lanes - 1) {
         const int64_t j = __builtin_ctz(lanes), row = image * p_.count + g + j;
         if (!(both[j] > highest)) continue;
-        if (p_.rule == kUltralytics && !(p_.mask[row] && p_.may_learn(anchor, truths_[base + j].box))) continue;
+        if (p_.rule == kUltralytics && !(p_.mask[row] && p_.may_learn(anchor, truths.box(j)))) continue;
         highest = both[j];
         best = g + j;
       }

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-from bench.dense_assigner import DenseAssigner
 from torch import Tensor
 
 import yolov9_fast as yf
+from bench.dense_assigner import DenseAssigner
 from yolov9_fast.ops import assign
 from yolov9_fast.ops.backend import BackendUnavailable
 from yolov9_fast.ops.boxes import anchor_points

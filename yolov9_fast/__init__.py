@@ -18,6 +18,8 @@ _MODULE_OF = {
     "set_backend": "yolov9_fast.ops.backend",
     "get_backend": "yolov9_fast.ops.backend",
     "backend": "yolov9_fast.ops.backend",
+    "accelerate_loss": "yolov9_fast.accelerate",
+    "restore_loss": "yolov9_fast.accelerate",
 }
 _SUBMODULES = ("data", "engine", "losses", "metrics", "models", "nn", "ops", "viz")
 

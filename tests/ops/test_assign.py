@@ -1,22 +1,41 @@
-"""assign: the published task-aligned assignment, from golden numbers, small cases by hand, and a loop in numpy."""
+"""assign: the published task-aligned assignment, from golden numbers, small cases by hand, and a loop in numpy.
+
+Every test runs by the eager reference, by the compiled operator and by the GPU's phases on the host.
+"""
 
 from __future__ import annotations
 
+import importlib
 import math
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 
-from yolov9_fast.ops import assign
+import yolov9_fast as yf
+from yolov9_fast.ops import assign, library
+from yolov9_fast.ops.backend import BackendUnavailable
 from yolov9_fast.ops.boxes import anchor_points
 
 GRID = 5
 STRIDE = 8
+MODULE = importlib.import_module("yolov9_fast.ops.assign")
+PHASES_MISSING = library.missing("assign_phases", "cpu")
+
+
+@pytest.fixture(autouse=True, params=["eager", "cpu", "phases"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Which implementation `assign` runs in this test."""
+    name = request.param
+    if name != "eager" and PHASES_MISSING is not None:
+        pytest.skip(f"no compiled assign: {PHASES_MISSING}")
+    if name == "phases":
+        monkeypatch.setattr(MODULE, "select", lambda operator, *args: lambda *args: MODULE.assign_phases(*args, 32, 1))
+    with yf.backend("cpu" if name == "cpu" else "eager"):
+        yield name
 
 
 def points() -> Tensor:
@@ -170,15 +189,6 @@ def test_five_thousand_objects_in_one_image() -> None:
     assert bool((result.gt_index >= 0).all())
 
 
-def test_the_size_of_a_piece_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    case = random_case(7, batch=2, truths=6)
-    whole = assign(*case)
-    monkeypatch.setitem(assign.__globals__, "_pairs_at_once", lambda _: 1)
-    pieces = assign(*case)
-    assert torch.equal(whole.gt_index, pieces.gt_index)
-    assert torch.equal(whole.weight, pieces.weight)
-
-
 def test_strided_scores_and_every_mask_form_agree() -> None:
     score, box, point, label, truth, mask = random_case(3, batch=2, truths=5)
     first = assign(score, box, point, label, truth, mask)
@@ -197,9 +207,118 @@ def test_a_wrong_shape_is_named(name: str) -> None:
         assign(**arguments)
 
 
-def test_topk_must_be_positive() -> None:
-    with pytest.raises(ValueError, match="topk"):
-        assign(*random_case(0, batch=1, truths=1), topk=0)
+@pytest.mark.parametrize("option", [{"topk": 0}, {"alpha": -1.0}, {"beta": 0.0}, {"beta": math.nan}, {"rule": "other"}])
+def test_a_wrong_option_is_named(option: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match=f"^{next(iter(option))}: expected"):
+        assign(*random_case(0, batch=1, truths=1), **option)
+
+
+@pytest.mark.parametrize("name", ["scores", "boxes", "anchor_points", "gt_boxes"])
+def test_integers_in_the_place_of_numbers_are_named(name: str) -> None:
+    names = ("scores", "boxes", "anchor_points", "gt_labels", "gt_boxes", "gt_mask")
+    arguments = dict(zip(names, random_case(0, batch=2, truths=3), strict=True))
+    arguments[name] = arguments[name].long()
+    with pytest.raises(TypeError, match=f"^{name}: expected a floating-point tensor, got torch.int64"):
+        assign(**arguments)
+
+
+@pytest.mark.parametrize("strides", [None, torch.ones(3)])
+def test_rule_mit_without_fitting_strides_is_refused(strides: Tensor | None) -> None:
+    with pytest.raises(ValueError, match="^strides: rule 'mit' expects"):
+        assign(*random_case(0, batch=1, truths=1), rule="mit", strides=strides)
+
+
+def test_rule_ultralytics_contests_among_those_that_contain_the_anchor() -> None:
+    box = boxes_on_anchors(half=2.0)
+    far = [30.0, 30.0, 38.0, 38.0]
+    box[0, 12] = torch.tensor(far)
+    truths = [[11.0, 11.0, 29.0, 29.0], [12.0, 12.0, 28.5, 28.5], far]
+    assert run(scores(), box, [0, 0, 1], truths, topk=25, rule="yolov9").gt_index[0, 12] == 2
+    result = run(scores(), box, [0, 0, 1], truths, topk=25, rule="ultralytics")
+    assert result.gt_index[0, 12] == 0
+    assert result.weight[0, 12] == 0
+
+
+def test_rule_mit_takes_the_border_but_no_anchor_without_a_metric() -> None:
+    strides = torch.full((GRID * GRID,), 8.0)
+    truth = [[12.0, 12.0, 28.0, 28.0]]
+    result = run(scores(), boxes_on_anchors(), [0], truth, rule="mit", strides=strides)
+    assert torch.nonzero(result.gt_index[0] >= 0)[:, 0].tolist() == [6, 7, 8, 11, 12, 13, 16, 17, 18]
+    result = run(scores(), boxes_on_anchors() + 1000, [0], truth, rule="mit", strides=strides)
+    assert bool((result.gt_index == -1).all())
+
+
+def test_rule_mit_gives_a_ground_truth_without_a_positive_its_best_anchor() -> None:
+    box = boxes_on_anchors()
+    truth = [[13.0, 13.0, 19.0, 19.0]]  # contains no centre
+    strides = torch.full((GRID * GRID, 1), 8.0)
+    assert bool((run(scores(), box, [0], truth).gt_index == -1).all())
+    result = run(scores(), box, [0], truth, rule="mit", strides=strides)
+    assert torch.nonzero(result.gt_index[0] >= 0)[:, 0].tolist() == [6]  # four overlap alike: the lowest
+    assert result.weight[0, 6] > 0
+
+
+def test_rule_mit_leaves_sides_out_of_reach_alone() -> None:
+    strides = torch.full((GRID * GRID,), 2.0)  # 14.99 strides are 29.98 pixels
+    box = torch.tensor([[[0.0, 0.0, 40.0, 40.0]]]).expand(1, GRID * GRID, 4)
+    result = run(scores(), box, [0], [[0.0, 0.0, 40.0, 40.0]], topk=25, rule="mit", strides=strides)
+    assert torch.nonzero(result.gt_index[0] >= 0)[:, 0].tolist() == [6, 7, 8, 11, 12, 13, 16, 17, 18]
+    strides[7] = 1.0
+    result = run(scores(), box, [0], [[0.0, 0.0, 40.0, 40.0]], topk=25, rule="mit", strides=strides)
+    assert 7 not in torch.nonzero(result.gt_index[0] >= 0)[:, 0].tolist()
+
+
+def test_rule_mit_contests_among_those_that_claim() -> None:
+    box, score = boxes_on_anchors(half=8.0), scores()
+    nearest = [13.0, 13.0, 28.0, 28.0]
+    box[0, 12], score[0, 12, 1] = torch.tensor(nearest), 0.0  # so the third has no metric there
+    truths = [[8.0, 8.0, 32.0, 32.0], [12.0, 12.0, 31.0, 31.0], nearest]
+    strides = torch.full((GRID * GRID,), 8.0)
+    assert run(score, box, [0, 0, 1], truths, topk=25).gt_index[0, 12] == 2
+    assert run(score, box, [0, 0, 1], truths, topk=25, rule="mit", strides=strides).gt_index[0, 12] == 1
+
+
+@pytest.mark.parametrize("label", [-1, 2, 1000])
+def test_a_label_without_a_class_has_no_score(label: int) -> None:
+    result = run(scores(), boxes_on_anchors(), [label], [[11.0, 11.0, 29.0, 29.0]])
+    assert result.weight.count_nonzero() == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_computed_in_float32(dtype: torch.dtype) -> None:
+    score, box, point, label, truth, mask = random_case(5, batch=2, truths=5)
+    score, box = score.to(dtype), box.to(dtype)
+    result = assign(score, box, point, label, truth, mask)
+    wide = assign(score.float(), box.float(), point, label, truth, mask)
+    assert result.weight.dtype == dtype
+    assert torch.equal(result.gt_index, wide.gt_index)
+    assert torch.equal(result.weight, wide.weight.to(dtype))
+
+
+def test_autocast_changes_nothing() -> None:
+    case = random_case(6, batch=2, truths=5)
+    plain = assign(*case, alpha=0.3, beta=1.7)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = assign(*case, alpha=0.3, beta=1.7)
+    assert torch.equal(plain.gt_index, inside.gt_index)
+    assert torch.equal(plain.weight, inside.weight)
+
+
+def test_no_gradient_is_recorded() -> None:
+    score, box, *rest = random_case(8, batch=1, truths=3)
+    result = assign(score.requires_grad_(), box.requires_grad_(), *rest)
+    assert not result.weight.requires_grad
+
+
+def test_a_backend_that_cannot_run_says_why(way: str) -> None:
+    case = random_case(0, batch=1, truths=1)
+    if way != "cpu":
+        pytest.skip("about the compiled operator")
+    with pytest.raises(BackendUnavailable, match="boxes are torch.float64"):
+        assign(case[0], case[1].double(), *case[2:])
+    many = torch.rand(200, 2)
+    with pytest.raises(BackendUnavailable, match="at most 128 anchors"):
+        assign(torch.rand(1, 200, 1), torch.rand(1, 200, 4), many, *case[3:], topk=129)
 
 
 def random_case(seed: int, batch: int, truths: int, classes: int = 3) -> tuple[Tensor, ...]:
@@ -218,47 +337,3 @@ def random_case(seed: int, batch: int, truths: int, classes: int = 3) -> tuple[T
     boxes = torch.cat((centre - half, centre + half), 2)
     truth = torch.cat((truth_centre - truth_half, truth_centre + truth_half), 2) * mask[..., None]
     return score, boxes, points(), label, truth, mask
-
-
-def by_loops(score, boxes, point, label, truth, mask, topk: int) -> tuple[np.ndarray, np.ndarray]:
-    """The definition, one pair at a time, in float64."""
-    batch, anchors = boxes.shape[:2]
-    gt_index, weight = np.full((batch, anchors), -1), np.zeros((batch, anchors))
-    for b in range(batch):
-        overlap = np.array([[max(_ciou(t, p), 0.0) for p in boxes[b].tolist()] for t in truth[b].tolist()])
-        metric = np.array([score[b, :, c].double().numpy() ** 0.5 for c in label[b]]) * overlap**6
-        claims: dict[int, list[int]] = {}
-        for g, (x1, y1, x2, y2) in enumerate(truth[b].tolist()):
-            inside = [min(x - x1, y - y1, x2 - x, y2 - y) > 1e-9 for x, y in point.tolist()]
-            order = sorted(range(anchors), key=lambda a: (-metric[g, a] * inside[a], a))  # noqa: B023
-            for a in order[:topk]:
-                if inside[a] and mask[b, g]:
-                    claims.setdefault(a, []).append(g)
-        for a, claimants in claims.items():
-            gt_index[b, a] = claimants[0] if len(claimants) == 1 else int(np.argmax(overlap[:, a]))
-        for g in range(truth.shape[1]):
-            own = gt_index[b] == g
-            if own.any():
-                weight[b, own] = metric[g, own] * overlap[g, own].max() / (metric[g, own].max() + 1e-9)
-    return gt_index, weight
-
-
-def _ciou(a: list[float], b: list[float]) -> float:
-    eps = 1e-7
-    aw, ah, bw, bh = a[2] - a[0], a[3] - a[1] + eps, b[2] - b[0], b[3] - b[1] + eps
-    inter = max(min(a[2], b[2]) - max(a[0], b[0]), 0) * max(min(a[3], b[3]) - max(a[1], b[1]), 0)
-    iou = inter / (aw * ah + bw * bh - inter + eps)
-    c2 = (max(a[2], b[2]) - min(a[0], b[0])) ** 2 + (max(a[3], b[3]) - min(a[1], b[1])) ** 2 + eps
-    rho2 = ((b[0] + b[2] - a[0] - a[2]) ** 2 + (b[1] + b[3] - a[1] - a[3]) ** 2) / 4
-    v = 4 / math.pi**2 * (math.atan(bw / bh) - math.atan(aw / ah)) ** 2
-    return iou - rho2 / c2 - v * v / (v - iou + 1 + eps)
-
-
-@settings(max_examples=15, deadline=None)
-@given(seed=st.integers(0, 10**6), truths=st.integers(1, 6), topk=st.integers(1, 12))
-def test_equals_a_loop_over_the_definition(seed: int, truths: int, topk: int) -> None:
-    case = tuple(each.double() if each.is_floating_point() else each for each in random_case(seed, 2, truths))
-    result = assign(*case, topk=topk)
-    gt_index, weight = by_loops(*case, topk=topk)
-    assert np.array_equal(result.gt_index.numpy(), gt_index)
-    np.testing.assert_allclose(result.weight.numpy(), weight, rtol=1e-9, atol=1e-12)

@@ -247,9 +247,7 @@ def _best_overlap(scene: _Scene, places: _Places, gt_mask: Tensor, image: Tensor
     return torch.where(overlap == overlap.amax(1, keepdim=True), number, count).amin(1)
 
 
-def _weights(
-    scene: _Scene, places: _Places, gt_mask: Tensor, image: Tensor, anchor: Tensor, truth: Tensor
-) -> Tensor:
+def _weights(scene: _Scene, places: _Places, gt_mask: Tensor, image: Tensor, anchor: Tensor, truth: Tensor) -> Tensor:
     """Weights [F] of the assigned triples (image, anchor, truth)."""
     overlap = scene.overlap(image, truth, anchor)
     if places.rule == _ULTRALYTICS:

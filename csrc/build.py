@@ -7,7 +7,7 @@ every torch from 2.10 on. A missing tool is no error; the reason goes into `_bui
     YOLOV9_FAST_SKIP_CUDA=1     compile the CPU part only
     YOLOV9_FAST_FORCE_CUDA=1    compile CUDA although torch was built for another CUDA major version
     YOLOV9_FAST_PORTABLE=1      for any CPU of this architecture, not only those with this one's vector units
-    YOLOV9_FAST_SANITIZE        such as "address,undefined": instrument the CPU part; slow, needs their runtime preloaded
+    YOLOV9_FAST_SANITIZE        such as "address,undefined": instrument the CPU part, for tests/ops/test_sanitizers.py
     YOLOV9_FAST_CUDA_ARCHS      such as "8.0;9.0+PTX"; default: what nvcc knows of DEFAULT_ARCHS, PTX of the newest
     MAX_JOBS                    compilers at a time; default min(cores / 2, free memory / 5 GB)
     CXX, CUDA_HOME              the compiler (default c++) and the CUDA toolkit (default: the one of the nvcc on PATH)

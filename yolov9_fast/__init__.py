@@ -20,6 +20,7 @@ _MODULE_OF = {
     "backend": "yolov9_fast.ops.backend",
     "accelerate_loss": "yolov9_fast.accelerate",
     "restore_loss": "yolov9_fast.accelerate",
+    "accelerate_nms": "yolov9_fast.accelerate",
 }
 _SUBMODULES = ("data", "engine", "losses", "metrics", "models", "nn", "ops", "viz")
 

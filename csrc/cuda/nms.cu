@@ -64,7 +64,7 @@ __global__ void __launch_bounds__(kScan)
              keys + image * capacity);
 }
 
-__global__ void __launch_bounds__(kGreedy)
+__global__ void __launch_bounds__(kGreedy, 1)
     greedy_kernel(const Prediction view, const Cut* cuts, const uint64_t* keys, int64_t capacity, int64_t limit,
                   int64_t max_det, float iou, Kept* kept, float* boxes, int64_t* anchor, int64_t* count,
                   int64_t* candidates) {
@@ -80,7 +80,7 @@ __global__ void __launch_bounds__(kScan) key_kernel(const float* scores, int64_t
   if (i < total) keys[i] = candidate_key(rank_of_score(scores[i]), static_cast<uint32_t>(i));
 }
 
-__global__ void __launch_bounds__(kGreedy)
+__global__ void __launch_bounds__(kGreedy, 1)
     greedy_boxes_kernel(BoxSource source, const uint64_t* keys, int64_t total, int64_t max_det, float iou, Kept* kept,
                         int64_t* index, int64_t* count) {
   __shared__ Shared<S> shared;

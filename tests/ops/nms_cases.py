@@ -28,7 +28,7 @@ class Draw:
         return torch.rand(*shape, generator=self.generator)
 
     def boxes_xywh(self, count: int) -> Tensor:
-        """[4, count]: clusters, at times on a grid (exact overlaps, ties), duplicates, without or with negative size."""
+        """[4, count]: clusters, at times on a grid (exact overlaps, ties), duplicates, sizes of zero or less."""
         objects = self.rand(4, self.choice(1, 2, 5)) * torch.tensor([60.0, 60, 40, 40])[:, None] + 2
         at = torch.randint(objects.shape[1], (count,), generator=self.generator)
         boxes = objects[:, at] + self.choice(0.0, 2.0, 10.0) * (self.rand(4, count) - 0.5)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import logging
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+import yolov9_fast as yf
 from yolov9_fast.ops import Detections, nms
+from yolov9_fast.ops.backend import why_not
+from yolov9_fast.ops.nms import OPERATOR
+
+CPU_REASON = why_not(OPERATOR, "cpu")
+needs_cpu = pytest.mark.skipif(CPU_REASON is not None, reason=f"no compiled nms: {CPU_REASON}")
+
+
+@pytest.fixture(params=["eager", pytest.param("cpu", marks=needs_cpu)], autouse=True)
+def chosen_backend(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Every test of this file holds for every backend."""
+    with yf.backend(request.param):
+        yield
 
 
 def prediction(rows: list[tuple[tuple[float, float, float, float], tuple[float, ...]]]) -> Tensor:

@@ -20,7 +20,7 @@ from yolov9_fast.engine.validator import autocast
 from yolov9_fast.errors import DataError, UserError
 from yolov9_fast.models import DetectionModel, load_checkpoint
 from yolov9_fast.ops.decode import decode
-from yolov9_fast.ops.nms import nms
+from yolov9_fast.ops.nms import nms, warn_if_cut
 
 
 @dataclass(frozen=True)
@@ -163,6 +163,7 @@ class Predictor:
             max_det=self.max_det,
         )
         rows = found.boxes[0, : int(found.count[0])].cpu()
+        warn_if_cut(found)
         shape = (image.shape[0], image.shape[1])
         rows = scale_boxes_to_original(rows, boxed.ratio, boxed.pad, shape)
         return Prediction(path, rows.numpy(), self.names, shape, time.perf_counter() - started, frame)

@@ -33,7 +33,7 @@ from yolov9_fast.metrics import CocoMetrics, ConfusionMatrix, detections_to_coco
 from yolov9_fast.models import DetectionModel
 from yolov9_fast.nn import DetectionOutput
 from yolov9_fast.ops.decode import decode
-from yolov9_fast.ops.nms import nms
+from yolov9_fast.ops.nms import nms, warn_if_cut
 
 
 @dataclass(frozen=True)
@@ -187,6 +187,7 @@ def validate(
                 )
                 detections.extend(detections_to_coco(rows.numpy(), record.image_id, evaluation.categories))
                 confusion.update(rows, torch.from_numpy(_labels_in_pixels(record)).float())
+            warn_if_cut(found)
             mark = time.perf_counter()
             clock["nms"] += mark - forwarded
     losses = world.sum(losses)

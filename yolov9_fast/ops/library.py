@@ -1,7 +1,8 @@
 """The operators' registration: schemas and fake kernels in Python, compiled implementations from `_C_*.so` if present.
 
 A schema exists whether or not a compiled file loads, so the package imports, traces and runs eagerly without any.
-`YOLOV9_FAST_SKIP_LOADING=1` leaves the compiled files alone.
+`YOLOV9_FAST_SKIP_LOADING=1` leaves the compiled files alone; `YOLOV9_FAST_LIBRARY_FOLDER` takes them from another
+folder, such as that of a build with sanitizers.
 """
 
 from __future__ import annotations
@@ -46,17 +47,21 @@ def missing(name: str, backend: str) -> str | None:
 def build_info() -> dict[str, Any]:
     """What the installation compiled and why not the rest, from `_build_info.json`; empty before any installation."""
     try:
-        info = json.loads((PACKAGE_FOLDER / "_build_info.json").read_text())
+        info = json.loads((_folder() / "_build_info.json").read_text())
     except (OSError, ValueError):
         return {}
     return info if isinstance(info, dict) else {}
+
+
+def _folder() -> Path:
+    return Path(os.environ.get("YOLOV9_FAST_LIBRARY_FOLDER") or PACKAGE_FOLDER)
 
 
 def _load(backend: str, info: dict[str, Any]) -> str | None:
     """Load `_C_BACKEND.so`; the reason when that cannot be."""
     if os.environ.get("YOLOV9_FAST_SKIP_LOADING", "").strip().lower() not in ("", "0", "false", "no", "off"):
         return "YOLOV9_FAST_SKIP_LOADING is set"
-    path = PACKAGE_FOLDER / f"_C_{backend}.so"
+    path = _folder() / f"_C_{backend}.so"
     if not path.exists():
         part = info.get("parts", {}).get(backend) or {}
         return f"not compiled: {part.get('reason') or 'the package was not installed (pip install)'}"

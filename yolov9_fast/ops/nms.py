@@ -25,8 +25,8 @@ _MAX_CHOSEN = 24576
 
 class Detections(NamedTuple):
     """`boxes` [B, max_det, 6] float32: x1, y1, x2, y2 in pixels, score, class, score falling, zero after the end;
-    `count` [B] int64: how many rows of each image are detections; `candidates` [B] int64: how many candidates each image
-    had before `max_candidates` cut; `anchor` [B, max_det] int64: the anchor of each row, −1 after the end."""
+    `count` [B] int64: how many rows of each image are detections; `candidates` [B] int64: how many candidates each
+    image had before `max_candidates` cut; `anchor` [B, max_det] int64: the anchor of each row, −1 after the end."""
 
     boxes: Tensor
     count: Tensor  # type: ignore[assignment]
@@ -50,8 +50,8 @@ def nms(
     A candidate is a pair (anchor, class) with score > conf. Candidates are ordered by falling score, equal scores by
     anchor, then class. IoU is inter / (area + area − inter) in float32; a pair without area suppresses nothing. Nothing
     is dropped for lack of time. A candidate with a score or box that is not finite is ignored. Where an image has more
-    than `max_candidates`, the best are used, `candidates` of the result tells, and a warning is logged (once per process;
-    not on a GPU, where reading the number would wait for it: call `warn_if_cut` when the result is read anyway).
+    than `max_candidates`, the best are used, `candidates` of the result tells, and a warning is logged (once per
+    process; not on a GPU, where reading the number would wait: call `warn_if_cut` when the result is read anyway).
 
     Args:
         prediction: [B, 4 + nc, A] of `decode`: centre x, y, width, height in pixels, scores. Computed in float32.

@@ -17,7 +17,7 @@ _MAX_BOXES = 2**31 - 1
 class KeptBoxes(NamedTuple):
     """`index` [max_det] int64: the boxes that stay, score falling, −1 after the end; `count` [] int64: how many."""
 
-    index: Tensor
+    index: Tensor  # type: ignore[assignment]
     count: Tensor  # type: ignore[assignment]
 
 
@@ -26,8 +26,8 @@ def nms_boxes(
 ) -> KeptBoxes:
     """Greedy NMS: the best box stays, those of its label that overlap it by more than `iou` go, and so on.
 
-    Order: falling score, NaN first as in sorting, equal scores by index. IoU is inter / (area + area − inter) in float32;
-    a box with a NaN neither suppresses nor is suppressed. No gradient, no synchronisation.
+    Order: falling score, NaN first as in sorting, equal scores by index. IoU is inter / (area + area − inter) in
+    float32; a box with a NaN neither suppresses nor is suppressed. No gradient, no synchronisation.
 
     Args:
         boxes: [n, 4] x1, y1, x2, y2 in any one unit, any floating dtype.
@@ -79,9 +79,9 @@ def _check(boxes: Tensor, scores: Tensor, labels: Tensor | None, iou: float, max
             raise TypeError(f"nms_boxes: labels must be an integer tensor, got {got}")
         if labels.shape != scores.shape:
             raise ValueError(f"nms_boxes: labels must have shape [{boxes.shape[0]}], got {list(labels.shape)}")
-    for tensor in (scores, labels):
-        if tensor is not None and tensor.device != boxes.device:
-            raise ValueError(f"nms_boxes: tensors must be on one device, got {boxes.device} and {tensor.device}")
+    for other in (scores, labels):
+        if other is not None and other.device != boxes.device:
+            raise ValueError(f"nms_boxes: tensors must be on one device, got {boxes.device} and {other.device}")
     if not iou >= 0:
         raise ValueError(f"nms_boxes: iou must be at least 0, got {iou}")
     if max_det is not None and max_det < 0:

@@ -72,18 +72,28 @@ double sum_of(const Real* values, int64_t count) {
   return sum;
 }
 
-template <class T, class Real, bool kFocal, bool kGradient>
-double background_run(const T* source, int64_t step, T* target, int64_t target_step, int64_t count, Real gamma,
-                      Real scale) {
-  Real logits[kRun], values[kRun], gradients[kRun];
-  load_run(source, step, logits, count);
+template <class Real, bool kFocal, bool kGradient>
+double dense_run(const Real* __restrict logits, Real* __restrict gradients, int64_t count, Real gamma, Real scale) {
+  Real values[kRun];
   for (int64_t i = 0; i < count; ++i) {
     const ValueAndGradient<Real> term = background_class<Real, kFocal>(logits[i], gamma);
     values[i] = term.value;
     if constexpr (kGradient) gradients[i] = term.gradient * scale;
   }
-  if constexpr (kGradient) store_run(gradients, target, target_step, count);
   return sum_of(values, count);
+}
+
+template <class T, class Real, bool kFocal, bool kGradient>
+double background_run(const T* source, int64_t step, T* target, int64_t target_step, int64_t count, Real gamma,
+                      Real scale) {
+  if constexpr (std::is_same_v<T, Real>) {
+    if (step == 1 && target_step == 1) return dense_run<Real, kFocal, kGradient>(source, target, count, gamma, scale);
+  }
+  Real logits[kRun], gradients[kRun];
+  load_run(source, step, logits, count);
+  const double sum = dense_run<Real, kFocal, kGradient>(logits, gradients, count, gamma, scale);
+  if constexpr (kGradient) store_run(gradients, target, target_step, count);
+  return sum;
 }
 
 template <class T>
@@ -134,8 +144,9 @@ double background(const Level<T>& level, const Piece& piece, const Targets<Real>
   return sum;
 }
 
+// Out of line: the scan over the anchors, nearly all background, stays small.
 template <class T, class Real, bool kGradient>
-void assigned_anchor(const Level<T>& level, int64_t image, int64_t pixel, int64_t truth, Real w,
+__attribute__((noinline)) void assigned_anchor(const Level<T>& level, int64_t image, int64_t pixel, int64_t truth, Real w,
                      const Targets<Real>& targets, Sums& sums) {
   const T* source = level.data + image * level.at.image + pixel * level.at.pixel;
   T* gradient =

@@ -1,14 +1,10 @@
 // detection_loss on the CPU, in two sweeps: all class logits as background, vectorised where the map lies dense (reads
 // the maps' class channels once, writes the gradients once); then the few assigned anchors, whose terms are put in place.
 // Sums run over pieces of fixed size and are added up in their order, so that threads change no bit.
-#include "common/detection_loss.h"
-#include "common/raw_maps.h"
+#include "common/detection_loss_arguments.h"
 #include "cpu/rows.h"
 
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
 
 #include <algorithm>
 #include <cstdint>
@@ -19,37 +15,11 @@
 namespace {
 
 using namespace yolov9_fast;
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
+using namespace yolov9_fast::loss;
 
-constexpr char kOp[] = "detection_loss";
 constexpr int64_t kRun = 512;            // logits at a time: a few KiB of buffers, well within the first cache
 constexpr int64_t kPiece = 16384;        // logits of a task, about 10 us
 constexpr int64_t kAnchorsOfTask = 512;  // anchors looked through by a task of the second sweep
-
-struct Sums {
-  double box = 0, cls = 0, dfl = 0;
-};
-
-// The arguments beside the maps, checked once.
-struct Arguments {
-  const Tensor &gt_index, &weight, &gt_labels, &gt_boxes, &normaliser;
-  const std::vector<int64_t>& strides;
-  double pos_weight, label_smoothing, focal_gamma;
-  const std::vector<double>& gains;
-};
-
-template <class Real>
-struct Targets {
-  const int64_t* gt_index;
-  const Real* weight;
-  const int64_t* labels;
-  const Real* boxes;
-  int64_t truths, classes;
-  ClassOptions<Real> options;
-  Real class_scale;  // what the class gradients are multiplied with
-  AnchorScales<Real> scales;
-};
 
 // A part of one image of one level: whole rows, which are planes of a channel or the channels of a pixel.
 struct Piece {
@@ -112,7 +82,7 @@ bool rows_are_pixels(const Level<T>& level, int64_t classes) {
 }
 
 template <class T, class Real, bool kFocal, bool kGradient>
-double background(const Level<T>& level, const Piece& piece, const Targets<Real>& targets) {
+double background(const Level<T>& level, const Piece& piece, const Targets<Real>& targets, Real scale) {
   const bool by_pixel = rows_are_pixels(level, targets.classes);
   const int64_t row_step = by_pixel ? level.at.pixel : level.at.channel;
   const int64_t step = by_pixel ? level.at.channel : level.at.pixel;
@@ -138,7 +108,7 @@ double background(const Level<T>& level, const Piece& piece, const Targets<Real>
     for (int64_t i = 0; i < columns; i += kRun) {
       sum += background_run<T, Real, kFocal, kGradient>(from + i * step, step, to + i * gradient_step, gradient_step,
                                                        std::min(kRun, columns - i), targets.options.focal_gamma,
-                                                       targets.class_scale);
+                                                       scale);
     }
   }
   return sum;
@@ -146,45 +116,20 @@ double background(const Level<T>& level, const Piece& piece, const Targets<Real>
 
 // Out of line: the scan over the anchors, nearly all background, stays small.
 template <class T, class Real, bool kGradient>
-__attribute__((noinline)) void assigned_anchor(const Level<T>& level, int64_t image, int64_t pixel, int64_t truth, Real w,
-                     const Targets<Real>& targets, Sums& sums) {
-  const T* source = level.data + image * level.at.image + pixel * level.at.pixel;
-  T* gradient =
-      kGradient ? level.gradient + image * level.gradient_at.image + pixel * level.gradient_at.pixel : nullptr;
-  const int64_t row = image * targets.truths + truth;
-  const int64_t label = targets.labels[row];
+__attribute__((noinline)) void add_assigned(const Level<T>& level, int64_t image, int64_t pixel, int64_t truth, Real w,
+                                            const Targets<Real>& targets, const Scales<Real>& scales,
+                                            Sums<double>& sums) {
+  STD_TORCH_CHECK(truth < targets.truths, kOp, ": gt_index holds ", truth, ", beyond the ground truths");
+  const int64_t row = image * targets.truths + truth, label = targets.labels[row];
   STD_TORCH_CHECK(label >= 0 && label < targets.classes, kOp, ": gt_labels holds ", label, ", beyond the classes");
-
-  const bool all_classes = targets.options.label_smoothing > Real(0);
-  const int64_t first = all_classes ? 0 : label, last = all_classes ? targets.classes : label + 1;
-  for (int64_t c = first; c < last; ++c) {
-    const Real logit = static_cast<Real>(source[(kBoxChannels + c) * level.at.channel]);
-    const Real target = class_target(c == label, w, targets.options.label_smoothing);
-    const ValueAndGradient<Real> term = class_term(logit, target, targets.options);
-    const Real counted = targets.options.focal_gamma > Real(0)
-                             ? background_class<Real, true>(logit, targets.options.focal_gamma).value
-                             : background_class<Real, false>(logit, Real(0)).value;
-    sums.cls += static_cast<double>(correction(term.value, counted));
-    if constexpr (kGradient) {
-      gradient[(kBoxChannels + c) * level.gradient_at.channel] = static_cast<T>(term.gradient * targets.class_scale);
-    }
-  }
-
-  Real bins[kBoxChannels];
-  load_run(source, level.at.channel, bins, kBoxChannels);
-  const Real stride = static_cast<Real>(level.stride);
-  Real wanted[4];
-  for (int i = 0; i < 4; ++i) wanted[i] = targets.boxes[4 * row + i] / stride;
-  const Real x = static_cast<Real>(pixel % level.width) + Real(0.5);
-  const Real y = static_cast<Real>(pixel / level.width) + Real(0.5);
-  const AnchorTerms<Real> terms = anchor_terms<Real, kGradient>(bins, x, y, wanted, w, targets.scales);
-  sums.box += static_cast<double>(terms.box);
-  sums.dfl += static_cast<double>(terms.dfl);
-  if constexpr (kGradient) store_run(bins, gradient, level.gradient_at.channel, kBoxChannels);
+  const Sums<Real> own = assigned_anchor<T, Real, kGradient>(level, image, pixel, row, label, w, targets, scales);
+  sums.box += static_cast<double>(own.box);
+  sums.cls += static_cast<double>(own.cls);
+  sums.dfl += static_cast<double>(own.dfl);
 }
 
 template <class T, class Real, bool kGradient>
-Sums sweep(const Levels<T>& maps, const Targets<Real>& targets) {
+Sums<double> sweep(const Levels<T>& maps, const Targets<Real>& targets, const Scales<Real>& scales) {
   std::vector<Piece> pieces, anchors;
   for (int l = 0; l < maps.count; ++l) {
     const Level<T>& level = maps.level[l];
@@ -204,11 +149,11 @@ Sums sweep(const Levels<T>& maps, const Targets<Real>& targets) {
   torch::stable::parallel_for(0, static_cast<int64_t>(pieces.size()), 2, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const Level<T>& level = maps.level[pieces[i].level];
-      class_sums[i] = focal ? background<T, Real, true, kGradient>(level, pieces[i], targets)
-                            : background<T, Real, false, kGradient>(level, pieces[i], targets);
+      class_sums[i] = focal ? background<T, Real, true, kGradient>(level, pieces[i], targets, scales.cls)
+                            : background<T, Real, false, kGradient>(level, pieces[i], targets, scales.cls);
     }
   });
-  std::vector<Sums> anchor_sums(anchors.size());
+  std::vector<Sums<double>> anchor_sums(anchors.size());
   torch::stable::parallel_for(0, static_cast<int64_t>(anchors.size()), 8, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const Piece& piece = anchors[i];
@@ -217,15 +162,14 @@ Sums sweep(const Levels<T>& maps, const Targets<Real>& targets) {
       for (int64_t pixel = piece.begin; pixel < piece.end; ++pixel) {
         const int64_t truth = targets.gt_index[offset + pixel];
         if (truth < 0) continue;
-        STD_TORCH_CHECK(truth < targets.truths, kOp, ": gt_index holds ", truth, ", beyond the ground truths");
-        assigned_anchor<T, Real, kGradient>(level, piece.image, pixel, truth, targets.weight[offset + pixel], targets,
-                                            anchor_sums[i]);
+        add_assigned<T, Real, kGradient>(level, piece.image, pixel, truth, targets.weight[offset + pixel], targets, scales,
+                                         anchor_sums[i]);
       }
     }
   });
-  Sums total;
+  Sums<double> total{};
   for (const double sum : class_sums) total.cls += sum;
-  for (const Sums& sum : anchor_sums) {
+  for (const Sums<double>& sum : anchor_sums) {
     total.box += sum.box;
     total.cls += sum.cls;
     total.dfl += sum.dfl;
@@ -233,80 +177,39 @@ Sums sweep(const Levels<T>& maps, const Targets<Real>& targets) {
   return total;
 }
 
-void check_dense(const Tensor& tensor, ScalarType type, int64_t numel, const char* name) {
-  STD_TORCH_CHECK(tensor.is_contiguous() && tensor.scalar_type() == type && tensor.numel() == numel, kOp, ": ", name,
-                  " must be contiguous, of the right size and dtype");
-}
-
-// Calls body(T, Real) for the maps' dtype and that of the computation.
-template <class Body>
-void dispatch(const std::vector<Tensor>& maps, const Body& body) {
-  STD_TORCH_CHECK(!maps.empty(), kOp, ": no maps");
-  switch (maps[0].scalar_type()) {
-    case ScalarType::Float: return body(float{}, float{});
-    case ScalarType::BFloat16: return body(BFloat16{}, float{});
-    case ScalarType::Half: return body(Half{}, float{});
-    case ScalarType::Double: return body(double{}, double{});
-    default: STD_TORCH_CHECK(false, kOp, ": maps must be of a floating dtype");
-  }
-}
-
-template <class Real>
-constexpr ScalarType type_of = std::is_same_v<Real, double> ? ScalarType::Double : ScalarType::Float;
-
 // items: null, or where the three go; `upstream`: null for ones.
 template <class T, class Real>
-void run(const std::vector<Tensor>& maps, const std::vector<Tensor>& gradients, const Arguments& given,
-         const Real* upstream, Real* items) {
-  const Levels<T> levels = raw_maps<T>(maps, gradients, given.strides, kOp);
-  const int64_t truths = given.gt_labels.size(1), anchors = levels.batch * levels.anchors;
-  check_dense(given.gt_index, ScalarType::Long, anchors, "gt_index");
-  check_dense(given.weight, type_of<Real>, anchors, "weight");
-  check_dense(given.gt_labels, ScalarType::Long, levels.batch * truths, "gt_labels");
-  check_dense(given.gt_boxes, type_of<Real>, levels.batch * truths * 4, "gt_boxes");
-  check_dense(given.normaliser, type_of<Real>, 1, "normaliser");
-  STD_TORCH_CHECK(given.gains.size() == 3, kOp, ": expected three gains");
+void run(const Arguments& given, const std::vector<Tensor>& gradients, const Real* upstream, Real* items) {
+  const Levels<T> levels = given.levels<T>(gradients);
+  const Targets<Real> targets = given.targets<Real>(levels.batch, levels.channels, levels.anchors);
   const double normaliser = static_cast<const Real*>(given.normaliser.const_data_ptr())[0];
-  double scales[3];
+  Real scales[3];
   for (int i = 0; i < 3; ++i) {
-    scales[i] = given.gains[i] / normaliser * (upstream == nullptr ? 1.0 : static_cast<double>(upstream[i]));
+    const double incoming = upstream == nullptr ? 1.0 : static_cast<double>(upstream[i]);
+    scales[i] = static_cast<Real>(given.gains[i] / normaliser * incoming);
   }
-  const Targets<Real> targets{static_cast<const int64_t*>(given.gt_index.const_data_ptr()),
-                              static_cast<const Real*>(given.weight.const_data_ptr()),
-                              static_cast<const int64_t*>(given.gt_labels.const_data_ptr()),
-                              static_cast<const Real*>(given.gt_boxes.const_data_ptr()),
-                              truths,
-                              levels.channels - kBoxChannels,
-                              {static_cast<Real>(given.pos_weight), static_cast<Real>(given.label_smoothing),
-                               static_cast<Real>(given.focal_gamma)},
-                              static_cast<Real>(scales[1]),
-                              {static_cast<Real>(scales[0]), static_cast<Real>(scales[2])}};
-  const Sums sums = gradients.empty() ? sweep<T, Real, false>(levels, targets) : sweep<T, Real, true>(levels, targets);
+  const Scales<Real> of_terms{scales[1], {scales[0], scales[2]}};
+  const Sums<double> sums = gradients.empty() ? sweep<T, Real, false>(levels, targets, of_terms)
+                                              : sweep<T, Real, true>(levels, targets, of_terms);
   if (items == nullptr) return;
   items[0] = static_cast<Real>(sums.box * given.gains[0] / normaliser);
   items[1] = static_cast<Real>(sums.cls * given.gains[1] / normaliser);
   items[2] = static_cast<Real>(sums.dfl * given.gains[2] / normaliser);
 }
 
-std::vector<Tensor> like(const std::vector<Tensor>& maps) {
-  std::vector<Tensor> result;
-  for (const Tensor& map : maps) result.push_back(torch::stable::empty_like(map));
-  return result;
-}
-
 std::tuple<Tensor, std::vector<Tensor>> detection_loss_forward(
     const std::vector<Tensor>& maps, const Tensor& gt_index, const Tensor& weight, const Tensor& gt_labels,
     const Tensor& gt_boxes, const Tensor& normaliser, const std::vector<int64_t>& strides, double pos_weight,
     double label_smoothing, double focal_gamma, const std::vector<double>& gains, bool gradient) {
-  const Arguments given{gt_index, weight,     gt_labels,       gt_boxes,    normaliser,
-                        strides,  pos_weight, label_smoothing, focal_gamma, gains};
+  const Arguments given{maps,    gt_index,   weight,          gt_labels,   gt_boxes, normaliser,
+                        strides, pos_weight, label_smoothing, focal_gamma, gains};
   Tensor items = torch::stable::new_empty(normaliser, {3});
-  std::vector<Tensor> gradients = gradient ? like(maps) : std::vector<Tensor>();
-  dispatch(maps, [&](auto element, auto real) {
+  std::vector<Tensor> gradients = gradient ? empty_like(maps) : std::vector<Tensor>();
+  given.dispatch([&](auto element, auto real) {
     using T = decltype(element);
     using Real = decltype(real);
     STD_TORCH_CHECK(items.scalar_type() == type_of<Real>, kOp, ": normaliser must be of the computation's dtype");
-    run<T, Real>(maps, gradients, given, nullptr, static_cast<Real*>(items.mutable_data_ptr()));
+    run<T, Real>(given, gradients, nullptr, static_cast<Real*>(items.mutable_data_ptr()));
   });
   return {items, gradients};
 }
@@ -317,14 +220,14 @@ std::vector<Tensor> detection_loss_backward(const Tensor& upstream, const std::v
                                             const std::vector<int64_t>& strides, double pos_weight,
                                             double label_smoothing, double focal_gamma,
                                             const std::vector<double>& gains) {
-  const Arguments given{gt_index, weight,     gt_labels,       gt_boxes,    normaliser,
-                        strides,  pos_weight, label_smoothing, focal_gamma, gains};
-  const std::vector<Tensor> gradients = like(maps);
-  dispatch(maps, [&](auto element, auto real) {
+  const Arguments given{maps,    gt_index,   weight,          gt_labels,   gt_boxes, normaliser,
+                        strides, pos_weight, label_smoothing, focal_gamma, gains};
+  const std::vector<Tensor> gradients = empty_like(maps);
+  given.dispatch([&](auto element, auto real) {
     using T = decltype(element);
     using Real = decltype(real);
     check_dense(upstream, type_of<Real>, 3, "upstream");
-    run<T, Real>(maps, gradients, given, static_cast<const Real*>(upstream.const_data_ptr()), nullptr);
+    run<T, Real>(given, gradients, static_cast<const Real*>(upstream.const_data_ptr()), nullptr);
   });
   return gradients;
 }

@@ -1,0 +1,59 @@
+// detection_loss by the GPU's phases, thread by thread on the host: for tests, which vary the threads and their order.
+#include "common/detection_loss_phases.h"
+
+#include <torch/csrc/stable/library.h>
+
+#include <tuple>
+#include <vector>
+
+namespace {
+
+using namespace yolov9_fast;
+using namespace yolov9_fast::loss;
+
+template <class T, class Real, bool kGradient>
+void run(const Problem<T, Real>& p, const HostBlock& block) {
+  SumShared<Real> shared;
+  const bool focal = p.targets.options.focal_gamma > Real(0);
+  for (int64_t i = 0; i < p.class_blocks(); ++i) {
+    focal ? classes<T, Real, true, kGradient>(block, shared, p, i) : classes<T, Real, false, kGradient>(block, shared, p, i);
+  }
+  for (int64_t i = 0; i < p.anchor_blocks(); ++i) anchors<T, Real, kGradient>(block, shared, p, i);
+}
+
+// `upstream` absent: items and, if asked for, gradients; else gradients alone, as detection_loss_backward.
+std::tuple<Tensor, std::vector<Tensor>> detection_loss_phases(
+    const std::optional<Tensor>& upstream, const std::vector<Tensor>& maps, const Tensor& gt_index,
+    const Tensor& weight, const Tensor& gt_labels, const Tensor& gt_boxes, const Tensor& normaliser,
+    const std::vector<int64_t>& strides, double pos_weight, double label_smoothing, double focal_gamma,
+    const std::vector<double>& gains, bool gradient, int64_t threads, int64_t seed) {
+  STD_TORCH_CHECK(threads >= 1 && threads <= kMaxThreads, "detection_loss_phases: threads must lie in [1, 256]");
+  const Arguments given{maps,    gt_index,   weight,          gt_labels,   gt_boxes, normaliser,
+                        strides, pos_weight, label_smoothing, focal_gamma, gains};
+  Tensor items = torch::stable::new_empty(normaliser, {3});
+  const std::vector<Tensor> gradients = gradient ? empty_like(maps) : std::vector<Tensor>();
+  const HostBlock block(static_cast<int>(threads), static_cast<uint32_t>(seed));
+  given.dispatch([&](auto element, auto real) {
+    using T = decltype(element);
+    using Real = decltype(real);
+    Problem<T, Real> p = problem_of<T, Real>(given, gradients, static_cast<int>(threads));
+    std::vector<double> class_sums(p.class_blocks()), anchor_sums(3 * p.anchor_blocks());
+    p.items = static_cast<Real*>(items.mutable_data_ptr());
+    if (upstream.has_value()) {
+      check_dense(*upstream, type_of<Real>, 3, "upstream");
+      p.upstream = static_cast<const Real*>(upstream->const_data_ptr());
+    }
+    p.class_sums = class_sums.data();
+    p.anchor_sums = anchor_sums.data();
+    gradient ? run<T, Real, true>(p, block) : run<T, Real, false>(p, block);
+    FinishShared shared;
+    finish(block, shared, p);
+  });
+  return {items, gradients};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(yolov9_fast, CPU, library) {
+  library.impl("detection_loss_phases", TORCH_BOX(&detection_loss_phases));
+}

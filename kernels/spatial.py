@@ -1,0 +1,56 @@
+"""What the kernels share whose pixels look at neighbours: tiles over all pixels of a batch, neighbours, maxima."""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from yolov9_fast.kernels.config import tile
+from yolov9_fast.kernels.launch import View, dense_like, vector_of
+
+
+def spatial(view: View, shape: tuple[int, ...], *others: View | None) -> tuple[tuple[int, int], int, dict[str, Any]]:
+    """Grid, elements of an access, and constants of a kernel with a program per tile of the pixels of `shape`.
+
+    Planes go one element at a time: a neighbour's address is aligned only where channels are side by side.
+    """
+    vector = vector_of(view, *others) if view.last else 1
+    block = tile("spatial", view, vector)
+    grid = (triton.cdiv(shape[0] * shape[2] * shape[3], block.pixels), triton.cdiv(view.channels, block.channels))
+    constants = {"LAST": view.last, "VEC": vector, "BLOCK_P": block.pixels, "BLOCK_C": block.channels}
+    return grid, vector, constants | {"warps": block.warps}
+
+
+def dense(view: View, height: int, width: int, dtype: torch.dtype | None = None) -> View:
+    """A new dense map of the batch and channels of `view`, in its layout."""
+    return dense_like(view, (view.data.shape[0], view.channels, height, width), dtype)
+
+
+@triton.jit
+def tile_of_batch(height, width, batch, channels, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
+    """This program's pixels (n, y, x), channels and which of them exist."""
+    p = tl.program_id(0).to(tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)
+    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    n = (p // (height * width)).to(tl.int32)
+    rest = (p - n.to(tl.int64) * (height * width)).to(tl.int32)
+    return n, rest // width, rest % width, c, n < batch, c < channels
+
+
+@triton.jit
+def at(n, y, x, c, height, width, image_stride, stride, LAST: tl.constexpr):
+    """64-bit offsets [pixels, channels]; y and x may lie outside, under a mask."""
+    if LAST:
+        return (((n * height + y) * width + x).to(tl.int64) * stride)[:, None] + c[None, :]
+    else:
+        return (n.to(tl.int64) * image_stride + (y * width + x))[:, None] + c[None, :].to(tl.int64) * stride
+
+
+@triton.jit
+def within(y, x, height, width):
+    return (y >= 0) & (y < height) & (x >= 0) & (x < width)
+
+
+@triton.jit
+def larger(a, b):
+    """Maximum that a NaN wins, as in torch's max pool."""
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)

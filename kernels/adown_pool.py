@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from yolov9_fast.kernels.batch_norm import strides
-from yolov9_fast.kernels.launch import View, dense_like, kernel, views
+from yolov9_fast.kernels.launch import View, as_stored, dense_like, kernel, views
 from yolov9_fast.kernels.spatial import at, dense, spatial, tile_of_batch, within
 
 
@@ -20,7 +20,7 @@ def average_at(x_ptr, n, y, x, c, real, inside, height, width, image_stride, str
     for k in tl.static_range(4):
         place = at(n, y + k // 2, x + k % 2, c, height, width, image_stride, stride, LAST)
         sum += tl.load(x_ptr + place, mask=real[:, None] & inside[None, :], other=0.0).to(tl.float32)
-    return (sum * 0.25).to(x_ptr.dtype.element_ty).to(tl.float32)
+    return as_stored(sum * 0.25, x_ptr).to(tl.float32)
 
 
 # Reads x (4 neighbours), writes the average: 4 bytes an element of bf16. Grid: tiles of averages × blocks of channels.
@@ -45,7 +45,7 @@ def adown_average_kernel(
     n, y, x, c, real, inside = tile_of_batch(height - 1, width - 1, batch, channels, BLOCK_P, BLOCK_C)
     mean = average_at(x_ptr, n, y, x, c, real, inside, height, width, x_image * VEC, x_stride * VEC, LAST)
     place = at(n, y, x, c, height - 1, width - 1, out_image * VEC, out_stride * VEC, LAST)
-    tl.store(out_ptr + place, mean.to(out_ptr.dtype.element_ty), mask=real[:, None] & inside[None, :])
+    tl.store(out_ptr + place, as_stored(mean, out_ptr), mask=real[:, None] & inside[None, :])
 
 
 # Reads x (36 neighbours a result, from the L1), writes a quarter as many maxima, or their places: 2.5 (2.25) bytes an
@@ -87,7 +87,7 @@ def adown_max_kernel(
     place = at(n, y, x, c, out_height, out_width, out_image * VEC, out_stride * VEC, LAST)
     mask = real[:, None] & inside[None, :]
     if out_ptr is not None:
-        tl.store(out_ptr + place, best.to(out_ptr.dtype.element_ty), mask=mask)
+        tl.store(out_ptr + place, as_stored(best, out_ptr), mask=mask)
     if place_ptr is not None:
         tl.store(place_ptr + place, where.to(tl.uint8), mask=mask)
 
@@ -120,7 +120,7 @@ def adown_average_gradient_kernel(
         place = at(n, ay, ax, c, height - 1, width - 1, dy_image * VEC, dy_stride * VEC, LAST)
         sum += tl.load(dy_ptr + place, mask=mask, other=0.0).to(tl.float32)
     place = at(n, y, x, c, height, width, dx_image * VEC, dx_stride * VEC, LAST)
-    tl.store(dx_ptr + place, (sum * 0.25).to(dx_ptr.dtype.element_ty), mask=real[:, None] & inside[None, :])
+    tl.store(dx_ptr + place, as_stored(sum * 0.25, dx_ptr), mask=real[:, None] & inside[None, :])
 
 
 # Reads places and gradients of the four windows that can reach a pixel, writes dx: 2.75 bytes an element of bf16.
@@ -164,7 +164,7 @@ def adown_max_gradient_kernel(
         won = (off_y >= -1) & (off_y <= 0) & (off_x >= -1) & (off_x <= 0)
         sum += tl.where(won, dy, 0.0)
     place = at(n, y, x, c, height, width, dx_image * VEC, dx_stride * VEC, LAST)
-    tl.store(dx_ptr + place, (sum * 0.25).to(dx_ptr.dtype.element_ty), mask=real[:, None] & inside[None, :])
+    tl.store(dx_ptr + place, as_stored(sum * 0.25, dx_ptr), mask=real[:, None] & inside[None, :])
 
 
 def adown_pool_forward(x: Tensor, split: bool) -> tuple[Tensor, Tensor]:

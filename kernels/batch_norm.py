@@ -13,7 +13,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from yolov9_fast.kernels.config import Tile, tile
-from yolov9_fast.kernels.launch import View, affine, kernel, origin, parameters, tile_offsets, vector_of, views
+from yolov9_fast.kernels.launch import (
+    View,
+    affine,
+    as_stored,
+    kernel,
+    origin,
+    parameters,
+    tile_offsets,
+    vector_of,
+    views,
+)
 
 PROGRAMS = 1024
 """Programs of a first stage: about eight for each of 132 multiprocessors; fixed: every GPU gives the same bits."""
@@ -274,12 +284,12 @@ def keep_statistics(
         rate = tl.cast(momentum, tl.float32)
         kept = tl.load(running_mean_ptr + c, mask=inside, other=0.0).to(tl.float32)
         new = (1.0 - rate) * kept + rate * mean
-        tl.store(running_mean_ptr + c, new.to(running_mean_ptr.dtype.element_ty), mask=inside)
+        tl.store(running_mean_ptr + c, as_stored(new, running_mean_ptr), mask=inside)
     if running_var_ptr is not None:
         rate = tl.cast(momentum, tl.float32)
         kept = tl.load(running_var_ptr + c, mask=inside, other=0.0).to(tl.float32)
         new = (1.0 - rate) * kept + rate * (m2 / tl.maximum(count - 1.0, 1.0))
-        tl.store(running_var_ptr + c, new.to(running_var_ptr.dtype.element_ty), mask=inside)
+        tl.store(running_var_ptr + c, as_stored(new, running_var_ptr), mask=inside)
     return spread
 
 
@@ -305,7 +315,7 @@ def column_sums_kernel(
         valid = (rows < partials)[:, None] & (c < columns)[None, :]
         acc += tl.load(partial_ptr + rows[:, None] * columns_i64 + c[None, :], mask=valid, other=0.0)
     total = tl.sum(acc, axis=0)
-    total = total.to(out0_ptr.dtype.element_ty)
+    total = as_stored(total, out0_ptr)
     if which == 0:
         tl.store(out0_ptr + c, total, mask=c < columns)
     if out1_ptr is not None:

@@ -31,6 +31,7 @@ from yolov9_fast.kernels.bn_silu_whole import whole_backward, whole_forward
 from yolov9_fast.kernels.launch import (
     View,
     affine,
+    as_stored,
     dense_like,
     kernel,
     origin,
@@ -98,7 +99,7 @@ def bn_silu_apply_kernel(
         residual_ptr += origin(image, start, first, residual_image * VEC, residual_stride * VEC, LAST)
         y += tl.load(residual_ptr + tile_offsets(p, c, residual_stride * VEC, LAST), mask=valid, other=0).to(tl.float32)
     out_ptr += origin(image, start, first, out_image * VEC, out_stride * VEC, LAST)
-    tl.store(out_ptr + tile_offsets(p, c, out_stride * VEC, LAST), y.to(out_ptr.dtype.element_ty), mask=valid)
+    tl.store(out_ptr + tile_offsets(p, c, out_stride * VEC, LAST), as_stored(y, out_ptr), mask=valid)
 
 
 # Reads dz and x (4 bytes an element of bf16), writes 8 bytes per channel and block. Grid: blocks of pixels × channels.
@@ -214,7 +215,7 @@ def bn_silu_dx_kernel(
     mean_dy_xhat = load_channel(mean_dy_xhat_ptr, first + c, inside, 0.0) * part
     dx = (weight * rstd) * (dy - mean_dy - xhat * mean_dy_xhat)
     dx_ptr += origin(image, start, first, dx_image * VEC, dx_stride * VEC, LAST)
-    tl.store(dx_ptr + tile_offsets(p, c, dx_stride * VEC, LAST), dx.to(dx_ptr.dtype.element_ty), mask=valid)
+    tl.store(dx_ptr + tile_offsets(p, c, dx_stride * VEC, LAST), as_stored(dx, dx_ptr), mask=valid)
 
 
 def bn_silu_forward(

@@ -15,7 +15,7 @@ from yolov9_fast.kernels.batch_norm import (
     whole_offsets,
     whole_statistics,
 )
-from yolov9_fast.kernels.launch import View, kernel, vector_of
+from yolov9_fast.kernels.launch import View, as_stored, kernel, vector_of
 
 
 # Statistics and apply: reads x (and residual) once, writes out. Grid: blocks of channels, all rows in one program.
@@ -69,7 +69,7 @@ def bn_silu_whole_kernel(
         place = whole_offsets(rows, c, pixels, residual_image * VEC, residual_stride * VEC, LAST)
         y += tl.load(residual_ptr + place, mask=valid, other=0).to(tl.float32)
     place = whole_offsets(rows, c, pixels, out_image * VEC, out_stride * VEC, LAST)
-    tl.store(out_ptr + place, y.to(out_ptr.dtype.element_ty), mask=valid)
+    tl.store(out_ptr + place, as_stored(y, out_ptr), mask=valid)
 
 
 # Sums and dx: reads dz and x once, writes dx. Grid: blocks of channels, all rows in one program.
@@ -122,7 +122,7 @@ def bn_silu_whole_backward_kernel(
     count = tl.cast(total, tl.float32)
     dx = (weight * rstd) * (dy - (dbias / count)[None, :] - xhat * (dweight / count)[None, :])
     place = whole_offsets(rows, c, pixels, dx_image * VEC, dx_stride * VEC, LAST)
-    tl.store(dx_ptr + place, dx.to(dx_ptr.dtype.element_ty), mask=valid)
+    tl.store(dx_ptr + place, as_stored(dx, dx_ptr), mask=valid)
 
 
 def whole_forward(

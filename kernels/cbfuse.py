@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from yolov9_fast.kernels.batch_norm import strides
-from yolov9_fast.kernels.launch import dense_like, kernel, views
+from yolov9_fast.kernels.launch import as_stored, dense_like, kernel, views
 from yolov9_fast.kernels.spatial import at, dense, spatial, tile_of_batch
 
 MOST = 5
@@ -168,7 +168,7 @@ def cbfuse_kernel(
     place = at(n, y, x, c, height, width, target_image * VEC, target_stride * VEC, LAST)
     sum += tl.load(target_ptr + place, mask=mask, other=0.0).to(tl.float32)
     place = at(n, y, x, c, height, width, out_image * VEC, out_stride * VEC, LAST)
-    tl.store(out_ptr + place, sum.to(out_ptr.dtype.element_ty), mask=mask)
+    tl.store(out_ptr + place, as_stored(sum, out_ptr), mask=mask)
 
 
 # Reads dz once (each source pixel its own part), writes dx: 2 (H·W + h·w) bytes a channel of bf16. Grid: tiles of the
@@ -210,7 +210,7 @@ def cbfuse_gradient_kernel(
         place = at(n, yy, xx, c, target_height, target_width, dz_image * VEC, dz_stride * VEC, LAST)
         sum += tl.load(dz_ptr + place, mask=reads[:, None] & inside[None, :], other=0.0).to(tl.float32)
     place = at(n, y, x, c, height, width, dx_image * VEC, dx_stride * VEC, LAST)
-    tl.store(dx_ptr + place, sum.to(dx_ptr.dtype.element_ty), mask=real[:, None] & inside[None, :])
+    tl.store(dx_ptr + place, as_stored(sum, dx_ptr), mask=real[:, None] & inside[None, :])
 
 
 def cbfuse_forward(inputs: Sequence[Tensor], target: Tensor) -> Tensor:

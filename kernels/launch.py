@@ -260,6 +260,21 @@ def affine(weight: Tensor | None, bias: Tensor | None, channels: int, device: to
     return parameters(weight, bias)
 
 
+_INTERPRETED = tl.constexpr(INTERPRETED)
+
+
+@triton.jit
+def as_stored(value, ptr):
+    """A float32 `value` in the dtype that `ptr` points to, rounded to the nearest even."""
+    if _INTERPRETED:
+        # Triton 3.7's interpreter truncates to bfloat16; a GPU rounds.
+        if ptr.dtype.element_ty == tl.bfloat16:
+            bits = value.to(tl.int32, bitcast=True)
+            rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) & -65536).to(tl.float32, bitcast=True)
+            value = tl.where(value == value, rounded, value)
+    return value.to(ptr.dtype.element_ty)
+
+
 @triton.jit
 def tile_offsets(pixels, channels, stride, LAST: tl.constexpr):
     """Offsets [pixels, channels] within one image; both vectors count from the tile's origin."""

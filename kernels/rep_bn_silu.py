@@ -28,6 +28,7 @@ from yolov9_fast.kernels.batch_norm import (
 from yolov9_fast.kernels.launch import (
     View,
     affine,
+    as_stored,
     dense_like,
     kernel,
     origin,
@@ -100,7 +101,7 @@ def rep_bn_silu_apply_kernel(
         residual_ptr += origin(image, start, first, residual_image * VEC, residual_stride * VEC, LAST)
         y += tl.load(residual_ptr + tile_offsets(p, c, residual_stride * VEC, LAST), mask=valid, other=0).to(tl.float32)
     out_ptr += origin(image, start, first, out_image * VEC, out_stride * VEC, LAST)
-    tl.store(out_ptr + tile_offsets(p, c, out_stride * VEC, LAST), y.to(out_ptr.dtype.element_ty), mask=valid)
+    tl.store(out_ptr + tile_offsets(p, c, out_stride * VEC, LAST), as_stored(y, out_ptr), mask=valid)
 
 
 # Reads dz, x1 and x2 (6 bytes an element of bf16), writes 12 bytes per channel and block. Grid: blocks × channels.
@@ -251,8 +252,8 @@ def rep_bn_silu_dx_kernel(
     dx2 = (weight2 * rstd2) * (dy - xhat2 * (load_channel(mean_dy_xhat2_ptr, first + c, inside, 0.0) * part))
     dx1_ptr += origin(image, start, first, dx1_image * VEC, dx1_stride * VEC, LAST)
     dx2_ptr += origin(image, start, first, dx2_image * VEC, dx2_stride * VEC, LAST)
-    tl.store(dx1_ptr + tile_offsets(p, c, dx1_stride * VEC, LAST), dx1.to(dx1_ptr.dtype.element_ty), mask=valid)
-    tl.store(dx2_ptr + tile_offsets(p, c, dx2_stride * VEC, LAST), dx2.to(dx2_ptr.dtype.element_ty), mask=valid)
+    tl.store(dx1_ptr + tile_offsets(p, c, dx1_stride * VEC, LAST), as_stored(dx1, dx1_ptr), mask=valid)
+    tl.store(dx2_ptr + tile_offsets(p, c, dx2_stride * VEC, LAST), as_stored(dx2, dx2_ptr), mask=valid)
 
 
 def rep_bn_silu_forward(

@@ -17,7 +17,7 @@ from yolov9_fast.kernels.batch_norm import (
     whole_offsets,
     whole_statistics,
 )
-from yolov9_fast.kernels.launch import View, kernel, vector_of
+from yolov9_fast.kernels.launch import View, as_stored, kernel, vector_of
 
 
 # Reads x1, x2 (and residual) once, writes out. Grid: blocks of channels, all rows in one program.
@@ -112,7 +112,7 @@ def rep_bn_silu_whole_kernel(
         place = whole_offsets(rows, c, pixels, residual_image * VEC, residual_stride * VEC, LAST)
         y += tl.load(residual_ptr + place, mask=valid, other=0).to(tl.float32)
     place = whole_offsets(rows, c, pixels, out_image * VEC, out_stride * VEC, LAST)
-    tl.store(out_ptr + place, y.to(out_ptr.dtype.element_ty), mask=valid)
+    tl.store(out_ptr + place, as_stored(y, out_ptr), mask=valid)
 
 
 # Reads dz, x1 and x2 once, writes dx1 and dx2. Grid: blocks of channels, all rows in one program.
@@ -190,9 +190,9 @@ def rep_bn_silu_whole_backward_kernel(
     dx1 = (weight1 * rstd1) * (dy - xhat1 * (dweight1 / count)[None, :])
     dx2 = (weight2 * rstd2) * (dy - xhat2 * (dweight2 / count)[None, :])
     place = whole_offsets(rows, c, pixels, dx1_image * VEC, dx1_stride * VEC, LAST)
-    tl.store(dx1_ptr + place, dx1.to(dx1_ptr.dtype.element_ty), mask=valid)
+    tl.store(dx1_ptr + place, as_stored(dx1, dx1_ptr), mask=valid)
     place = whole_offsets(rows, c, pixels, dx2_image * VEC, dx2_stride * VEC, LAST)
-    tl.store(dx2_ptr + place, dx2.to(dx2_ptr.dtype.element_ty), mask=valid)
+    tl.store(dx2_ptr + place, as_stored(dx2, dx2_ptr), mask=valid)
 
 
 def whole_forward(

@@ -9,7 +9,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 from yolov9_fast.kernels.batch_norm import strides
-from yolov9_fast.kernels.launch import View, kernel, views
+from yolov9_fast.kernels.launch import View, as_stored, kernel, views
 from yolov9_fast.kernels.spatial import at, dense, larger, spatial, tile_of_batch, within
 
 
@@ -49,9 +49,9 @@ def spp_rows_kernel(
             m5 = larger(m5, v)
     place = at(n, y, x, c, height, width, r_image * VEC, r_stride * VEC, LAST)
     mask = real[:, None] & inside[None, :]
-    tl.store(r5_ptr + place, m5.to(r5_ptr.dtype.element_ty), mask=mask)
-    tl.store(r9_ptr + place, m9.to(r9_ptr.dtype.element_ty), mask=mask)
-    tl.store(r13_ptr + place, m13.to(r13_ptr.dtype.element_ty), mask=mask)
+    tl.store(r5_ptr + place, as_stored(m5, r5_ptr), mask=mask)
+    tl.store(r9_ptr + place, as_stored(m9, r9_ptr), mask=mask)
+    tl.store(r13_ptr + place, as_stored(m13, r13_ptr), mask=mask)
 
 
 # Reads three maps, writes three: 12 bytes an element of bf16 (27 reads of neighbours). Grid: tiles × channels.
@@ -95,11 +95,11 @@ def spp_columns_kernel(
             m5 = larger(m5, tl.load(r5_ptr + place, mask=mask, other=float("-inf")).to(tl.float32))
     mask = real[:, None] & inside[None, :]
     place = at(n, y, x, c, height, width, y1_image * VEC, y1_stride * VEC, LAST)
-    tl.store(y1_ptr + place, m5.to(y1_ptr.dtype.element_ty), mask=mask)
+    tl.store(y1_ptr + place, as_stored(m5, y1_ptr), mask=mask)
     place = at(n, y, x, c, height, width, y2_image * VEC, y2_stride * VEC, LAST)
-    tl.store(y2_ptr + place, m9.to(y2_ptr.dtype.element_ty), mask=mask)
+    tl.store(y2_ptr + place, as_stored(m9, y2_ptr), mask=mask)
     place = at(n, y, x, c, height, width, y3_image * VEC, y3_stride * VEC, LAST)
-    tl.store(y3_ptr + place, m13.to(y3_ptr.dtype.element_ty), mask=mask)
+    tl.store(y3_ptr + place, as_stored(m13, y3_ptr), mask=mask)
 
 
 # Reads the input of one pool, writes the place of each window's maximum: 3 bytes an element of bf16.
@@ -183,7 +183,7 @@ def spp_gather_kernel(
     )
     sum += own.to(tl.float32)
     place = at(n, y, x, c, height, width, dx_image * VEC, dx_stride * VEC, LAST)
-    tl.store(dx_ptr + place, sum.to(dx_ptr.dtype.element_ty), mask=mask)
+    tl.store(dx_ptr + place, as_stored(sum, dx_ptr), mask=mask)
 
 
 def spp_forward(x: Tensor, y1: Tensor, y2: Tensor, y3: Tensor) -> None:

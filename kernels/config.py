@@ -35,6 +35,33 @@ class Tile:
     warps: int
 
 
+@dataclass(frozen=True)
+class Product:
+    """Tiles of a matrix product: `pixels` × `k` times `k` × `outputs`, by `warps` warps in `stages` stages."""
+
+    pixels: int
+    k: int
+    outputs: int
+    warps: int
+    stages: int
+
+
+def product(size: int, outputs: int, device: torch.device) -> Product:
+    """Tiles for elements of `size` bytes; the block of outputs is 32, 64 or 128, as the outputs need."""
+    record = _products(size, _device_key(device))
+    block = next((b for b in (32, 64) if outputs <= b), 128)
+    return Product(record["pixels"], record["k"], min(block, record["outputs"]), record["warps"], record["stages"])
+
+
+@cache
+def _products(size: int, device: tuple[str, int | None]) -> dict[str, int]:
+    name, capability = device
+    found: dict[str, int] = {}
+    for file in ("default", f"sm{capability}" if capability else "", name):
+        found.update(load(file).get("products", {}).get(str(size), {}) if file else {})
+    return found
+
+
 def channel_block(channels: int) -> int:
     """Channels of a tile where they are contiguous: 64 (128 bytes of bf16, a cache line) unless less wastes less."""
     return min(_CHANNEL_BLOCKS, key=lambda block: (-(-channels // block) * block * 8 // (9 * max(channels, 1)), -block))

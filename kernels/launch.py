@@ -276,6 +276,16 @@ def as_stored(value, ptr):
 
 
 @triton.jit
+def dot(a, b, acc, PRECISION: tl.constexpr):
+    """acc + a · b, summed in float32."""
+    if _INTERPRETED:
+        # Triton 3.7's interpreter multiplies the bits of bfloat16, not their values.
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+@triton.jit
 def tile_offsets(pixels, channels, stride, LAST: tl.constexpr):
     """Offsets [pixels, channels] within one image; both vectors count from the tile's origin."""
     if LAST:

@@ -1,0 +1,487 @@
+"""1×1 convolution as a matrix product over pixels that reads several maps side by side where they lie, with gradients.
+
+out[:, o] = Σ_k weight[o, k] · x[:, k] + bias[o], k over the channels of all inputs. Sums in float32. Gradient of the
+inputs: the same product with the weight transposed and several outputs; of the weight: a product over pixels, in parts
+that are added in a fixed order.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from yolov9_fast.kernels.batch_norm import column_sums, strides
+from yolov9_fast.kernels.config import Product, product
+from yolov9_fast.kernels.launch import View, as_stored, dense_like, dot, kernel, origin, tile_offsets, views
+
+MOST = 4
+"""Maps read or written by one launch; CSP-ELAN has at most four. Of more, the last ones are copied together."""
+SPLITS = 512
+"""Programs of the weight's gradient: about four for each of 132 multiprocessors."""
+
+
+@triton.jit
+def multiply(
+    acc,
+    x_ptr,
+    weight_ptr,
+    image,
+    start,
+    pixels,
+    x_image,
+    x_stride,
+    channels,
+    column,
+    outputs,
+    output,
+    weight_stride,
+    ROW_MAJOR: tl.constexpr,
+    PRECISION: tl.constexpr,
+    LAST: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """acc [pixels, outputs] += x · weightᵀ for one input, whose first channel is `column` of the weight."""
+    p = tl.arange(0, BLOCK_P)
+    k = tl.arange(0, BLOCK_K)
+    o = output + tl.arange(0, acc.shape[1])
+    for first in range(0, channels, BLOCK_K):
+        some = first + k < channels
+        base = x_ptr + origin(image, start, tl.cast(first, tl.int32), x_image, x_stride, LAST)
+        mask = (start + p < pixels)[:, None] & some[None, :]
+        x = tl.load(base + tile_offsets(p, k, x_stride, LAST), mask=mask, other=0.0)
+        if ROW_MAJOR:
+            place = (column + first + k)[:, None] + o[None, :] * weight_stride
+        else:
+            place = (column + first + k)[:, None] * weight_stride + o[None, :]
+        w = tl.load(weight_ptr + place, mask=some[:, None] & (o < outputs)[None, :], other=0.0)
+        acc = dot(x, w, acc, PRECISION)
+    return acc
+
+
+# Reads every input once per block of outputs (from the L2 but once), writes out: 2 (Σ C + O) bytes a pixel of bf16.
+# Grid: tiles of pixels × blocks of outputs, the latter fastest so that programs beside each other share their inputs.
+@kernel()
+def conv1x1_kernel(
+    x0_ptr,
+    x1_ptr,
+    x2_ptr,
+    x3_ptr,
+    weight_ptr,
+    bias_ptr,
+    out_ptr,
+    x0_image,
+    x0_stride,
+    x1_image,
+    x1_stride,
+    x2_image,
+    x2_stride,
+    x3_image,
+    x3_stride,
+    out_image,
+    out_stride,
+    channels0,
+    channels1,
+    channels2,
+    channels3,
+    outputs,
+    weight_stride,
+    pixels,
+    blocks,
+    ROW_MAJOR: tl.constexpr,
+    PRECISION: tl.constexpr,
+    LAST: tl.constexpr,
+    VEC: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_O: tl.constexpr,
+):
+    if not LAST:
+        pixels = pixels * VEC
+    outputs = outputs * VEC
+    wide = tl.cdiv(outputs, BLOCK_O)
+    tile = tl.program_id(0) // wide
+    image = tile // blocks
+    start = (tile % blocks) * BLOCK_P
+    output = (tl.program_id(0) % wide) * BLOCK_O
+    acc = tl.zeros([BLOCK_P, BLOCK_O], tl.float32)
+    acc = multiply(
+        acc,
+        x0_ptr,
+        weight_ptr,
+        image,
+        start,
+        pixels,
+        x0_image * VEC,
+        x0_stride * VEC,
+        channels0 * VEC,
+        0,
+        outputs,
+        output,
+        weight_stride * VEC,
+        ROW_MAJOR,
+        PRECISION,
+        LAST,
+        BLOCK_P,
+        BLOCK_K,
+    )
+    if x1_ptr is not None:
+        acc = multiply(
+            acc,
+            x1_ptr,
+            weight_ptr,
+            image,
+            start,
+            pixels,
+            x1_image * VEC,
+            x1_stride * VEC,
+            channels1 * VEC,
+            (channels0) * VEC,
+            outputs,
+            output,
+            weight_stride * VEC,
+            ROW_MAJOR,
+            PRECISION,
+            LAST,
+            BLOCK_P,
+            BLOCK_K,
+        )
+    if x2_ptr is not None:
+        acc = multiply(
+            acc,
+            x2_ptr,
+            weight_ptr,
+            image,
+            start,
+            pixels,
+            x2_image * VEC,
+            x2_stride * VEC,
+            channels2 * VEC,
+            (channels0 + channels1) * VEC,
+            outputs,
+            output,
+            weight_stride * VEC,
+            ROW_MAJOR,
+            PRECISION,
+            LAST,
+            BLOCK_P,
+            BLOCK_K,
+        )
+    if x3_ptr is not None:
+        acc = multiply(
+            acc,
+            x3_ptr,
+            weight_ptr,
+            image,
+            start,
+            pixels,
+            x3_image * VEC,
+            x3_stride * VEC,
+            channels3 * VEC,
+            (channels0 + channels1 + channels2) * VEC,
+            outputs,
+            output,
+            weight_stride * VEC,
+            ROW_MAJOR,
+            PRECISION,
+            LAST,
+            BLOCK_P,
+            BLOCK_K,
+        )
+    o = output + tl.arange(0, BLOCK_O)
+    if bias_ptr is not None:
+        acc += tl.load(bias_ptr + o, mask=o < outputs, other=0.0).to(tl.float32)[None, :]
+    p = tl.arange(0, BLOCK_P)
+    out_ptr += origin(image, start, output, out_image * VEC, out_stride * VEC, LAST)
+    place = tile_offsets(p, tl.arange(0, BLOCK_O), out_stride * VEC, LAST)
+    tl.store(out_ptr + place, as_stored(acc, out_ptr), mask=(start + p < pixels)[:, None] & (o < outputs)[None, :])
+
+
+# Reads dy once per block of channels (from the L2 but once), writes every gradient: 2 (O + Σ C) bytes a pixel of bf16.
+# Grid: tiles of pixels × blocks of channels of all inputs, the latter fastest.
+@kernel()
+def conv1x1_input_gradient_kernel(
+    dy_ptr,
+    weight_ptr,
+    dx0_ptr,
+    dx1_ptr,
+    dx2_ptr,
+    dx3_ptr,
+    dy_image,
+    dy_stride,
+    channels0,
+    channels1,
+    channels2,
+    channels3,
+    outputs,
+    weight_stride,
+    pixels,
+    blocks,
+    ROW_MAJOR: tl.constexpr,
+    PRECISION: tl.constexpr,
+    LAST: tl.constexpr,
+    VEC: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_O: tl.constexpr,
+):
+    if not LAST:
+        pixels = pixels * VEC
+    until0 = tl.cdiv(channels0 * VEC, BLOCK_O)
+    until1 = until0 + tl.cdiv(channels1 * VEC, BLOCK_O)
+    until2 = until1 + tl.cdiv(channels2 * VEC, BLOCK_O)
+    wide = until2 + tl.cdiv(channels3 * VEC, BLOCK_O)
+    tile = tl.program_id(0) // wide
+    column = tl.program_id(0) % wide
+    image = tile // blocks
+    start = (tile % blocks) * BLOCK_P
+    which = (column >= until0).to(tl.int32) + (column >= until1).to(tl.int32) + (column >= until2).to(tl.int32)
+    from_tile = tl.where(which == 0, 0, tl.where(which == 1, until0, tl.where(which == 2, until1, until2)))
+    before = tl.where(which > 0, channels0, 0) + tl.where(which > 1, channels1, 0) + tl.where(which > 2, channels2, 0)
+    mine = tl.where(which == 0, channels0, tl.where(which == 1, channels1, tl.where(which == 2, channels2, channels3)))
+    before = before * VEC
+    mine = mine * VEC
+    first = (column - from_tile) * BLOCK_O
+    acc = tl.zeros([BLOCK_P, BLOCK_O], tl.float32)
+    # The columns of this input's channels as outputs, dy's channels as what is summed over.
+    if ROW_MAJOR:
+        weight_ptr += before
+    else:
+        weight_ptr += before.to(tl.int64) * (weight_stride * VEC)
+    acc = multiply(
+        acc,
+        dy_ptr,
+        weight_ptr,
+        image,
+        start,
+        pixels,
+        dy_image * VEC,
+        dy_stride * VEC,
+        outputs * VEC,
+        0,
+        mine,
+        first,
+        weight_stride * VEC,
+        not ROW_MAJOR,
+        PRECISION,
+        LAST,
+        BLOCK_P,
+        BLOCK_K,
+    )
+    p = tl.arange(0, BLOCK_P)
+    c = tl.arange(0, BLOCK_O)
+    mask = (start + p < pixels)[:, None] & (first + c < mine)[None, :]
+    # Gradients are dense: their strides follow from their channels.
+    stride = pixels
+    if LAST:
+        stride = mine
+    place = origin(image, start, first, mine.to(tl.int64) * pixels, stride, LAST) + tile_offsets(p, c, stride, LAST)
+    if which == 0:
+        tl.store(dx0_ptr + place, as_stored(acc, dx0_ptr), mask=mask)
+    if dx1_ptr is not None:
+        if which == 1:
+            tl.store(dx1_ptr + place, as_stored(acc, dx1_ptr), mask=mask)
+    if dx2_ptr is not None:
+        if which == 2:
+            tl.store(dx2_ptr + place, as_stored(acc, dx2_ptr), mask=mask)
+    if dx3_ptr is not None:
+        if which == 3:
+            tl.store(dx3_ptr + place, as_stored(acc, dx3_ptr), mask=mask)
+
+
+# Reads dy and one input once per block of the other's channels, writes 4 bytes per weight and split.
+# Grid: blocks of outputs × blocks of channels × splits of the pixels.
+@kernel()
+def conv1x1_weight_gradient_kernel(
+    dy_ptr,
+    x_ptr,
+    partial_ptr,
+    dy_image,
+    dy_stride,
+    x_image,
+    x_stride,
+    outputs,
+    channels,
+    column,
+    columns,
+    pixels,
+    blocks,
+    tiles,
+    PRECISION: tl.constexpr,
+    LAST: tl.constexpr,
+    VEC: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_O: tl.constexpr,
+):
+    if not LAST:
+        pixels = pixels * VEC
+    outputs = outputs * VEC
+    channels = channels * VEC
+    split = tl.program_id(2)
+    image = split // blocks
+    start = (split % blocks) * (tiles * BLOCK_P)
+    output = tl.program_id(0) * BLOCK_O
+    first = tl.program_id(1) * BLOCK_K
+    dy_ptr += origin(image, start, output, dy_image * VEC, dy_stride * VEC, LAST)
+    x_ptr += origin(image, start, first, x_image * VEC, x_stride * VEC, LAST)
+    o = tl.arange(0, BLOCK_O)
+    k = tl.arange(0, BLOCK_K)
+    acc = tl.zeros([BLOCK_O, BLOCK_K], tl.float32)
+    for t in range(tiles):
+        p = t * BLOCK_P + tl.arange(0, BLOCK_P)
+        real = (start + p < pixels)[:, None]
+        dy = tl.load(
+            dy_ptr + tile_offsets(p, o, dy_stride * VEC, LAST), mask=real & (output + o < outputs)[None, :], other=0.0
+        )
+        x = tl.load(
+            x_ptr + tile_offsets(p, k, x_stride * VEC, LAST), mask=real & (first + k < channels)[None, :], other=0.0
+        )
+        acc = dot(tl.trans(dy), x, acc, PRECISION)
+    row = split.to(tl.int64) * outputs + output + o
+    place = row[:, None] * (columns * VEC) + (column * VEC + first + k)[None, :]
+    tl.store(partial_ptr + place, acc, mask=(output + o < outputs)[:, None] & (first + k < channels)[None, :])
+
+
+def conv1x1_forward(inputs: Sequence[Tensor], weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    """The 1×1 convolution of the inputs side by side, into `out`."""
+    *sources, target = views(*_at_most(list(inputs)), written=[out])
+    matrix, row_major = _matrix(weight)
+    vector = _vector([*sources, target], matrix, [view.channels for view in (*sources, target)])
+    block = product(out.element_size(), target.channels, out.device)
+    tiles = triton.cdiv(target.pixels, block.pixels)
+    slots: list[View | None] = [*sources, *[None] * MOST][:MOST]
+    conv1x1_kernel(
+        (target.images * tiles * triton.cdiv(target.channels, block.outputs),),
+        *(view.data if view else None for view in slots),
+        matrix,
+        bias,
+        target.data,
+        *strides(vector, *slots, target),
+        *(view.channels // vector if view else 0 for view in slots),
+        target.channels // vector,
+        _row_stride(matrix, row_major) // vector,
+        _pixels(target, vector),
+        tiles,
+        ROW_MAJOR=row_major,
+        **_constants(target, vector, block),
+    )
+
+
+def conv1x1_input_grad(dy: Tensor, weight: Tensor, channels: Sequence[int]) -> list[Tensor]:
+    """Gradient of every input (`channels`: theirs), each dense in the layout of `dy`."""
+    gradient = views(dy)[0]
+    n, _, h, w = dy.shape
+    counts = list(channels)
+    merged = counts if len(counts) <= MOST else [*counts[: MOST - 1], sum(counts[MOST - 1 :])]
+    targets = [dense_like(gradient, (n, count, h, w)) for count in merged]
+    matrix, row_major = _matrix(weight)
+    vector = _vector([gradient, *targets], matrix, [gradient.channels, *merged])
+    block = product(dy.element_size(), max(merged, default=1), dy.device)
+    tiles = triton.cdiv(gradient.pixels, block.pixels)
+    slots = [*(view.data for view in targets), *[None] * MOST][:MOST]
+    conv1x1_input_gradient_kernel(
+        (gradient.images * tiles * sum(triton.cdiv(count, block.outputs) for count in merged),),
+        gradient.data,
+        matrix,
+        *slots,
+        *strides(vector, gradient),
+        *[count // vector for count in [*merged, *[0] * MOST][:MOST]],
+        gradient.channels // vector,
+        _row_stride(matrix, row_major) // vector,
+        _pixels(gradient, vector),
+        tiles,
+        ROW_MAJOR=row_major,
+        **_constants(gradient, vector, block),
+    )
+    if merged is counts:
+        return [view.data for view in targets]
+    layout = torch.channels_last if gradient.last else torch.contiguous_format
+    rest = targets.pop().data.split(counts[MOST - 1 :], 1)
+    return [view.data for view in targets] + [part.clone(memory_format=layout) for part in rest]
+
+
+def conv1x1_weight_grad(dy: Tensor, inputs: Sequence[Tensor]) -> Tensor:
+    """Gradient of the weight [O, ΣC, 1, 1], in the dtype of `dy`."""
+    gradient, *sources = views(dy, *inputs)
+    outputs = gradient.channels
+    columns = sum(view.channels for view in sources)
+    vector = _vector([gradient, *sources], None, [view.channels for view in (gradient, *sources)])
+    block = product(dy.element_size(), outputs, dy.device)
+    per_image = triton.cdiv(gradient.pixels, block.pixels)
+    wide = triton.cdiv(outputs, block.outputs)
+    programs = wide * sum(triton.cdiv(view.channels, block.k) for view in sources)
+    wanted = max(1, SPLITS // max(programs, 1))
+    tiles = min(per_image, max(1, triton.cdiv(gradient.images * per_image, wanted)))
+    blocks = triton.cdiv(per_image, max(tiles, 1))
+    splits = gradient.images * blocks
+    result = torch.empty((outputs, columns, 1, 1), dtype=dy.dtype, device=dy.device)
+    if splits == 0:
+        return result.zero_()
+    partial = torch.empty((1, splits, outputs * columns), dtype=torch.float32, device=dy.device)
+    column = 0
+    for source in sources:
+        conv1x1_weight_gradient_kernel(
+            (wide, triton.cdiv(source.channels, block.k), splits),
+            gradient.data,
+            source.data,
+            partial,
+            *strides(vector, gradient, source),
+            outputs // vector,
+            source.channels // vector,
+            column // vector,
+            columns // vector,
+            _pixels(gradient, vector),
+            blocks,
+            tiles,
+            **_constants(gradient, vector, block),
+        )
+        column += source.channels
+    column_sums(partial, result)
+    return result
+
+
+def _at_most(maps: list[Tensor]) -> list[Tensor]:
+    return maps if len(maps) <= MOST else [*maps[: MOST - 1], torch.cat(maps[MOST - 1 :], 1)]
+
+
+def _matrix(weight: Tensor) -> tuple[Tensor, bool]:
+    """The weight as a matrix [O, K] with one axis dense, and whether that is the inputs' axis (row-major)."""
+    matrix = weight.flatten(1) if weight.stride(1) == 1 or weight.stride(0) == 1 else weight.contiguous().flatten(1)
+    return matrix, matrix.stride(1) == 1 or matrix.shape[1] == 1
+
+
+def _row_stride(matrix: Tensor, row_major: bool) -> int:
+    """Elements between rows (columns when not row-major); of a matrix of one row (column) as if there were more."""
+    axis = 0 if row_major else 1
+    return matrix.stride(axis) if matrix.shape[axis] > 1 else matrix.shape[1 - axis]
+
+
+def _vector(all_views: Sequence[View], matrix: Tensor | None, channels: Sequence[int]) -> int:
+    """Elements of a 16-byte access when every map, every number of channels and the weight allow it, else 1."""
+    vector = min(view.vector() for view in all_views)
+    if any(count % vector for count in channels):
+        return 1
+    if matrix is not None and (matrix.data_ptr() % 16 or any(s % vector for s in matrix.stride() if s != 1)):
+        return 1
+    return vector
+
+
+def _pixels(view: View, vector: int) -> int:
+    return view.pixels if view.last else view.pixels // vector
+
+
+def _constants(view: View, vector: int, block: Product) -> dict[str, Any]:
+    precise = view.data.dtype != torch.float32 or torch.backends.cudnn.conv.fp32_precision == "tf32"
+    return {
+        "PRECISION": "tf32" if precise else "ieee",
+        "LAST": view.last,
+        "VEC": vector,
+        "BLOCK_P": block.pixels,
+        "BLOCK_K": block.k,
+        "BLOCK_O": block.outputs,
+        "warps": block.warps,
+        "stages": block.stages,
+    }

@@ -48,25 +48,10 @@ struct Factors {
   std::vector<A> values;
 };
 
-// Calls body(registers, lanes, first) for blocks of MOST registers of columns, then fewer, then the rest of one register.
-template <int Most, typename A, typename Body>
-void over_columns(int64_t width, const Body& body) {
-  constexpr int L = kLanes<A>;
-  int64_t c = 0;
-  if constexpr (Most >= 4) {
-    for (; c + 4 * L <= width; c += 4 * L) body(std::integral_constant<int, 4>{}, AllLanes{}, c);
-  }
-  for (; c + 2 * L <= width; c += 2 * L) body(std::integral_constant<int, 2>{}, AllLanes{}, c);
-  if (c + L <= width) {
-    body(std::integral_constant<int, 1>{}, AllLanes{}, c);
-    c += L;
-  }
-  if (c < width) body(std::integral_constant<int, 1>{}, FirstLanes{static_cast<int>(width - c)}, c);
-}
-
 // Calls body(lanes, i) for the registers of a run of `length` values.
+// Inlined, so that what the body captured lies in CPU registers: stores might otherwise change it, for all GCC knows.
 template <typename A, typename Body>
-void over_run(int64_t length, const Body& body) {
+[[gnu::always_inline]] inline void over_run(int64_t length, const Body& body) {
   int64_t i = 0;
   for (; i + kLanes<A> <= length; i += kLanes<A>) body(AllLanes{}, i);
   if (i < length) body(FirstLanes{static_cast<int>(length - i)}, i);
@@ -109,11 +94,8 @@ struct Statistics {
     over_tiles(
         tiling,
         [&](int64_t first, int64_t rows, int64_t entry) {
-          over_columns<4, A>(tiling.width, [&](auto registers, auto lanes, int64_t c) {
-            const int64_t at = entry * channels + c;
-            const int64_t row = tiling.fold * input.row;
-            sum_rows<registers.value>(input.data + first * row + c, row, rows, lanes, centre + at, sum + at, square + at);
-          });
+          const int64_t at = entry * channels, row = tiling.fold * input.row;
+          sum_rows(input.data + first * row, row, rows, tiling.width, centre + at, sum + at, square + at);
         },
         [&](int64_t n, int64_t c, int64_t first, int64_t length, int64_t entry) {
           const int64_t at = entry * channels + c;
@@ -126,42 +108,32 @@ struct Statistics {
   int64_t values, channels;
 
  private:
-  template <int V, typename Lanes>
-  static void sum_rows(const T* x, int64_t row, int64_t rows, Lanes lanes, A* centre, A* sum, A* square) {
-    constexpr int L = kLanes<A>;
-    Vector<A> middle[V], s[V], q[V];
-    for (int v = 0; v < V; ++v) {
-      middle[v] = load(x + v * L, lanes);
-      if (rows >= 8) {
-        const int64_t step = rows / 8 * row;
-        Vector<A> sample[8];
-        for (int i = 0; i < 8; ++i) sample[i] = load(x + i * step + v * L, lanes);
-        middle[v] = mean_of_8(sample);
-      }
-      s[v] = q[v] = Vector<A>{};
-    }
+  static void sum_rows(const T* x, int64_t row, int64_t rows, int64_t width, A* centre, A* sum, A* square) {
+    const int64_t step = rows >= 8 ? rows / 8 * row : 0;
+    over_run<A>(width, [=](auto lanes, int64_t c) {
+      Vector<A> sample[8];
+      for (int i = 0; i < 8; ++i) sample[i] = load(x + i * step + c, lanes);
+      store(centre + c, mean_of_8(sample), lanes);
+      store(sum + c, Vector<A>{}, lanes);
+      store(square + c, Vector<A>{}, lanes);
+    });
     int64_t r = 0;
-    if constexpr (V == 1) {
-      // Two rows at a time, for one register of columns alone would wait for its own additions.
-      Vector<A> s1{}, q1{};
-      for (; r + 2 <= rows; r += 2) {
-        const Vector<A> d = load(x + r * row, lanes) - middle[0], d1 = load(x + (r + 1) * row, lanes) - middle[0];
-        s[0] += d, s1 += d1;
-        q[0] = multiply_add(d, d, q[0]), q1 = multiply_add(d1, d1, q1);
-      }
-      s[0] += s1, q[0] += q1;
+    for (; r + 2 <= rows; r += 2) {
+      const T* place = x + r * row;
+      over_run<A>(width, [=](auto lanes, int64_t c) {
+        const Vector<A> middle = load(centre + c, lanes);
+        const Vector<A> d = load(place + c, lanes) - middle, e = load(place + row + c, lanes) - middle;
+        store(sum + c, load(sum + c, lanes) + (d + e), lanes);
+        store(square + c, multiply_add(d, d, multiply_add(e, e, load(square + c, lanes))), lanes);
+      });
     }
-    for (; r < rows; ++r) {
-      for (int v = 0; v < V; ++v) {
-        const Vector<A> d = load(x + r * row + v * L, lanes) - middle[v];
-        s[v] += d;
-        q[v] = multiply_add(d, d, q[v]);
-      }
-    }
-    for (int v = 0; v < V; ++v) {
-      store(centre + v * L, middle[v], lanes);
-      store(sum + v * L, s[v], lanes);
-      store(square + v * L, q[v], lanes);
+    if (r < rows) {
+      const T* place = x + r * row;
+      over_run<A>(width, [=](auto lanes, int64_t c) {
+        const Vector<A> d = load(place + c, lanes) - load(centre + c, lanes);
+        store(sum + c, load(sum + c, lanes) + d, lanes);
+        store(square + c, multiply_add(d, d, load(square + c, lanes)), lanes);
+      });
     }
   }
 
@@ -225,6 +197,14 @@ V normalised(const std::array<V, B>& x, const std::array<V, B>& mean, const std:
 template <typename T, int B>
 using Inputs = std::array<Access<const T>, B>;
 
+// Row r of each.
+template <typename T, int B, typename Rows>
+auto places(const Rows& rows, int64_t r) {
+  std::array<decltype(rows[0].data), B> all;
+  for (int b = 0; b < B; ++b) all[b] = rows[b].data + r * rows[b].row;
+  return all;
+}
+
 template <typename T, int B>
 bool all_dense(const Inputs<T, B>& x, int64_t channels) {
   return std::all_of(x.begin(), x.end(), [&](const auto& input) { return input.row == channels; });
@@ -244,28 +224,23 @@ void apply(const FeatureMap& map, const Inputs<T, B>& x, const std::array<Norm<C
   over_tiles(
       tiling,
       [&](int64_t first, int64_t rows, int64_t) {
-        over_columns<2, A>(tiling.width, [&](auto registers, auto lanes, int64_t c) {
-          constexpr int N = registers.value;
-          std::array<V, B> mean[N], scale[N];
-          V shift[N];
-          for (int v = 0; v < N; ++v) {
+        const std::array<A*, B> mean = factors.mean, scale = factors.scale;
+        const A* shift = factors.shift;
+        for (int64_t r = first * tiling.fold; r < (first + rows) * tiling.fold; r += tiling.fold) {
+          const std::array<const T*, B> source = places<T, B>(x, r);
+          const T* added = residual.data ? residual.data + r * residual.row : nullptr;
+          T* target = out.data + r * out.row;
+          over_run<A>(tiling.width, [=](auto lanes, int64_t c) {
+            V y = load(shift + c, AllLanes{});
             for (int b = 0; b < B; ++b) {
-              mean[v][b] = load(factors.mean[b] + c + v * L, AllLanes{});
-              scale[v][b] = load(factors.scale[b] + c + v * L, AllLanes{});
+              const V apart = load(source[b] + c, lanes) - load(mean[b] + c, AllLanes{});
+              y = multiply_add(apart, load(scale[b] + c, AllLanes{}), y);
             }
-            shift[v] = load(factors.shift + c + v * L, AllLanes{});
-          }
-          for (int64_t r = first; r < first + rows; ++r) {
-            for (int v = 0; v < N; ++v) {
-              const int64_t at = c + v * L;
-              std::array<V, B> values;
-              for (int b = 0; b < B; ++b) values[b] = load(x[b].data + r * tiling.fold * x[b].row + at, lanes);
-              V z = activated<Silu>(normalised<B, V>(values, mean[v], scale[v], shift[v]));
-              if (residual.data) z += load(residual.data + r * tiling.fold * residual.row + at, lanes);
-              store(out.data + r * tiling.fold * out.row + at, z, lanes);
-            }
-          }
-        });
+            V z = activated<Silu>(y);
+            if (added) z += load(added + c, lanes);
+            store(target + c, z, lanes);
+          });
+        }
       },
       [&](int64_t n, int64_t c, int64_t first, int64_t length, int64_t) {
         std::array<V, B> mean, scale;
@@ -277,7 +252,7 @@ void apply(const FeatureMap& map, const Inputs<T, B>& x, const std::array<Norm<C
         const V shift = broadcast(factors.shift[c]);
         const T* added = residual.data ? residual.plane(n, c) + first : nullptr;
         T* target = out.plane(n, c) + first;
-        over_run<A>(length, [&](auto lanes, int64_t i) {
+        over_run<A>(length, [=](auto lanes, int64_t i) {
           std::array<V, B> values;
           for (int b = 0; b < B; ++b) values[b] = load(source[b] + i, lanes);
           V z = activated<Silu>(normalised<B, V>(values, mean, scale, shift));
@@ -302,40 +277,30 @@ void gradient_sums(const FeatureMap& map, Access<const T> dz, const Inputs<T, B>
   over_tiles(
       tiling,
       [&](int64_t first, int64_t rows, int64_t entry) {
-        over_columns<2, A>(tiling.width, [&](auto registers, auto lanes, int64_t c) {
-          constexpr int N = registers.value;
-          std::array<V, B> mean[N], scale[N], product[N];
-          V shift[N], sum[N];
-          for (int v = 0; v < N; ++v) {
+        const std::array<A*, B> mean = factors.mean, scale = factors.scale;
+        const A* shift = factors.shift;
+        A* sums_of = table.get() + entry * channels;
+        for (int k = 0; k <= B; ++k) std::fill_n(sums_of + k * size, tiling.width, A(0));
+        for (int64_t r = first * tiling.fold; r < (first + rows) * tiling.fold; r += tiling.fold) {
+          const std::array<const T*, B> source = places<T, B>(x, r);
+          const T* gradient = dz.data + r * dz.row;
+          T* target = Keep ? kept.data + r * kept.row : nullptr;
+          over_run<A>(tiling.width, [=](auto lanes, int64_t c) {
+            V dy = load(gradient + c, lanes), y = load(shift + c, AllLanes{});
+            std::array<V, B> apart;
             for (int b = 0; b < B; ++b) {
-              mean[v][b] = load(factors.mean[b] + c + v * L, AllLanes{});
-              scale[v][b] = load(factors.scale[b] + c + v * L, AllLanes{});
-              product[v][b] = V{};
+              apart[b] = load(source[b] + c, lanes) - load(mean[b] + c, AllLanes{});
+              y = multiply_add(apart[b], load(scale[b] + c, AllLanes{}), y);
             }
-            shift[v] = load(factors.shift + c + v * L, AllLanes{});
-            sum[v] = V{};
-          }
-          for (int64_t r = first; r < first + rows; ++r) {
-            for (int v = 0; v < N; ++v) {
-              const int64_t at = c + v * L;
-              V dy = load(dz.data + r * tiling.fold * dz.row + at, lanes), y = shift[v];
-              std::array<V, B> apart;
-              for (int b = 0; b < B; ++b) {
-                apart[b] = load(x[b].data + r * tiling.fold * x[b].row + at, lanes) - mean[v][b];
-                y = multiply_add(apart[b], scale[v][b], y);
-              }
-              if constexpr (Silu) dy *= silu_slope(y);
-              if constexpr (Keep) store(kept.data + r * tiling.fold * kept.row + at, dy, lanes);
-              sum[v] += dy;
-              for (int b = 0; b < B; ++b) product[v][b] = multiply_add(dy, apart[b], product[v][b]);
+            if constexpr (Silu) dy *= silu_slope(y);
+            if constexpr (Keep) store(target + c, dy, lanes);
+            store(sums_of + c, load(sums_of + c, lanes) + dy, lanes);
+            for (int b = 0; b < B; ++b) {
+              A* product = sums_of + (1 + b) * size + c;
+              store(product, multiply_add(dy, apart[b], load(product, lanes)), lanes);
             }
-          }
-          A* target = table.get() + entry * channels + c;
-          for (int v = 0; v < N; ++v) {
-            store(target + v * L, sum[v], lanes);
-            for (int b = 0; b < B; ++b) store(target + (1 + b) * size + v * L, product[v][b], lanes);
-          }
-        });
+          });
+        }
       },
       [&](int64_t n, int64_t c, int64_t first, int64_t length, int64_t entry) {
         std::array<V, B> mean, scale, product;
@@ -405,37 +370,28 @@ void input_gradient(const FeatureMap& map, Access<const T> dz, const Inputs<T, B
   over_tiles(
       tiling,
       [&](int64_t first, int64_t rows, int64_t) {
-        over_columns<2, A>(tiling.width, [&](auto registers, auto lanes, int64_t c) {
-          constexpr int N = registers.value;
-          std::array<V, B> mean[N], scale[N], steep[N], apart_by[N];
-          V shift[N];
-          for (int v = 0; v < N; ++v) {
-            const int64_t at = c + v * L;
+        const std::array<A*, B> mean = factors.mean, scale = factors.scale;
+        const A *shift = factors.shift, *lines = more.data();
+        for (int64_t r = first * tiling.fold; r < (first + rows) * tiling.fold; r += tiling.fold) {
+          const std::array<const T*, B> source = places<T, B>(x, r);
+          const std::array<T*, B> target = places<T, B>(dx, r);
+          const T* gradient = dz.data + r * dz.row;
+          over_run<A>(tiling.width, [=](auto lanes, int64_t c) {
+            V dy = load(gradient + c, lanes), y = load(shift + c, AllLanes{});
+            std::array<V, B> apart, steep;
             for (int b = 0; b < B; ++b) {
-              mean[v][b] = load(factors.mean[b] + at, AllLanes{});
-              scale[v][b] = load(factors.scale[b] + at, AllLanes{});
-              steep[v][b] = load(slope(b, at), AllLanes{});
-              apart_by[v][b] = load(offset(b, at), AllLanes{});
+              apart[b] = load(source[b] + c, lanes) - load(mean[b] + c, AllLanes{});
+              steep[b] = load(scale[b] + c, AllLanes{});
+              if constexpr (Silu && !Kept) y = multiply_add(apart[b], steep[b], y);
             }
-            shift[v] = load(factors.shift + at, AllLanes{});
-          }
-          for (int64_t r = first; r < first + rows; ++r) {
-            for (int v = 0; v < N; ++v) {
-              const int64_t at = c + v * L;
-              V dy = load(dz.data + r * tiling.fold * dz.row + at, lanes), y = shift[v];
-              std::array<V, B> apart;
-              for (int b = 0; b < B; ++b) {
-                apart[b] = load(x[b].data + r * tiling.fold * x[b].row + at, lanes) - mean[v][b];
-                if constexpr (Silu && !Kept) y = multiply_add(apart[b], scale[v][b], y);
-              }
-              if constexpr (Silu && !Kept) dy *= silu_slope(y);
-              for (int b = 0; b < B; ++b) {
-                const V shifted = multiply_add(apart[b], steep[v][b], apart_by[v][b]);
-                store(dx[b].data + r * tiling.fold * dx[b].row + at, multiply_add(dy, scale[v][b], shifted), lanes);
-              }
+            if constexpr (Silu && !Kept) dy *= silu_slope(y);
+            for (int b = 0; b < B; ++b) {
+              const A* line = lines + 2 * b * padded + c;
+              const V shifted = multiply_add(apart[b], load(line, AllLanes{}), load(line + padded, AllLanes{}));
+              store(target[b] + c, multiply_add(dy, steep[b], shifted), lanes);
             }
-          }
-        });
+          });
+        }
       },
       [&](int64_t n, int64_t c, int64_t first, int64_t length, int64_t) {
         std::array<V, B> mean, scale, steep, apart_by;
@@ -448,7 +404,7 @@ void input_gradient(const FeatureMap& map, Access<const T> dz, const Inputs<T, B
         }
         const V shift = broadcast(factors.shift[c]);
         const T* gradient = dz.plane(n, c) + first;
-        over_run<A>(length, [&](auto lanes, int64_t i) {
+        over_run<A>(length, [=](auto lanes, int64_t i) {
           V dy = load(gradient + i, lanes), y = shift;
           std::array<V, B> apart;
           for (int b = 0; b < B; ++b) {

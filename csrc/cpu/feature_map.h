@@ -90,8 +90,8 @@ Access<T> writing(const FeatureMap& map, const Tensor& x) {
 // Rows: blocks of whole rows. Planes: segments of one plane. Sums over a tile go into a table [entries, channels]; the
 // entries are added up in their order.
 //
-// Where rows lie dense and their width is no multiple of a register, `fold` rows count as one wide row: 24 channels
-// become 48, three whole registers of float32. In the table that is `fold` entries side by side.
+// Where rows lie dense, `fold` of them count as one wide row of whole registers: 24 channels become 96 columns, six
+// registers of float32. In the table that is `fold` entries side by side.
 struct Tiling {
   Tiling(const FeatureMap& map, bool dense, int lanes) {
     // 8192 values, 32 KB of float32, stay in a core's first cache; less where two threads would have little to share.
@@ -99,8 +99,7 @@ struct Tiling {
     const int64_t aim = std::clamp<int64_t>(values / 8, 1024, 8192);
     channels = map.channels, rows = map.rows;
     if (rows) {
-      const int64_t together = lanes / std::gcd<int64_t>(channels, lanes);
-      fold = dense && map.count() % together == 0 ? together : 1;
+      if (dense) fold = folded_rows(map.count(), lanes);
       length = map.count() / fold, width = channels * fold;
       size = std::max<int64_t>(aim / std::max<int64_t>(width, 1), 8);
       segments = (length + size - 1) / size;
@@ -114,6 +113,15 @@ struct Tiling {
     }
     const int64_t values_per_tile = std::max<int64_t>(1, values / std::max<int64_t>(tiles, 1));
     grain = 1 + 8192 / values_per_tile;
+  }
+
+  // The most rows that make at most 128 columns in whole registers; 1 where none divide the count.
+  int64_t folded_rows(int64_t count, int lanes) const {
+    const int64_t least = lanes / std::gcd<int64_t>(channels, lanes);
+    for (int64_t rows = least * 16; rows >= least; rows -= least) {
+      if ((rows * channels <= 128 || rows == least) && count % rows == 0) return rows;
+    }
+    return 1;
   }
 
   int64_t begin(int64_t segment) const { return segment * size; }

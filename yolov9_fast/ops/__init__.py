@@ -13,12 +13,17 @@ from yolov9_fast.ops.decode import decode
 from yolov9_fast.ops.detection_loss import detection_loss
 from yolov9_fast.ops.nms import Detections, nms
 from yolov9_fast.ops.nms_boxes import KeptBoxes, nms_boxes
+from yolov9_fast.ops.rep_bn_silu import rep_bn_silu
 
 __all__ = [
     "Assignment",
     "Detections",
     "KeptBoxes",
     "assign",
+    "Norm",
+    "assign",
+    "bias_silu",
+    "bn_silu",
     "box_iou",
     "decode",
     "detection_loss",
@@ -38,4 +43,5 @@ __all__ = ["Assignment", "Detections", "Norm", "assign", "bias_silu", "bn_silu",
     "nms",
     "split_view",
     "tap",
+    "rep_bn_silu",
 ]

@@ -1,4 +1,4 @@
-"""What `bn_silu` and `rep_bn_silu` share: checks, layouts, the mathematics in eager PyTorch, statistics of all processes.
+"""What `bn_silu` and `rep_bn_silu` share: checks, layouts, mathematics in eager PyTorch, statistics of all processes.
 
 With B inputs x_b (one, or the two of RepConv), statistics over the batch and both image axes, N·H·W values a channel:
 
@@ -250,7 +250,9 @@ def define(schema: str, fake: Callable[..., Any], reference: Callable[..., Any],
     """Register `schema` for the compiled kernels and, with `_triton` to its name, for `kernels/MODULE.py`."""
     name = schema.split("(", 1)[0]
     compiled = library.define(schema, fake=fake, reference=reference)
-    triton = library.define(schema.replace(name, f"{name}_triton", 1), fake=fake, reference=triton_launcher(module, name))
+    triton = library.define(
+        schema.replace(name, f"{name}_triton", 1), fake=fake, reference=triton_launcher(module, name)
+    )
     # The overload itself: finding it again at each call costs more than some of these kernels.
     return compiled.default, triton.default  # type: ignore[attr-defined]
 

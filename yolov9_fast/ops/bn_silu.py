@@ -70,9 +70,7 @@ def bn_silu(
     if out is not None:
         bn.check_out("bn_silu", out, x)
     run = select(OPERATOR, x, running_mean)
-    return run(
-        x, weight, bias, running_mean, running_var, training, momentum, eps, residual, out, activation, group
-    )  # type: ignore[no-any-return]
+    return run(x, weight, bias, running_mean, running_var, training, momentum, eps, residual, out, activation, group)  # type: ignore[no-any-return]
 
 
 def bias_silu(x: Tensor, bias: Tensor | None, *, out: Tensor | None = None, activation: bool = True) -> Tensor:
@@ -109,7 +107,19 @@ def bn_silu_reference(
     """The definition by torch's own functions; with a group, by the formulas of `ops/batch_norm.py`."""
     if training and group is not None:
         return _run(
-            _REFERENCE, x, weight, bias, running_mean, running_var, training, momentum, eps, residual, out, activation, group
+            _REFERENCE,
+            x,
+            weight,
+            bias,
+            running_mean,
+            running_var,
+            training,
+            momentum,
+            eps,
+            residual,
+            out,
+            activation,
+            group,
         )
     z = F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
     z = F.silu(z) if activation else z
@@ -219,8 +229,7 @@ _input_ops = bn.define(
     "bn_silu",
 )
 _COMPILED, _TRITON = (
-    Raw(*ops)
-    for ops in zip(_forward_ops, _backward_ops, STATS, _apply_ops, _sums_ops, _input_ops, strict=True)
+    Raw(*ops) for ops in zip(_forward_ops, _backward_ops, STATS, _apply_ops, _sums_ops, _input_ops, strict=True)
 )
 _REFERENCE = Raw(_forward, _backward, bn.statistics, _apply, _backward_sums, _backward_apply)
 
@@ -331,18 +340,14 @@ def _run(
 ) -> Tensor:
     weight, bias = bn.parameter(weight, x.dtype), bn.parameter(bias, x.dtype)
     if training and group is None:
-        return _OfBatch.apply(
-            x, weight, bias, residual, running_mean, running_var, momentum, eps, out, activation, raw
-        )  # type: ignore[no-any-return]
+        return _OfBatch.apply(x, weight, bias, residual, running_mean, running_var, momentum, eps, out, activation, raw)  # type: ignore[no-any-return]
     total = None
     if training:
         mean, rstd, total = bn.synchronised(x, raw, (running_mean, running_var), momentum, eps, group)
     else:
         assert running_mean is not None and running_var is not None
         mean, rstd = running_mean, (running_var + eps).rsqrt()
-    return _Given.apply(
-        x, weight, bias, residual, mean, rstd, total, group, out, activation, raw
-    )  # type: ignore[no-any-return]
+    return _Given.apply(x, weight, bias, residual, mean, rstd, total, group, out, activation, raw)  # type: ignore[no-any-return]
 
 
 def _compiled(*args: Any) -> Tensor:

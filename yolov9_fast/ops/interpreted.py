@@ -1,4 +1,4 @@
-"""Where Triton kernels run: on CUDA tensors; interpreted on CPU tensors under TRITON_INTERPRET=1 and asked for by name."""
+"""Where Triton kernels run: on CUDA tensors; interpreted on CPU tensors with TRITON_INTERPRET=1 when asked for."""
 
 from __future__ import annotations
 

@@ -3,7 +3,7 @@
 
 namespace {
 
-using namespace yolov9_fast;
+using namespace yolov9_fast::maps;
 
 template <class T>
 void copy_and_add(const T* whole, const T* part, T* out, int64_t start, int64_t stop, int64_t count) {

@@ -5,7 +5,8 @@
 
 namespace {
 
-using namespace yolov9_fast;
+using namespace yolov9_fast::maps;
+using namespace yolov9_fast::gemm;
 
 constexpr const char* kName = "conv1x1";
 // Pixels of a task: a multiple of the tile's rows whose input rows stay in the second-level cache.

@@ -9,7 +9,7 @@
 #include <immintrin.h>
 #endif
 
-namespace yolov9_fast {
+namespace yolov9_fast::gemm {
 
 #if defined(__AVX512F__)
 constexpr int kVectorBytes = 64;
@@ -165,4 +165,4 @@ void multiply(const Product<T>& p, int64_t rows, int64_t columns) {
   if constexpr (kTileVectors == 4) tiles_down<T, 4>(p, rows, columns);
 }
 
-}  // namespace yolov9_fast
+}  // namespace yolov9_fast::gemm

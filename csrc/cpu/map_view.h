@@ -12,9 +12,10 @@
 #include <algorithm>
 #include <cstdint>
 #include <optional>
+#include <type_traits>
 #include <vector>
 
-namespace yolov9_fast {
+namespace yolov9_fast::maps {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
@@ -100,6 +101,11 @@ struct Accumulate<double> {
   using type = double;
 };
 
+// Places are kept in integers of the values' width: g++ 12 loses half of the lanes of a condition on 32-bit integers that
+// selects float64 values (AVX-512, -O3).
+template <class A>
+using Place = std::conditional_t<sizeof(A) == 8, int64_t, int32_t>;
+
 template <class Body>
 void dispatch(ScalarType type, const char* op, Body&& body) {
   switch (type) {
@@ -146,4 +152,4 @@ void store_rows(const FeatureMap& map, int64_t n, int64_t c, int64_t p, int64_t 
     for (int64_t i = 0; i < count; ++i) target[k * map.channel + i * map.pixel] = static_cast<T>(rows[i * Block + k]);
 }
 
-}  // namespace yolov9_fast
+}  // namespace yolov9_fast::maps

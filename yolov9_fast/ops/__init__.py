@@ -3,10 +3,12 @@
 Each module is imported here, at once: importing it later would bind the module over the function.
 """
 
+from yolov9_fast.ops.adown_pool import adown_pool
 from yolov9_fast.ops.assign import Assignment, assign
 from yolov9_fast.ops.batch_norm import Norm
 from yolov9_fast.ops.bn_silu import bias_silu, bn_silu
 from yolov9_fast.ops.box_iou import box_iou
+from yolov9_fast.ops.cbfuse import cbfuse
 from yolov9_fast.ops.concat import ConcatBuffer, concat, split_view, tap
 from yolov9_fast.ops.conv1x1 import conv1x1, conv1x1_pair
 from yolov9_fast.ops.decode import decode
@@ -14,6 +16,7 @@ from yolov9_fast.ops.detection_loss import detection_loss
 from yolov9_fast.ops.nms import Detections, nms
 from yolov9_fast.ops.nms_boxes import KeptBoxes, nms_boxes
 from yolov9_fast.ops.rep_bn_silu import rep_bn_silu
+from yolov9_fast.ops.spp import spp, spp_with_input
 
 __all__ = [
     "Assignment",
@@ -33,8 +36,10 @@ __all__ = [
 __all__ = ["Assignment", "Detections", "Norm", "assign", "bias_silu", "bn_silu", "box_iou", "decode", "detection_loss", "nms"]
     "ConcatBuffer",
     "Detections",
+    "adown_pool",
     "assign",
     "box_iou",
+    "cbfuse",
     "concat",
     "conv1x1",
     "conv1x1_pair",
@@ -42,6 +47,8 @@ __all__ = ["Assignment", "Detections", "Norm", "assign", "bias_silu", "bn_silu",
     "detection_loss",
     "nms",
     "split_view",
+    "spp",
+    "spp_with_input",
     "tap",
     "rep_bn_silu",
 ]

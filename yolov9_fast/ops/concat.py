@@ -183,6 +183,12 @@ def split_view_reference(x: Tensor, sizes: Sequence[int]) -> tuple[Tensor, ...]:
     return x.split(list(sizes), 1)
 
 
+def placed(result: Tensor, slot: Tensor) -> Tensor:
+    """`result` copied to `slot`, as an autograd tensor that lies there: for producers that cannot write into slots."""
+    copied: Tensor = _Placed.apply(result, slot)
+    return copied
+
+
 def _alias(buffer: Tensor, start: int, stop: int) -> Tensor:
     """Channels start..stop of `buffer` with a version counter of their own.
 
@@ -196,24 +202,34 @@ def _alias(buffer: Tensor, start: int, stop: int) -> Tensor:
 
 
 def _is_at(part: Tensor, place: Tensor) -> bool:
-    return part.data_ptr() == place.data_ptr() and part.stride() == place.stride()
+    return part.data_ptr() == place.data_ptr() and _same_steps(part, place)
+
+
+def _same_steps(a: Tensor, b: Tensor, *, apart_from: int = -1) -> bool:
+    """Whether strides agree; those of sides of length 1 mean nothing, and views change them freely."""
+    return all(a.stride(side) == b.stride(side) for side in range(4) if a.shape[side] > 1 and side != apart_from)
 
 
 def _side_by_side(parts: Sequence[Tensor]) -> Tensor | None:
     """One tensor over all `parts` where they are neighbouring channel slices of one buffer, else None."""
     first = parts[0]
-    strides, storage = first.stride(), first.untyped_storage()
-    offset = first.storage_offset()
+    if any(size == 0 for size in first.shape) or layout_of(first) is None:
+        return None
+    # Of a part with one channel the channels' stride says nothing; the layout does.
+    step = 1 if memory_format_of(first) == torch.channels_last else first.shape[2] * first.shape[3]
+    storage, offset = first.untyped_storage(), first.storage_offset()
     for part in parts:
-        if part.dtype != first.dtype or part.stride() != strides or part.storage_offset() != offset:
+        if part.dtype != first.dtype or not _same_steps(part, first, apart_from=1) or part.storage_offset() != offset:
             return None
-        if part.untyped_storage().data_ptr() != storage.data_ptr():
+        if part.untyped_storage().data_ptr() != storage.data_ptr() or (part.shape[1] > 1 and part.stride(1) != step):
             return None
-        offset += part.shape[1] * strides[1]
-    channels = sum(part.shape[1] for part in parts)
-    size = (first.shape[0], channels, *first.shape[2:])
+        offset += part.shape[1] * step
+    size = (first.shape[0], sum(part.shape[1] for part in parts), *first.shape[2:])
+    strides = (first.stride(0), step, *first.stride()[2:])
+    if first.shape[0] == 1 and step != 1:
+        strides = (size[1] * step, *strides[1:])
     whole = first.new_empty(0).set_(storage, first.storage_offset(), size, strides)
-    # Strides of one channel or one pixel say little: only what lies in a known layout holds no element twice.
+    # What lies in a known layout holds no element twice.
     return whole if layout_of(whole) is not None else None
 
 
@@ -258,6 +274,17 @@ class _Join(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         return None, None, *gradient.split(ctx.sizes, 1)
+
+
+class _Placed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, result: Tensor, slot: Tensor) -> Tensor:
+        slot.copy_(result)
+        return slot.view_as(slot)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient, None
 
 
 class _Tap(torch.autograd.Function):

@@ -17,8 +17,9 @@ from torch import Tensor
 
 from yolov9_fast.ops import library
 from yolov9_fast.ops.backend import Implementation, Operator, get_backend, not_on, register, select
+from yolov9_fast.ops.concat import placed
 from yolov9_fast.ops.interpreted import runs_triton, triton_launcher, triton_missing
-from yolov9_fast.ops.layout import check_map, layout_of, memory_format_of, row_stride
+from yolov9_fast.ops.layout import check_map, in_layout_of, layout_of, memory_format_of, row_stride
 
 
 def conv1x1(
@@ -62,7 +63,7 @@ def conv1x1_reference(
     """The definition, in eager PyTorch: concatenate and convolve (and copy to `out`)."""
     x = inputs[0] if len(inputs) == 1 else torch.cat(list(inputs), 1)
     result = F.conv2d(x, weight, bias)
-    return result if out is None else _Placed.apply(result, out)
+    return result if out is None else placed(result, out)
 
 
 def conv1x1_pair_reference(x: Tensor, weight1: Tensor, weight2: Tensor) -> tuple[Tensor, Tensor]:
@@ -126,23 +127,14 @@ class _Kernels:
     weight_grad: Callable[[Tensor, list[Tensor]], Tensor]
 
     def conv(self, inputs: Sequence[Tensor], weight: Tensor, bias: Tensor | None, out: Tensor | None) -> Tensor:
-        result: Tensor = _Conv1x1.apply(self.name, weight, bias, out, *_one_layout(inputs, out))
+        result: Tensor = _Conv1x1.apply(
+            self.name, weight, bias, out, *in_layout_of(inputs[0] if out is None else out, inputs)
+        )
         return result
 
     def pair(self, x: Tensor, weight1: Tensor, weight2: Tensor) -> tuple[Tensor, Tensor]:
-        first, second = _Pair.apply(self.name, _one_layout([x], None)[0], weight1, weight2)
+        first, second = _Pair.apply(self.name, in_layout_of(x, [x])[0], weight1, weight2)
         return first, second
-
-
-def _one_layout(maps: Sequence[Tensor], out: Tensor | None) -> list[Tensor]:
-    """All maps in the layout of `out`, or of the first: mixed layouts and odd strides cost a copy."""
-    like = maps[0] if out is None else out
-    layout, memory_format = layout_of(like), memory_format_of(like)
-    return [x if layout is not None and _lies(x, layout) else x.contiguous(memory_format=memory_format) for x in maps]
-
-
-def _lies(x: Tensor, layout: str) -> bool:
-    return layout_of(x) == layout or (layout == "channels_last" and row_stride(x) is not None)
 
 
 class _Conv1x1(torch.autograd.Function):
@@ -161,7 +153,7 @@ class _Conv1x1(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         weight, *inputs = ctx.saved_tensors
         kernels = _kernels[ctx.name]
-        dy = _one_layout([dy], inputs[0])[0]
+        (dy,) = in_layout_of(inputs[0], [dy])
         need = ctx.needs_input_grad
         dweight = kernels.weight_grad(dy, inputs) if need[1] else None
         dbias = dy.sum((0, 2, 3)) if need[2] else None
@@ -193,7 +185,7 @@ class _Pair(torch.autograd.Function):
     def backward(ctx: Any, dy1: Tensor, dy2: Tensor) -> tuple[Tensor | None, ...]:
         x, weight1, weight2 = ctx.saved_tensors
         kernels = _kernels[ctx.name]
-        dy1, dy2 = _one_layout([dy1, dy2], x)
+        dy1, dy2 = in_layout_of(x, [dy1, dy2])
         dx = None
         if ctx.needs_input_grad[1]:
             dx = _new_map(x, x.shape[1])
@@ -201,19 +193,6 @@ class _Pair(torch.autograd.Function):
         dweight1 = kernels.weight_grad(dy1, [x]) if ctx.needs_input_grad[2] else None
         dweight2 = kernels.weight_grad(dy2, [x]) if ctx.needs_input_grad[3] else None
         return None, dx, dweight1, dweight2
-
-
-class _Placed(torch.autograd.Function):
-    """A result copied to a slot, for implementations that cannot write there."""
-
-    @staticmethod
-    def forward(ctx: Any, result: Tensor, out: Tensor) -> Tensor:
-        out.copy_(result)
-        return out.view_as(out)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return gradient, None
 
 
 def _new_map(like: Tensor, channels: int) -> Tensor:
@@ -290,26 +269,32 @@ _LARGEST_WEIGHT = 256 * 128
 """Measured on two Zen 5 cores with AVX-512, float32, channels_last slices, against the framework with its copies:
 forward and backward 1.1 to 2.5 times as fast up to 256 → 128 channels (1.0); 512 → 256: 0.97 and 0.82."""
 
-_RAW = {
-    "conv1x1_forward": "(Tensor[] inputs, Tensor weight, Tensor? bias, Tensor(a!) out) -> ()",
-    "conv1x1_input_grad": "(Tensor dy, Tensor weight, int[] channels) -> Tensor[]",
-    "conv1x1_weight_grad": "(Tensor dy, Tensor[] inputs) -> Tensor",
-}
-_FAKES = (_fake_forward, _fake_input_grad, _fake_weight_grad)
-_REFERENCES = (forward_reference, input_grad_reference, weight_grad_reference)
+_FORWARD = "(Tensor[] inputs, Tensor weight, Tensor? bias, Tensor(a!) out) -> ()"
+_INPUT_GRAD = "(Tensor dy, Tensor weight, int[] channels) -> Tensor[]"
+_WEIGHT_GRAD = "(Tensor dy, Tensor[] inputs) -> Tensor"
 _kernels = {
     "cpu": _Kernels(
         "cpu",
-        *(
-            library.define(name + schema, fake=fake, reference=reference)
-            for (name, schema), fake, reference in zip(_RAW.items(), _FAKES, _REFERENCES, strict=True)
-        ),
+        library.define(f"conv1x1_forward{_FORWARD}", fake=_fake_forward, reference=forward_reference),
+        library.define(f"conv1x1_input_grad{_INPUT_GRAD}", fake=_fake_input_grad, reference=input_grad_reference),
+        library.define(f"conv1x1_weight_grad{_WEIGHT_GRAD}", fake=_fake_weight_grad, reference=weight_grad_reference),
     ),
     "triton": _Kernels(
         "triton",
-        *(
-            library.define(f"{name}_triton{schema}", fake=fake, reference=triton_launcher("conv1x1", name))
-            for (name, schema), fake in zip(_RAW.items(), _FAKES, strict=True)
+        library.define(
+            f"conv1x1_forward_triton{_FORWARD}",
+            fake=_fake_forward,
+            reference=triton_launcher("conv1x1", "conv1x1_forward"),
+        ),
+        library.define(
+            f"conv1x1_input_grad_triton{_INPUT_GRAD}",
+            fake=_fake_input_grad,
+            reference=triton_launcher("conv1x1", "conv1x1_input_grad"),
+        ),
+        library.define(
+            f"conv1x1_weight_grad_triton{_WEIGHT_GRAD}",
+            fake=_fake_weight_grad,
+            reference=triton_launcher("conv1x1", "conv1x1_weight_grad"),
         ),
     ),
     "cuda": _Kernels("cuda", matrix_forward, matrix_input_grad, matrix_weight_grad),

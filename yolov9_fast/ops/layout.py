@@ -6,6 +6,8 @@ of a channels_last buffer). "contiguous": planes of H·W neighbouring pixels, th
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -54,9 +56,22 @@ def _in_planes(x: Tensor) -> bool:
     )
 
 
-def readable(x: Tensor) -> Tensor:
-    """`x` itself where it lies in a layout that the kernels read in place, else a dense copy."""
-    return x if layout_of(x) is not None else x.contiguous()
+def in_layout_of(
+    like: Tensor, maps: Sequence[Tensor], memory_format: torch.memory_format | None = None
+) -> list[Tensor]:
+    """`maps`, all in the layout of `like`; those in another are copied.
+
+    Where `like` lies in neither layout: in `memory_format`, by default contiguous.
+    """
+    layout = layout_of(like)
+    if memory_format is None or layout is not None:
+        memory_format = torch.channels_last if layout == "channels_last" else torch.contiguous_format
+    fits = _fits_rows if memory_format == torch.channels_last else _in_planes
+    return [x if fits(x) else x.contiguous(memory_format=memory_format) for x in maps]
+
+
+def _fits_rows(x: Tensor) -> bool:
+    return row_stride(x) is not None
 
 
 def check_map(op: str, name: str, x: object) -> None:

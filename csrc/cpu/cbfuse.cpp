@@ -1,0 +1,197 @@
+// cbfuse on the CPU: sum of maps resized to the target by nearest neighbour, and the target. Reads every input and the
+// target once, writes the sum once; backward reads the gradient once per input.
+#include "cpu/map_view.h"
+
+#include <type_traits>
+
+namespace {
+
+using namespace yolov9_fast::maps;
+
+// The source of each target position, as torch computes it for mode="nearest": in float32, rounded down.
+std::vector<int64_t> nearest(int64_t source, int64_t target) {
+  std::vector<int64_t> index(target);
+  const float scale = static_cast<float>(source) / static_cast<float>(target);
+  for (int64_t i = 0; i < target; ++i)
+    index[i] = source == target ? i : std::min(static_cast<int64_t>(static_cast<float>(i) * scale), source - 1);
+  return index;
+}
+
+// For each source position the first target position that reads it, and the end after the last source.
+std::vector<int64_t> readers(int64_t source, int64_t target) {
+  const std::vector<int64_t> index = nearest(source, target);
+  std::vector<int64_t> first(source + 1);
+  for (int64_t s = 0; s <= source; ++s) first[s] = std::lower_bound(index.begin(), index.end(), s) - index.begin();
+  return first;
+}
+
+struct Source {
+  FeatureMap map;
+  std::vector<int64_t> rows, columns;
+};
+
+// Channels of a pixel that are summed in registers before they are written.
+constexpr int kChunk = 32;
+
+template <class T>
+void sum_rows(const std::vector<Source>& sources, const FeatureMap& target, const FeatureMap& out) {
+  using A = typename Accumulate<T>::type;
+  const int64_t channels = target.channels;
+  torch::stable::parallel_for(0, target.batch * target.height, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t n = i / target.height, h = i % target.height;
+      for (int64_t w = 0; w < target.width; ++w) {
+        const auto pixel = [&](const Source& source) {
+          return source.map.at<const T>(n, 0, source.rows[h] * source.map.width + source.columns[w]);
+        };
+        const T* last = target.at<const T>(n, 0, h * target.width + w);
+        T* to = out.at<T>(n, 0, h * target.width + w);
+        for (int64_t c = 0; c < channels; c += kChunk) {
+          A sum[kChunk];
+          const int64_t count = std::min<int64_t>(kChunk, channels - c);
+          const auto run = [&](auto size) {
+            const T* first = pixel(sources[0]) + c;
+            for (int64_t k = 0; k < size; ++k) sum[k] = static_cast<A>(first[k]);
+            for (size_t s = 1; s < sources.size(); ++s) {
+              const T* next = pixel(sources[s]) + c;
+              for (int64_t k = 0; k < size; ++k) sum[k] += static_cast<A>(next[k]);
+            }
+            for (int64_t k = 0; k < size; ++k) to[c + k] = static_cast<T>(sum[k] + static_cast<A>(last[c + k]));
+          };
+          if (count == kChunk) {
+            run(std::integral_constant<int64_t, kChunk>{});
+          } else {
+            run(count);
+          }
+        }
+      }
+    }
+  });
+}
+
+template <class T>
+void sum_planes(const std::vector<Source>& sources, const FeatureMap& target, const FeatureMap& out) {
+  using A = typename Accumulate<T>::type;
+  torch::stable::parallel_for(0, target.batch * target.channels, 1, [&](int64_t begin, int64_t end) {
+    std::vector<A> sum(target.width);
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t n = i / target.channels, c = i % target.channels;
+      for (int64_t h = 0; h < target.height; ++h) {
+        for (size_t s = 0; s < sources.size(); ++s) {
+          const Source& source = sources[s];
+          const T* row = source.map.at<const T>(n, c, source.rows[h] * source.map.width);
+          const int64_t* column = source.columns.data();
+          if (s == 0) {
+            for (int64_t w = 0; w < target.width; ++w) sum[w] = static_cast<A>(row[column[w]]);
+          } else {
+            for (int64_t w = 0; w < target.width; ++w) sum[w] += static_cast<A>(row[column[w]]);
+          }
+        }
+        const T* last = target.at<const T>(n, c, h * target.width);
+        T* to = out.at<T>(n, c, h * target.width);
+        for (int64_t w = 0; w < target.width; ++w) to[w] = static_cast<T>(sum[w] + static_cast<A>(last[w]));
+      }
+    }
+  });
+}
+
+Tensor cbfuse_forward(const std::vector<Tensor>& inputs, const Tensor& target) {
+  STD_TORCH_CHECK(!inputs.empty(), "cbfuse: inputs must hold at least one map");
+  const FeatureMap t = feature_map(target, "cbfuse", "target");
+  std::vector<Source> sources;
+  for (const Tensor& input : inputs) {
+    const FeatureMap map = feature_map(input, "cbfuse", "inputs", t.channels_last);
+    STD_TORCH_CHECK(map.batch == t.batch && map.channels == t.channels && input.scalar_type() == target.scalar_type(),
+                    "cbfuse: inputs must agree with the target but for height and width");
+    STD_TORCH_CHECK(t.empty() || !map.empty(), "cbfuse: an empty map cannot be resized");
+    sources.push_back({map, nearest(map.height, t.height), nearest(map.width, t.width)});
+  }
+  Tensor result = new_map(target, t.batch, t.channels, t.height, t.width, t.channels_last);
+  if (t.empty()) return result;
+  const FeatureMap out = feature_map(result, "cbfuse", "result", t.channels_last);
+  dispatch(target.scalar_type(), "cbfuse", [&](auto zero) {
+    using T = decltype(zero);
+    if (t.channels_last) return sum_rows<T>(sources, t, out);
+    sum_planes<T>(sources, t, out);
+  });
+  return result;
+}
+
+template <class T>
+void gather_rows(const FeatureMap& dz, const FeatureMap& dx, const std::vector<int64_t>& rows,
+                 const std::vector<int64_t>& columns) {
+  using A = typename Accumulate<T>::type;
+  torch::stable::parallel_for(0, dx.batch * dx.height, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t n = i / dx.height, h = i % dx.height;
+      for (int64_t w = 0; w < dx.width; ++w) {
+        T* to = dx.at<T>(n, 0, h * dx.width + w);
+        for (int64_t c = 0; c < dx.channels; c += kChunk) {
+          A sum[kChunk] = {};
+          const int64_t count = std::min<int64_t>(kChunk, dx.channels - c);
+          const auto run = [&](auto size) {
+            for (int64_t y = rows[h]; y < rows[h + 1]; ++y)
+              for (int64_t x = columns[w]; x < columns[w + 1]; ++x) {
+                const T* from = dz.at<const T>(n, c, y * dz.width + x);
+                for (int64_t k = 0; k < size; ++k) sum[k] += static_cast<A>(from[k]);
+              }
+            for (int64_t k = 0; k < size; ++k) to[c + k] = static_cast<T>(sum[k]);
+          };
+          if (count == kChunk) {
+            run(std::integral_constant<int64_t, kChunk>{});
+          } else {
+            run(count);
+          }
+        }
+      }
+    }
+  });
+}
+
+template <class T>
+void gather_planes(const FeatureMap& dz, const FeatureMap& dx, const std::vector<int64_t>& rows,
+                   const std::vector<int64_t>& columns) {
+  using A = typename Accumulate<T>::type;
+  torch::stable::parallel_for(0, dx.batch * dx.channels, 1, [&](int64_t begin, int64_t end) {
+    std::vector<A> sum(dx.width);
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t n = i / dx.channels, c = i % dx.channels;
+      for (int64_t h = 0; h < dx.height; ++h) {
+        std::fill(sum.begin(), sum.end(), A(0));
+        for (int64_t y = rows[h]; y < rows[h + 1]; ++y) {
+          const T* from = dz.at<const T>(n, c, y * dz.width);
+          for (int64_t w = 0; w < dx.width; ++w)
+            for (int64_t x = columns[w]; x < columns[w + 1]; ++x) sum[w] += static_cast<A>(from[x]);
+        }
+        T* to = dx.at<T>(n, c, h * dx.width);
+        for (int64_t w = 0; w < dx.width; ++w) to[w] = static_cast<T>(sum[w]);
+      }
+    }
+  });
+}
+
+std::vector<Tensor> cbfuse_backward(const Tensor& dz, const std::vector<int64_t>& heights,
+                                    const std::vector<int64_t>& widths) {
+  STD_TORCH_CHECK(heights.size() == widths.size(), "cbfuse: heights and widths must be of one length");
+  const FeatureMap d = feature_map(dz, "cbfuse", "dz");
+  std::vector<Tensor> gradients;
+  for (size_t i = 0; i < heights.size(); ++i) {
+    gradients.push_back(new_map(dz, d.batch, d.channels, heights[i], widths[i], d.channels_last));
+    const FeatureMap dx = feature_map(gradients.back(), "cbfuse", "gradient", d.channels_last);
+    if (dx.empty()) continue;
+    const std::vector<int64_t> rows = readers(dx.height, d.height), columns = readers(dx.width, d.width);
+    dispatch(dz.scalar_type(), "cbfuse", [&](auto zero) {
+      using T = decltype(zero);
+      if (d.channels_last) return gather_rows<T>(d, dx, rows, columns);
+      gather_planes<T>(d, dx, rows, columns);
+    });
+  }
+  return gradients;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(yolov9_fast, CPU, library) {
+  library.impl("cbfuse_forward", TORCH_BOX(&cbfuse_forward));
+  library.impl("cbfuse_backward", TORCH_BOX(&cbfuse_backward));
+}

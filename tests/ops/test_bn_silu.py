@@ -1,0 +1,375 @@
+"""bn_silu: forward, every gradient and the running statistics against float64, on every backend of this machine."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from batch_norm_cases import (
+    EPS,
+    LAYOUTS,
+    MOMENTUM,
+    Case,
+    assert_no_worse_than_eager,
+    error,
+    laid_out,
+    make_case,
+    run,
+    truth,
+)
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import yolov9_fast as yf
+from yolov9_fast.ops.backend import why_not
+from yolov9_fast.ops.bn_silu import OPERATOR
+
+CPU_REASON = why_not(OPERATOR, "cpu")
+needs_cpu = pytest.mark.skipif(CPU_REASON is not None, reason=f"no compiled bn_silu: {CPU_REASON}")
+BACKENDS = [pytest.param("eager"), pytest.param("cpu", marks=needs_cpu)]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+
+
+def compute(x: Tensor, **options: Any) -> Tensor:
+    """bn_silu of x alone: no parameters, statistics of the batch."""
+    options = {"training": True, "momentum": MOMENTUM, "eps": EPS} | options
+    return yf.ops.bn_silu(x, None, None, None, None, **options)
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_two_values_a_channel_become_plus_and_minus_one(name: str) -> None:
+    x = torch.tensor([3.0, 5.0, -10.0, 10.0]).view(1, 2, 1, 2)
+    with yf.backend(name):
+        z = compute(x, eps=1e-12)
+    expected = torch.tensor([-1.0, 1.0, -1.0, 1.0]).view(1, 2, 1, 2)
+    torch.testing.assert_close(z, expected * torch.sigmoid(expected))
+
+
+@needs_cpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", [(2, 3, 5, 7), (3, 24, 5, 5), (2, 80, 4, 4), (1, 16, 40, 33), (2, 33, 1, 1)], ids=str)
+def test_every_dtype_layout_and_odd_size(dtype: torch.dtype, layout: str, shape: tuple[int, int, int, int]) -> None:
+    assert_no_worse_than_eager(make_case(1, shape, dtype=dtype, layout=layout, residual=True), "cpu")
+
+
+@needs_cpu
+@pytest.mark.parametrize("layout", ["channels_last", "contiguous"])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("activation", [True, False])
+@pytest.mark.parametrize("residual", [True, False])
+def test_every_mode(layout: str, training: bool, affine: bool, activation: bool, residual: bool) -> None:
+    options = {"training": training, "affine": affine, "activation": activation, "residual": residual}
+    assert_no_worse_than_eager(make_case(1, layout=layout, **options), "cpu")
+    if training:
+        assert_no_worse_than_eager(make_case(1, layout=layout, running=False, **options), "cpu")
+
+
+@needs_cpu
+@settings(max_examples=100, deadline=None)
+@given(
+    st.integers(1, 4),
+    st.integers(1, 70),
+    st.integers(1, 9),
+    st.integers(6, 9),
+    st.sampled_from(LAYOUTS),
+    st.booleans(),
+    st.integers(0, 10_000),
+)
+def test_any_shape(n: int, c: int, h: int, w: int, layout: str, training: bool, seed: int) -> None:
+    assert_no_worse_than_eager(make_case(1, (n, c, h, w), layout=layout, training=training, seed=seed), "cpu")
+
+
+@needs_cpu
+def test_two_thousand_seeded_cases_in_float64() -> None:
+    for seed in range(2000):
+        shape = (1 + seed % 3, 1 + seed % 37, 1 + seed % 5, 2 + seed % 4)
+        case = make_case(1, shape, dtype=torch.float64, layout=LAYOUTS[seed % 4], residual=seed % 3 == 0, seed=seed)
+        true, ours = truth(case), run(case, "cpu")
+        for name, expected in true.items():
+            assert error(ours[name], expected) < 1e-10, (seed, name)
+
+
+@needs_cpu
+@pytest.mark.parametrize("layout", ["channels_last", "contiguous"])
+def test_a_mean_of_a_thousand_deviations_does_not_cancel(layout: str) -> None:
+    assert_no_worse_than_eager(make_case(1, (4, 24, 20, 20), layout=layout, mean=1e3), "cpu")
+
+
+@needs_cpu
+@pytest.mark.parametrize("layout", ["channels_last", "contiguous"])
+def test_statistics_of_four_million_values_a_channel(layout: str) -> None:
+    x = laid_out(torch.randn(4, 2, 1024, 1024, generator=torch.Generator().manual_seed(1)) + 1e3, layout)
+    mean, m2 = torch.ops.yolov9_fast.bn_stats(x)
+    true = x.double()
+    variance = true.var((0, 2, 3), correction=0)
+    torch.testing.assert_close(mean.double(), true.mean((0, 2, 3)), rtol=6e-8, atol=0)
+    torch.testing.assert_close(m2.double() / 2**22, variance, rtol=1e-6, atol=0)
+    running = torch.zeros(2), torch.zeros(2)
+    F.batch_norm(x, *running, training=True, momentum=1.0)
+    eager = (running[1].double() - true.var((0, 2, 3))).abs().max()
+    assert (m2.double() / 2**22 - variance).abs().max() <= max(2 * eager, 1e-6)
+
+
+@needs_cpu
+@pytest.mark.parametrize("layout", ["channels_last", "contiguous"])
+def test_a_constant_channel_gives_its_bias(layout: str) -> None:
+    x = laid_out(torch.full((3, 2, 5, 7), 1000.1), layout)
+    bias = torch.tensor([0.5, -0.5])
+    with yf.backend("cpu"):
+        z = yf.ops.bn_silu(x, torch.ones(2), bias, None, None, training=True, momentum=0.1, eps=EPS, activation=False)
+    assert torch.equal(z, bias.view(1, 2, 1, 1).expand_as(z))
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_running_statistics_average_cumulatively_when_the_caller_says_so(name: str) -> None:
+    batches = torch.randn(3, 2, 4, 3, 3, generator=torch.Generator().manual_seed(0))
+    mean, var = torch.zeros(4), torch.ones(4)
+    with yf.backend(name):
+        for number, x in enumerate(batches, start=1):
+            yf.ops.bn_silu(x, None, None, mean, var, training=True, momentum=1 / number, eps=EPS)
+    torch.testing.assert_close(mean, batches.mean((1, 3, 4)).mean(0), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(var, batches.transpose(1, 2).flatten(2).var(2).mean(0), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_one_value_a_channel_raises_as_torch_does(name: str) -> None:
+    with yf.backend(name), pytest.raises(ValueError, match="[Ee]xpected more than 1 value per channel when training"):
+        compute(torch.zeros(1, 3, 1, 1))
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_an_empty_batch_is_empty_and_leaves_the_running_statistics(name: str) -> None:
+    x = torch.zeros(0, 3, 2, 2, requires_grad=True)
+    weight = torch.ones(3, requires_grad=True)
+    mean, var = torch.zeros(3), torch.ones(3)
+    with yf.backend(name):
+        z = yf.ops.bn_silu(x, weight, weight, mean, var, training=True, momentum=0.1, eps=EPS)
+        z.sum().backward()
+    assert z.shape == x.shape and x.grad is not None and x.grad.shape == x.shape
+    assert weight.grad is not None and weight.grad.tolist() == [0, 0, 0]
+    assert mean.tolist() == [0, 0, 0] and var.tolist() == [1, 1, 1]
+
+
+@needs_cpu
+@pytest.mark.parametrize("layout", ["channels_last", "contiguous"])
+def test_the_result_does_not_depend_on_the_number_of_threads(layout: str) -> None:
+    case, threads = make_case(1, (4, 24, 50, 50), layout=layout, residual=True), torch.get_num_threads()
+    results = []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            results.append(run(case, "cpu"))
+    finally:
+        torch.set_num_threads(threads)
+    for name, first in results[0].items():
+        assert all(torch.equal(first, other[name]) for other in results[1:]), name
+
+
+def slots(layout: str, *channels: int) -> list[Tensor]:
+    """Neighbouring slices of one buffer of NaN, each with its own version counter."""
+    buffer = torch.full((2, sum(channels), 4, 3), float("nan"))
+    if layout == "channels_last":
+        buffer = buffer.contiguous(memory_format=torch.channels_last)
+    parts = buffer.split(list(channels), 1)
+    return [torch.empty(0).set_(buffer.untyped_storage(), p.storage_offset(), p.shape, p.stride()) for p in parts]
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("layout", ["channels_last", "contiguous"])
+@pytest.mark.parametrize("training", [True, False])
+def test_slots_of_one_buffer_are_written_and_differentiated(name: str, layout: str, training: bool) -> None:
+    before, slot, after = slots(layout, 3, 5, 2)
+    case = make_case(1, layout=layout, training=training, residual=True)
+    case.dz = laid_out(case.dz, "rows_slice" if layout == "channels_last" else "planes_slice")
+    expected, into = run(case, name), run(case, name, slot)
+    assert all(torch.equal(expected[key], into[key]) for key in expected)
+    assert torch.equal(slot, expected["z"]) and into["z"].data_ptr() == slot.data_ptr()
+    assert before.isnan().all() and after.isnan().all()
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_two_slots_feed_what_saves_them(name: str) -> None:
+    first, second = slots("channels_last", 2, 3)
+    x, y = torch.randn(2, 2, 4, 3, requires_grad=True), torch.randn(2, 3, 4, 3, requires_grad=True)
+    with yf.backend(name):
+        a, b = compute(x, out=first), compute(y, out=second)
+        (a.square().sum() + b.square().sum()).backward()
+        plain = torch.autograd.grad(compute(x).square().sum(), x)[0]
+    torch.testing.assert_close(x.grad, plain)
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_a_second_use_of_a_slot_that_backward_still_needs_is_an_error(name: str) -> None:
+    slot, _ = slots("channels_last", 5, 1)
+    x = torch.randn(2, 5, 4, 3, requires_grad=True)
+    with yf.backend(name):
+        loss = compute(x, out=slot).square().sum()
+        compute(x.detach() * 2, out=slot)
+        with pytest.raises(RuntimeError, match="modified (by an inplace operation|inplace)"):
+            loss.backward()
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_backward_runs_twice_where_the_graph_is_kept(name: str) -> None:
+    x = torch.randn(2, 5, 4, 3, requires_grad=True)
+    with yf.backend(name):
+        z = compute(x)
+        grads = [torch.autograd.grad(z, x, torch.ones_like(z), retain_graph=True)[0] for _ in range(2)]
+    assert torch.equal(*grads)
+
+
+@needs_cpu
+def test_a_second_derivative_is_refused() -> None:
+    x = torch.randn(2, 5, 4, 3, requires_grad=True)
+    with yf.backend("cpu"):
+        (grad,) = torch.autograd.grad(compute(x).square().sum(), x, create_graph=True)
+        with pytest.raises(RuntimeError, match="differentiate twice"):
+            grad.sum().backward()
+
+
+@needs_cpu
+def test_only_the_input_and_two_vectors_are_saved() -> None:
+    saved: list[Tensor] = []
+    x = torch.randn(2, 5, 4, 3, requires_grad=True)
+    weight = torch.ones(5, requires_grad=True)
+    with yf.backend("cpu"), torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        yf.ops.bn_silu(x, weight, weight, None, None, training=True, momentum=0.1, eps=EPS)
+    assert sorted(t.numel() for t in saved) == [5, 5, 5, 5, x.numel()]
+
+
+@needs_cpu
+@pytest.mark.parametrize("needed", range(3))
+@pytest.mark.parametrize("training", [True, False])
+def test_only_the_gradients_asked_for(needed: int, training: bool) -> None:
+    case = make_case(1, training=training)
+    arguments = [case.inputs[0], *case.norms[0][:2]]
+    arguments[needed] = arguments[needed].clone().requires_grad_()
+    with yf.backend("cpu"):
+        z = yf.ops.bn_silu(*arguments, *case.norms[0][2:], training=training, momentum=MOMENTUM, eps=EPS)
+        (grad,) = torch.autograd.grad(z, arguments[needed], case.dz)
+    name = ("dx0", "dweight0", "dbias0")[needed]
+    torch.testing.assert_close(grad, run(case, "cpu")[name])
+
+
+@needs_cpu
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("layout", ["channels_last", "contiguous"])
+def test_gradcheck(training: bool, layout: str) -> None:
+    case = make_case(1, (2, 3, 2, 3), dtype=torch.float64, layout=layout, residual=True, training=training)
+
+    def function(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor) -> Tensor:
+        running = [vector.clone() for vector in case.norms[0][2:]]
+        return yf.ops.bn_silu(x, weight, bias, *running, training=training, momentum=0.1, eps=EPS, residual=residual)
+
+    leaves = [t.detach().clone().requires_grad_() for t in (case.inputs[0], *case.norms[0][:2], case.residual)]
+    with yf.backend("cpu"):
+        assert torch.autograd.gradcheck(function, leaves)
+
+
+def raw_arguments(case: Case) -> dict[str, tuple[Any, ...]]:
+    """Arguments of every raw operator."""
+    x, norm, dz = case.inputs[0], case.norms[0], case.dz
+    statistics = torch.zeros(x.shape[1]), torch.ones(x.shape[1])
+    given = (x, norm.weight, norm.bias, *statistics)
+    return {
+        "bn_silu_forward": (x, *norm, MOMENTUM, EPS, case.residual, torch.empty_like(x), True),
+        "bn_silu_backward": (dz, *given, True),
+        "bn_stats": (x,),
+        "bn_silu_apply": (*given, case.residual, torch.empty_like(x), True),
+        "bn_silu_backward_sums": (dz, *given, True),
+        "bn_silu_backward_apply": (dz, *given, *statistics, True),
+    }
+
+
+@pytest.mark.parametrize("op", list(raw_arguments(make_case(1))))
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_opcheck(op: str, layout: str) -> None:
+    arguments = raw_arguments(make_case(1, layout=layout, residual=True))[op]
+    torch.library.opcheck(getattr(torch.ops.yolov9_fast, op).default, arguments)
+
+
+@pytest.mark.slow
+def test_compiles_in_one_graph_with_and_without_a_slot() -> None:
+    def unit(x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, var: Tensor) -> Tensor:
+        buffer = torch.empty(2, 8, 4, 3)
+        options: dict[str, Any] = {"training": True, "momentum": 0.1, "eps": EPS}
+        y = yf.ops.bn_silu(x, weight, bias, mean, var, **options)
+        return yf.ops.bn_silu(y, weight, bias, mean, var, **options, residual=x, out=buffer[:, 1:6]) * 2
+
+    def gradients(function: Any) -> list[Tensor]:
+        case = make_case(1, layout="contiguous")
+        leaves = [t.clone().requires_grad_() for t in (case.inputs[0], *case.norms[0][:2])]
+        running = [t.clone() for t in case.norms[0][2:]]
+        z = function(*leaves, *running)
+        return [z.detach(), *torch.autograd.grad(z, leaves, case.dz), *running]
+
+    for result, expected in zip(gradients(torch.compile(unit, fullgraph=True)), gradients(unit), strict=True):
+        torch.testing.assert_close(result, expected)
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_under_autocast_the_result_keeps_the_type_of_the_convolution(name: str) -> None:
+    x, weight = torch.randn(2, 3, 4, 4, requires_grad=True), torch.randn(5, 3, 1, 1)
+    gamma, beta = torch.ones(5, requires_grad=True), torch.zeros(5, requires_grad=True)
+    with yf.backend(name), torch.autocast("cpu", torch.bfloat16):
+        y = F.conv2d(x, weight)
+        z = yf.ops.bn_silu(y, gamma, beta, torch.zeros(5), torch.ones(5), training=True, momentum=0.1, eps=EPS)
+    z.float().square().sum().backward()
+    assert z.dtype == torch.bfloat16 and gamma.grad is not None and gamma.grad.dtype == torch.float32
+
+
+@needs_cpu
+def test_parameters_in_half_get_their_gradients_in_half() -> None:
+    x = torch.randn(2, 5, 4, 3).half()
+    weight = torch.ones(5).half().requires_grad_()
+    with yf.backend("cpu"):
+        yf.ops.bn_silu(x, weight, None, None, None, training=True, momentum=0.1, eps=EPS).sum().backward()
+    assert weight.grad is not None and weight.grad.dtype == torch.float16
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("recorded", [True, False])
+def test_a_folded_unit_is_bias_and_silu_in_place_where_nothing_is_recorded(name: str, recorded: bool) -> None:
+    x, bias = torch.randn(2, 5, 4, 3), torch.randn(5, requires_grad=True)
+    expected = F.silu(x + bias.detach().view(1, -1, 1, 1))
+    with yf.backend(name), torch.set_grad_enabled(recorded):
+        z = yf.ops.bias_silu(x, bias)
+    torch.testing.assert_close(z.detach(), expected)
+    assert (z.data_ptr() == x.data_ptr()) is not recorded
+    if recorded:
+        z.sum().backward()
+        assert bias.grad is not None
+
+
+@pytest.mark.parametrize(
+    ("change", "kind", "words"),
+    [
+        ({"x": torch.zeros(2, 5, 4)}, ValueError, r"x must have shape \[N, C, H, W\], got \[2, 5, 4\]"),
+        ({"x": torch.zeros(2, 5, 4, 3, dtype=torch.long)}, TypeError, "x must be a floating-point tensor, got torch.i"),
+        ({"weight": torch.zeros(4)}, ValueError, r"weight must have shape \[5\], got \[4\]"),
+        ({"running_mean": None}, ValueError, "both be given or both be None"),
+        ({"running_mean": None, "running_var": None, "training": False}, ValueError, "needed when training is False"),
+        ({"residual": torch.zeros(2, 5, 3, 4)}, ValueError, "residual must have the input's shape"),
+        ({"out": torch.zeros(2, 5, 4, 3).half()}, TypeError, "out must have the input's dtype torch.float32"),
+        ({"out": torch.zeros(2, 5, 4, 3, requires_grad=True)}, ValueError, "out must not require a gradient"),
+        ({"out": torch.zeros(2, 5, 4, 3, device="meta")}, ValueError, "out must be on the input's device cpu, got met"),
+    ],
+)
+def test_a_wrong_argument_is_named(change: dict[str, Any], kind: type[Exception], words: str) -> None:
+    vectors = {name: torch.ones(5) for name in ("weight", "bias", "running_mean", "running_var")}
+    arguments: dict[str, Any] = {"x": torch.zeros(2, 5, 4, 3), "training": True, "momentum": 0.1, "eps": EPS} | vectors
+    with pytest.raises(kind, match=f"bn_silu: .*{words}"):
+        yf.ops.bn_silu(**(arguments | change))
+
+
+@needs_cpu
+def test_running_statistics_of_another_type_are_refused_by_name_and_run_eagerly_otherwise() -> None:
+    x, half = torch.randn(2, 3, 4, 4).half(), torch.ones(3).half()
+    with yf.backend("cpu"), pytest.raises(RuntimeError, match="needs running statistics in torch.float32, got"):
+        yf.ops.bn_silu(x, half, half, half, half, training=False, momentum=0.1, eps=EPS)
+    assert yf.ops.bn_silu(x, half, half, half, half, training=False, momentum=0.1, eps=EPS).dtype == torch.float16

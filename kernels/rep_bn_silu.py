@@ -332,7 +332,8 @@ def rep_bn_silu_backward(
     one, two = given(first, weight1, bias1, mean1, rstd1), given(second, weight2, bias2, mean2, rstd2)
     dx1, dx2 = dense_like(first), dense_like(second)
     dbias1, dweight1, dweight2 = sums = channel_vectors(first, 3)
-    block = whole_block(first, 3)
+    # As if there were five: three tensors, two x̂ and dy at 1,024 rows do not fit 128 registers a thread.
+    block = whole_block(first, 5)
     if block is None:
         _sums(gradient, one, two, sums, silu)
         _dx(gradient, one, two, dx1, dx2, sums, 1.0 / max(first.images * first.pixels, 1), silu)

@@ -1,0 +1,84 @@
+"""Calls of every launcher that between them make each kernel choose each of its variants, on tensors without data.
+
+A kernel that is not called here is not in the ahead-of-time list: add a call to `call_all` with the kernel.
+"""
+
+import torch
+from torch import Tensor
+from yolov9_fast.kernels import adown_pool, bn_silu, cbfuse, conv1x1, rep_bn_silu, spp
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+LAYOUTS = (torch.channels_last, torch.contiguous_format)
+TYPICAL = ((32, 64, 80, 80), (1, 256, 20, 20))
+"""A large tensor in tiles and a small one in one launch: what most layers of a network choose."""
+EVERY = (
+    *((32, c, s, s) for c in (8, 16, 32, 64) for s in (160, 16)),
+    *((1, c, s, s) for c in (16, 64) for s in (80, 64, 40, 32, 20, 16, 10)),
+    (32, 24, 80, 80),
+    (1, 127, 9, 9),
+    (1, 256, 9, 9),
+    (1, 32, 9, 9),
+    (32, 64, 20, 20),
+    *((n, c, s, s) for c in (7, 15, 31, 63) for n, s in ((32, 161), (32, 21), (32, 9), (2, 21))),
+    *((1, 7, s, s) for s in (81, 63, 45, 31, 21, 9)),
+    *((n, 64, s, s) for n, s in ((32, 81), (32, 21), (32, 9), (1, 63), (1, 45), (1, 31), (1, 21), (1, 9))),
+)
+"""Every block of channels and of pixels, every size held whole, sizes that allow no 16-byte access."""
+
+
+def call_all(shape: tuple[int, int, int, int], dtype: torch.dtype, layout: torch.memory_format) -> None:
+    """Call every launcher for maps of one shape."""
+    channels = shape[1]
+
+    def new(*size: int) -> Tensor:
+        if not size:
+            return torch.empty(shape, dtype=dtype, device="meta", memory_format=layout)
+        return torch.empty(size, dtype=dtype, device="meta", memory_format=layout)
+
+    def vector() -> Tensor:
+        return torch.empty(channels, device="meta")
+
+    x, y, out = new(), new(), new()
+    for plain in (False, True):
+        one = (vector(), vector()) if not plain else (None, None)
+        running = one
+        residual = None if plain else y
+        for silu in (True, False):
+            bn_silu.bn_silu_forward(x, *one, *running, 0.03, 1e-3, residual, out, silu)
+            bn_silu.bn_silu_forward(x, *one, *running, 0.03, 1e-3, None, out, silu)
+            bn_silu.bn_silu_apply(x, *one, vector(), vector(), residual, out, silu)
+            bn_silu.bn_silu_backward(y, x, *one, vector(), vector(), silu)
+            bn_silu.bn_silu_backward_sums(y, x, *one, vector(), vector(), silu)
+            means = (vector(), vector(), vector())
+            bn_silu.bn_silu_backward_apply(y, x, *one, vector(), vector(), *means[:2], silu)
+            both = (x, *one, *running, y, *one, *running)
+            rep_bn_silu.rep_bn_silu_forward(*both, 0.03, 1e-3, None, out, silu)
+            rep_bn_silu.rep_bn_silu_forward(*both, 0.03, 1e-3, residual, out, silu)
+            given = (x, *one, vector(), vector(), y, *one, vector(), vector())
+            rep_bn_silu.rep_bn_silu_apply(*given, residual, out, silu)
+            rep_bn_silu.rep_bn_silu_backward(out, *given, silu)
+            rep_bn_silu.rep_bn_silu_backward_apply(out, *given, *means, silu)
+            rep_bn_silu.rep_bn_silu_backward_sums(out, *given, silu)
+    bn_silu.bn_stats(x)
+    spp.spp_forward(x, new(), new(), new())
+    spp.spp_backward(*(new() for _ in range(7)))
+    n, _, h, w = shape
+    for split in (False, True):
+        first = new(n, channels // 2 if split else channels, h - 1, w - 1)
+        second = new(n, channels - channels // 2, h // 2, w // 2) if split else None
+        adown_pool.adown_pool_forward(x, split)
+        adown_pool.adown_pool_backward(first, second, x, split)
+    for count in range(1, cbfuse.MOST + 1):
+        cbfuse.cbfuse_forward([new(n, channels, h // 2, w // 2)] * count, x)
+    cbfuse.cbfuse_backward(x, [h // 2], [w // 2])
+    for count in range(1, conv1x1.MOST + 1):
+        for outputs in (32, 64, 256) if channels % 8 == 0 else (7, 33, 65):
+            weight = torch.empty((outputs, channels * count, 1, 1), dtype=dtype, device="meta")
+            turned = torch.empty((channels * count, outputs, 1, 1), dtype=dtype, device="meta").transpose(0, 1)
+            dy = new(n, outputs, h, w)
+            bias = torch.empty(outputs, dtype=dtype, device="meta")
+            for matrix in (weight, turned):
+                conv1x1.conv1x1_forward([x] * count, matrix, bias, dy)
+                conv1x1.conv1x1_forward([x] * count, matrix, None, dy)
+                conv1x1.conv1x1_input_grad(dy, matrix, [channels] * count)
+            conv1x1.conv1x1_weight_grad(dy, [x] * count)

@@ -10,6 +10,7 @@ from types import ModuleType
 from setuptools import Extension, find_packages, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
 
@@ -48,6 +49,14 @@ class BuildOperators(build_ext):
         return {}
 
 
+class WithoutBenchTests(build_py):
+    """`bench/` is the package `yolov9_fast.bench`, but its pytest-benchmark files stay in the repository."""
+
+    def find_package_modules(self, package: str, package_dir: str) -> list[tuple[str, str, str]]:
+        found: list[tuple[str, str, str]] = super().find_package_modules(package, package_dir)
+        return [module for module in found if package != "yolov9_fast.bench" or not module[1].startswith("test_")]
+
+
 class OperatorWheel(bdist_wheel):
     """The compiled files link neither Python nor one torch version: the wheel is for any Python 3 of the platform."""
 
@@ -57,10 +66,14 @@ class OperatorWheel(bdist_wheel):
 
 
 setup(
-    packages=[*find_packages(include=["yolov9_fast", "yolov9_fast.*"]), "yolov9_fast.kernels"],
-    package_dir={"yolov9_fast.kernels": "kernels"},
+    packages=[*find_packages(include=["yolov9_fast", "yolov9_fast.*"]), "yolov9_fast.kernels", "yolov9_fast.bench"],
+    package_dir={"yolov9_fast.kernels": "kernels", "yolov9_fast.bench": "bench"},
     include_package_data=False,
-    package_data={"yolov9_fast": ["**/*.yaml"], "yolov9_fast.kernels": ["**/*.json"]},
+    package_data={
+        "yolov9_fast": ["**/*.yaml"],
+        "yolov9_fast.kernels": ["**/*.json"],
+        "yolov9_fast.bench": ["counts.json", "instructions.cpp"],
+    },
     ext_modules=[Extension("yolov9_fast._C_cpu", sources=[])],
-    cmdclass={"build_ext": BuildOperators, "bdist_wheel": OperatorWheel},
+    cmdclass={"build_ext": BuildOperators, "bdist_wheel": OperatorWheel, "build_py": WithoutBenchTests},
 )

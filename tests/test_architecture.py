@@ -12,6 +12,8 @@ import yolov9_fast as yf
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "yolov9_fast"
+BENCH = ROOT / "bench"
+"""Installed as `yolov9_fast.bench`."""
 FLOORS = {
     "kernels": 0,
     "ops": 1,
@@ -23,6 +25,7 @@ FLOORS = {
     "viz": 3,
     "engine": 4,
     "accelerate": 5,
+    "bench": 5,
     "paper": 5,
     "info": 5,
     "cli": 6,
@@ -34,12 +37,18 @@ BESIDE_THE_FLOORS = {"errors", "_lazy", "atomic"}
 
 
 def modules() -> list[Path]:
-    return sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
+    package = [path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py"]
+    return sorted(package + [path for path in BENCH.glob("*.py") if not path.name.startswith("test_")])
+
+
+def place(path: Path) -> Path:
+    """The path below the package once installed: bench/stats.py for the file of that name beside the package."""
+    return path.relative_to(ROOT if path.is_relative_to(BENCH) else PACKAGE)
 
 
 def home(path: Path) -> str:
     """The first name below the package: `ops` of yolov9_fast/ops/nms.py, `errors` of yolov9_fast/errors.py."""
-    return path.relative_to(PACKAGE).with_suffix("").parts[0]
+    return place(path).with_suffix("").parts[0]
 
 
 def imported(tree: ast.AST, package: str = "yolov9_fast") -> Iterator[tuple[int, str]]:
@@ -79,9 +88,9 @@ def violations(source: str, target: str) -> str | None:
     return None
 
 
-@pytest.mark.parametrize("path", modules(), ids=lambda path: path.relative_to(PACKAGE).as_posix())
+@pytest.mark.parametrize("path", modules(), ids=lambda path: place(path).as_posix())
 def test_imports_go_down(path: Path) -> None:
-    folder = ".".join(("yolov9_fast", *path.relative_to(PACKAGE).parent.parts))
+    folder = ".".join(("yolov9_fast", *place(path).parent.parts))
     assert home(path) in FLOORS.keys() | BESIDE_THE_FLOORS, f"{path.name} has no floor"
     found = [
         f"line {line}: {reason}"
@@ -96,7 +105,7 @@ def test_kernels_know_nothing_of_the_package(path: Path) -> None:
     assert {name for _, name in imported(ast.parse(path.read_text()))} <= {"kernels"}
 
 
-@pytest.mark.parametrize("path", modules(), ids=lambda path: path.relative_to(PACKAGE).as_posix())
+@pytest.mark.parametrize("path", modules(), ids=lambda path: place(path).as_posix())
 def test_a_file_is_one_room(path: Path) -> None:
     text = path.read_text()
     assert len(text.splitlines()) < 500

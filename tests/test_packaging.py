@@ -17,7 +17,7 @@ from types import ModuleType
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-INGREDIENTS = ("pyproject.toml", "setup.py", "MANIFEST.in", "LICENSE", "README.md", "Makefile", "csrc", "kernels")
+INGREDIENTS = ("pyproject.toml", "setup.py", "MANIFEST.in", "LICENSE", "README.md", "Makefile", "csrc", "kernels", "bench")
 HAS_COMPILER = any(shutil.which(name) for name in ("c++", "g++", "clang++"))
 
 
@@ -26,7 +26,7 @@ def tree(tmp_path: Path) -> Path:
     """A copy of what is packaged, so that building writes nothing into the repository."""
     copy = tmp_path / "tree"
     copy.mkdir()
-    ignore = shutil.ignore_patterns("*.so", "_build_info.json", "__pycache__")
+    ignore = shutil.ignore_patterns("*.so", "_build_info.json", "__pycache__", "results")
     for name in (*INGREDIENTS, "yolov9_fast"):
         if (ROOT / name).is_dir():
             shutil.copytree(ROOT / name, copy / name, ignore=ignore)
@@ -79,9 +79,9 @@ def test_the_sdist_holds_all_sources_and_no_binary(tree: Path, bare: dict[str, s
         names = {name.split("/", 1)[1] for name in archive.getnames() if "/" in name}
     wanted = {
         path.relative_to(tree).as_posix()
-        for folder in ("csrc", "kernels", "yolov9_fast")
+        for folder in ("csrc", "kernels", "bench", "yolov9_fast")
         for path in (tree / folder).rglob("*")
-        if path.suffix in (".py", ".h", ".cpp", ".cu", ".cuh", ".yaml")
+        if path.suffix in (".py", ".h", ".cpp", ".cu", ".cuh", ".yaml", ".sh")
     }
     assert wanted <= names
     assert {"setup.py", "pyproject.toml", "LICENSE", "Makefile"} <= names
@@ -94,9 +94,11 @@ def test_a_wheel_without_torch_and_compiler_is_pure_and_says_why(tree: Path, bar
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
     assert {"yolov9_fast/ops/box_iou.py", "yolov9_fast/kernels/__init__.py"} <= names
+    assert {"yolov9_fast/bench/stats.py", "yolov9_fast/bench/counts.json"} <= names
+    assert not [name for name in names if name.startswith("yolov9_fast/bench/test_")]
     graphs = {f"yolov9_fast/models/graphs/{path.name}" for path in (tree / "yolov9_fast/models/graphs").glob("*.yaml")}
     assert graphs and graphs <= names
-    assert not [name for name in names if name.startswith(("csrc", "tests", "kernels")) or name.endswith(".so")]
+    assert not [name for name in names if name.startswith(("csrc", "tests", "kernels", "bench")) or name.endswith(".so")]
     for part in build_report(wheel).values():
         assert part["file"] is None and "torch cannot be imported" in part["reason"]
 

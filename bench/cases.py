@@ -1,0 +1,155 @@
+"""What a benchmark is made of: a case, its runners (one per provider and layout), what it must compute and move."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from .machine import synchronise
+
+FAMILIES = ("ops", "blocks", "loss", "nms", "step", "infer", "data", "places")
+LAYOUTS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Bytes that must be read and written, operations that must be done, and bytes touched (the working set).
+
+    `matrix`: the operations are products of matrices, for which the arithmetic ceiling holds.
+    """
+
+    moved: float
+    operations: float = 0.0
+    footprint: float = 0.0
+    matrix: bool = False
+
+    def __add__(self, other: Traffic) -> Traffic:
+        return Traffic(
+            self.moved + other.moved,
+            self.operations + other.operations,
+            max(self.footprint, other.footprint),
+            self.matrix or other.matrix,
+        )
+
+
+class Clock(Protocol):
+    """Told by a runner when a phase of its work ends."""
+
+    def mark(self, phase: str) -> None: ...
+
+
+class NoClock:
+    def mark(self, phase: str) -> None:
+        pass
+
+
+class PhaseClock:
+    """Seconds of each phase of one call; on a GPU a phase ends when its kernels have."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.seconds: dict[str, float] = {}
+        self._device = device
+        synchronise(device)
+        self._last = time.perf_counter()
+
+    def mark(self, phase: str) -> None:
+        synchronise(self._device)
+        now = time.perf_counter()
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + now - self._last
+        self._last = now
+
+
+@dataclass
+class Runner:
+    """One way to do a case's work.
+
+    `call(clock)` does it once. `results()` does it once more for the check and returns named tensors.
+    """
+
+    provider: str
+    layout: str
+    call: Callable[[Clock], Any]
+    results: Callable[[], dict[str, Tensor]]
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Absent:
+    """A provider that cannot take part, and why."""
+
+    provider: str
+    layout: str
+    reason: str
+
+
+@dataclass
+class OpenCase:
+    """A case with its memory allocated. The first runner is the baseline.
+
+    `reference`: what `results()` must be, in float64, or None where the baseline itself is the truth. `rule`: how
+    results are judged, see `check.py`. `traffic`: None where it is not countable. `items`: images per call where a rate
+    makes sense. `peers`: runners of others, judged by their agreement.
+    """
+
+    runners: Iterator[Runner | Absent]
+    reference: Callable[[], dict[str, Tensor]] | None
+    rule: str = "twice"
+    traffic: Traffic | None = None
+    items: int = 0
+    peers: Iterator[Runner | Absent] | None = None
+    notes: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A benchmark by name; `open` allocates it on a device."""
+
+    name: str
+    family: str
+    subject: str
+    network: str
+    mode: str
+    dtype: str
+    shape: dict[str, Any]
+    open: Callable[[torch.device, Settings], OpenCase]
+    count: int = 1
+    priority: int = 0
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a run asks for.
+
+    `compile`: none, default or all (max-autotune too). `rounds`: the most and the least samples of a provider.
+    `seconds`: time for the samples of one case.
+    """
+
+    full: bool = False
+    compile: str = "none"
+    peers: bool = True
+    batch: int = 2
+    rounds: tuple[int, int] = (5, 30)
+    seconds: float = 1.0
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    dtype = getattr(torch, name)
+    assert isinstance(dtype, torch.dtype)
+    return dtype
+
+
+def flatten(value: Any) -> list[Tensor]:
+    """All tensors in nested tuples and lists, in order."""
+    if isinstance(value, Tensor):
+        return [value]
+    return [tensor for one in value for tensor in flatten(one)] if isinstance(value, list | tuple) else []
+
+
+def named(prefix: str, tensors: Sequence[Tensor | None]) -> dict[str, Tensor]:
+    return {f"{prefix}{index}": tensor for index, tensor in enumerate(tensors) if tensor is not None}

@@ -1,0 +1,168 @@
+"""What a call does, counted: kernels, copies, allocations, bytes, peak memory. By the profiler, not by a clock.
+
+On the CPU a kernel is an operator call that calls no other and does work (views and empty tensors are none); on CUDA it
+is a kernel that the device ran.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import ctypes.util
+import os
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+from torch.profiler import ProfilerActivity, profile
+
+# Operators that only describe memory, ask about it or reserve it.
+_NO_WORK = frozenset(
+    """aten::view aten::as_strided aten::as_strided_ aten::empty aten::empty_like aten::empty_strided aten::resize_
+    aten::detach aten::detach_ aten::slice aten::select aten::narrow aten::permute aten::transpose aten::t aten::expand
+    aten::expand_as aten::unsqueeze aten::squeeze aten::reshape aten::_reshape_alias aten::unbind aten::split aten::chunk
+    aten::split_with_sizes aten::alias aten::lift_fresh aten::result_type aten::set_ aten::is_nonzero aten::item aten::to
+    aten::_local_scalar_dense aten::contiguous aten::size aten::stride aten::flatten aten::view_as aten::numpy_T
+    aten::unsafe_split aten::unfold aten::real aten::swapaxes aten::unflatten aten::requires_grad_ aten::output_nr
+    aten::_version aten::equal aten::is_same_size aten::can_cast detach detach_ aten::_nnpack_available
+    aten::resolve_conj aten::resolve_neg aten::new_empty aten::movedim aten::conj aten::diagonal""".split()
+)
+COPIES = ("aten::copy_", "aten::cat", "aten::_foreach_copy_", "aten::stack")
+
+
+@dataclass
+class Counts:
+    """One call: kernels by name, copies among them, allocations and their bytes, and the peak of live bytes."""
+
+    kernels: int = 0
+    copies: int = 0
+    allocations: int = 0
+    allocated_bytes: int = 0
+    peak_bytes: int = 0
+    by_kernel: dict[str, int] = field(default_factory=dict)
+
+    def numbers(self) -> dict[str, int]:
+        content = asdict(self)
+        content.pop("by_kernel")
+        return content
+
+
+def count(call: Callable[[], Any], device: torch.device) -> Counts:
+    """Counts of one call of `call`, which should have run before (caches filled, code compiled)."""
+    activities = [ProfilerActivity.CPU]
+    if device.type == "cuda":
+        activities.append(ProfilerActivity.CUDA)
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+    with quiet_stderr(), profile(activities=activities, profile_memory=True) as profiler:
+        value = call()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+    del value
+    counts = Counts()
+    found: Counter[str] = Counter()
+    for event in profiler.events():
+        if device.type == "cuda":
+            # Kernels, memory copies and fills are events of the device.
+            if event.device_type == torch.autograd.DeviceType.CUDA and not event.is_user_annotation:
+                found[event.name] += 1
+        elif event.name.split("::")[0] in ("aten", "yolov9_fast", "mkldnn") and event.name not in _NO_WORK:
+            if not any(child.name not in _NO_WORK and "::" in child.name for child in event.cpu_children):
+                found[event.name] += 1
+    counts.kernels = sum(found.values())
+    counts.copies = sum(number for name, number in found.items() if name in COPIES or "Memcpy DtoD" in name)
+    counts.by_kernel = dict(sorted(found.items()))
+    counts.allocations, counts.allocated_bytes, counts.peak_bytes = _memory(profiler, device)
+    if device.type == "cuda":
+        counts.peak_bytes = torch.cuda.max_memory_allocated(device) - before
+    return counts
+
+
+@contextmanager
+def quiet_stderr() -> Iterator[None]:
+    """The profiler's own library writes a line to the descriptor at every start and stop."""
+    sys.stderr.flush()
+    try:
+        own = os.dup(2)
+    except OSError:
+        yield
+        return
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 2)
+        yield
+    finally:
+        os.dup2(own, 2)
+        os.close(own)
+        os.close(nowhere)
+
+
+def _memory(profiler: Any, device: torch.device) -> tuple[int, int, int]:
+    """Allocations, their bytes, and the most bytes that were live above the start, from the raw memory events."""
+    wanted = torch.autograd.DeviceType.CUDA if device.type == "cuda" else torch.autograd.DeviceType.CPU
+    events = [
+        (event.start_ns(), event.nbytes())
+        for event in profiler.profiler.kineto_results.events()
+        if event.name() == "[memory]" and event.device_type() == wanted
+    ]
+    number = total = live = peak = 0
+    for _, size in sorted(events, key=lambda pair: pair[0]):
+        live += size
+        if size > 0:
+            number, total, peak = number + 1, total + size, max(peak, live)
+    return number, total, peak
+
+
+def saved_bytes(forward: Callable[[], Any]) -> int:
+    """Bytes that autograd keeps for the backward of `forward()`, each storage once; parameters and leaves excluded."""
+    storages: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        if not (tensor.is_leaf and tensor.requires_grad):
+            storage = tensor.untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with saved_tensors_hooks(pack, lambda tensor: tensor):
+        value = forward()
+    total = sum(storages.values())
+    del value
+    return total
+
+
+def resident_peak(call: Callable[[], Any]) -> int | None:
+    """Bytes by which this process's resident memory rose during `call()`; None where Linux does not tell.
+
+    Freed memory is given back first, else the call would live in what earlier ones left.
+    """
+    _trim()
+    try:
+        before = _status("VmRSS")
+        Path("/proc/self/clear_refs").write_text("5")
+        value = call()
+        peak = _status("VmHWM")
+    except OSError:
+        return None
+    del value
+    return max(peak - before, 0)
+
+
+def _status(name: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{name}:"):
+            return int(line.split()[1]) * 1024
+    return 0
+
+
+def _trim() -> None:
+    name = ctypes.util.find_library("c")
+    library = ctypes.CDLL(name) if name else None
+    if library is not None and hasattr(library, "malloc_trim"):
+        library.malloc_trim(0)

@@ -1,0 +1,252 @@
+"""One case measured: results judged first, then all providers timed in turns, memory and launches counted after.
+
+Interleaving: each round calls every provider once, in an order that is drawn anew, so that what disturbs the machine
+disturbs all of them, and ratios of one round's samples keep their meaning.
+"""
+
+from __future__ import annotations
+
+import gc
+import random
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import counting
+from .cases import Absent, Case, NoClock, OpenCase, PhaseClock, Runner, Settings, Traffic
+from .check import judge
+from .machine import Ceilings, synchronise
+from .stats import ratio_of_medians, summarise
+
+_LEAST_SAMPLE = 1e-3
+_SLOW_SAMPLES = 3
+_FLUSH_BYTES = 256 * 2**20
+PHASED = ("step", "infer")
+
+
+@dataclass
+class Candidate:
+    """A runner whose result was right: repeats within a sample, the most samples, samples in seconds."""
+
+    runner: Runner
+    error: float
+    repeats: int = 1
+    most: int = 1000
+    samples: list[float] = field(default_factory=list)
+    phases: dict[str, list[float]] = field(default_factory=dict)
+    host: list[float] = field(default_factory=list)
+
+
+def measure(case: Case, device: torch.device, settings: Settings, ceilings: Ceilings | None) -> Iterator[dict[str, Any]]:
+    """Contents of the case's records, each with `kind` "measure" or "absent"."""
+    opened = case.open(device, settings)
+    try:
+        yield from _measure(case, opened, device, settings, ceilings)
+    finally:
+        del opened
+        if settings.compile != "none":
+            torch._dynamo.reset()
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def _measure(
+    case: Case, opened: OpenCase, device: torch.device, settings: Settings, ceilings: Ceilings | None
+) -> Iterator[dict[str, Any]]:
+    head = {
+        "case": case.name,
+        "family": case.family,
+        "subject": case.subject,
+        "network": case.network,
+        "mode": case.mode,
+        "dtype": case.dtype,
+        "shape": case.shape,
+        "count": case.count,
+    }
+    candidates: list[Candidate] = []
+    for outcome in _judged(opened):
+        if isinstance(outcome, Candidate):
+            candidates.append(outcome)
+        else:
+            yield {"kind": "absent", **head, **outcome}
+    if not candidates:
+        return
+    _time(candidates, case.family in PHASED, device, settings)
+    baseline = candidates[0]
+    for candidate in candidates:
+        yield {
+            "kind": "measure",
+            **head,
+            "provider": candidate.runner.provider,
+            "layout": candidate.runner.layout,
+            **({"note": candidate.runner.note} if candidate.runner.note else {}),
+            **_numbers(candidate, baseline, device),
+            **_limits(candidate, opened.traffic, case.dtype, ceilings),
+            **({"per_second": opened.items / summarise(candidate.samples).median} if opened.items else {}),
+            "error": candidate.error,
+            **_counted(candidate, case.family, device),
+            **opened.notes,
+        }
+
+
+def _judged(opened: OpenCase) -> Iterator[Candidate | dict[str, Any]]:
+    """Runners with right results; for the others what a record says of them: a reason, and no time."""
+    baseline: dict[str, Tensor] | None = None
+    truth: dict[str, Tensor] | None = None
+    for runner, rule in _with_rules(opened):
+        if isinstance(runner, Absent):
+            yield {"provider": runner.provider, "layout": runner.layout, "reason": runner.reason}
+            continue
+        where = {"provider": runner.provider, "layout": runner.layout}
+        try:
+            results = runner.results()
+        except Exception as error:  # whatever a provider trips over is its own affair: the others go on
+            if isinstance(error, torch.OutOfMemoryError):
+                gc.collect()
+            yield where | {"reason": f"failed: {type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''}"}
+            continue
+        if baseline is None:
+            baseline = results
+            truth = opened.reference() if opened.reference is not None else None
+        error, wrong = judge(rule, results, baseline, truth)
+        if wrong is not None:
+            yield where | {"reason": f"wrong result: {wrong}", "wrong": True, "error": error}
+            continue
+        yield Candidate(runner, error)
+
+
+def _with_rules(opened: OpenCase) -> Iterator[tuple[Runner | Absent, str]]:
+    for runner in opened.runners:
+        yield runner, opened.rule
+    for runner in opened.peers or ():
+        yield runner, "peer"
+
+
+def _time(candidates: list[Candidate], phased: bool, device: torch.device, settings: Settings) -> None:
+    clock = NoClock()
+    for candidate in candidates:
+        candidate.runner.call(clock)
+        synchronise(device)
+        start = time.perf_counter()
+        candidate.runner.call(clock)
+        synchronise(device)
+        took = time.perf_counter() - start
+        if took > settings.seconds / 2:
+            candidate.most = _SLOW_SAMPLES
+        cold = device.type == "cuda"
+        candidate.repeats = 1 if phased or cold else max(1, min(1000, int(_LEAST_SAMPLE / max(took, 1e-7))))
+    flush = torch.empty(_FLUSH_BYTES // 4, device=device) if device.type == "cuda" and not phased else None
+    least, most = settings.rounds
+    end = time.perf_counter() + settings.seconds
+    order = list(candidates)
+    chance = random.Random(0)
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        for done in range(most):
+            if done >= least and time.perf_counter() > end:
+                break
+            chance.shuffle(order)
+            for candidate in order:
+                if done < candidate.most:
+                    _sample(candidate, phased, device, flush)
+            # Autograd graphs are cycles of their own making; without a collector they would pile up.
+            gc.collect(0)
+    finally:
+        if collecting:
+            gc.enable()
+
+
+def _sample(candidate: Candidate, phased: bool, device: torch.device, flush: Tensor | None) -> None:
+    call = candidate.runner.call
+    if phased:
+        clock = PhaseClock(device)
+        start = time.perf_counter()
+        call(clock)
+        synchronise(device)
+        candidate.samples.append(time.perf_counter() - start)
+        for name, seconds in clock.seconds.items():
+            candidate.phases.setdefault(name, []).append(seconds)
+        return
+    none = NoClock()
+    if device.type == "cuda":
+        assert flush is not None
+        flush.zero_()  # the L2 cache holds nothing of the case when it starts
+        begin, finish = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        synchronise(device)
+        begin.record()
+        start = time.perf_counter()
+        call(none)
+        candidate.host.append(time.perf_counter() - start)
+        finish.record()
+        finish.synchronize()
+        candidate.samples.append(begin.elapsed_time(finish) / 1e3)
+        return
+    start = time.perf_counter()
+    for _ in range(candidate.repeats):
+        call(none)
+    candidate.samples.append((time.perf_counter() - start) / candidate.repeats)
+
+
+def _numbers(candidate: Candidate, baseline: Candidate, device: torch.device) -> dict[str, Any]:
+    summary = summarise(candidate.samples)
+    content: dict[str, Any] = {
+        "median": summary.median,
+        "p20": summary.p20,
+        "p80": summary.p80,
+        "samples": candidate.samples,
+        "cold_cache": device.type == "cuda",
+    }
+    if candidate is not baseline:
+        paired = len(baseline.samples) == len(candidate.samples)
+        ratio = ratio_of_medians(baseline.samples, candidate.samples, paired=paired)
+        content["speedup"] = {"value": ratio.value, "low": ratio.low, "high": ratio.high}
+    if candidate.host:
+        content["host_seconds"] = summarise(candidate.host).median
+    if candidate.phases:
+        content["phases"] = {name: summarise(times).median for name, times in candidate.phases.items()}
+    return content
+
+
+def _limits(candidate: Candidate, traffic: Traffic | None, dtype: str, ceilings: Ceilings | None) -> dict[str, Any]:
+    if traffic is None:
+        return {}
+    content: dict[str, Any] = {"bytes": traffic.moved, "operations": traffic.operations}
+    if ceilings is not None:
+        seconds, bound = ceilings.limit(
+            traffic.moved, traffic.operations if traffic.matrix else 0.0, dtype, traffic.footprint
+        )
+        content |= {"limit_seconds": seconds, "bound": bound, "share": seconds / summarise(candidate.samples).median}
+    return content
+
+
+def _counted(candidate: Candidate, family: str, device: torch.device) -> dict[str, Any]:
+    if family in ("data", "places"):
+        return {}
+
+    def call() -> Any:
+        return candidate.runner.call(NoClock())
+
+    counts = counting.count(call, device)
+    content: dict[str, Any] = {
+        "launches": counts.kernels,
+        "copies": counts.copies,
+        "allocations": counts.allocations,
+        "peak_bytes": counts.peak_bytes,
+    }
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+        call()
+        synchronise(device)
+        content["peak_reserved_bytes"] = torch.cuda.max_memory_reserved(device)
+    elif family in PHASED:
+        content["peak_resident_bytes"] = counting.resident_peak(call)
+    return content
+
+

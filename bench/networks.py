@@ -1,0 +1,501 @@
+"""Whole networks: the training step in its phases, inference end to end, blocks, and where the time goes."""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import yolov9_fast as yf
+from yolov9_fast.data.rendered import render_dataset
+from yolov9_fast.engine.ema import ModelEMA
+from yolov9_fast.engine.optimizer import build_optimizer
+from yolov9_fast.losses import DetectionLoss
+from yolov9_fast.models import DetectionModel, create_model, fuse, to_deploy
+from yolov9_fast.nn import DetectionOutput
+from yolov9_fast.ops import nms
+from yolov9_fast.ops.backend import backend
+
+from .cases import LAYOUTS, Absent, Case, Clock, NoClock, OpenCase, Runner, Settings, flatten, named, torch_dtype
+from .compiled import MODES
+from .detection import CLASSES, random_boxes
+from .peers import inference_peers
+from .shapes import network_blocks
+
+OBJECTS_PER_IMAGE = 7
+CANDIDATES_PER_IMAGE = 1000
+_CONF = 0.001
+
+
+def accelerate(model: nn.Module) -> str | None:
+    """Make `model` use the operators as a user would; the reason where this installation cannot."""
+    target = getattr(yf, "accelerate", None)
+    function = target if callable(target) else getattr(target, "accelerate", None)
+    if function is None:
+        return "yolov9_fast.accelerate is not part of this installation; operators run where the blocks call them"
+    function(model)
+    return None
+
+
+def same_weights(name: str, device: torch.device, **options: Any) -> DetectionModel:
+    """A network whose weights depend on its name alone."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return create_model(name, CLASSES, **options).to(device)
+
+
+# Training step --------------------------------------------------------------------------------------------------------
+
+
+class TrainingStep:
+    """One optimiser step on a fixed batch, as the trainer makes it: forward, loss, backward, clip, optimiser, EMA.
+
+    The learning rate is so small that weights, and with them the work, stay what they are over many steps.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        image_size: int,
+        batch: int,
+        device: torch.device,
+        *,
+        dtype: str = "float32",
+        layout: str = "nchw",
+        backend_name: str = "eager",
+        compile_mode: str | None = None,
+        batches: Callable[[], tuple[Tensor, Tensor]] | None = None,
+    ) -> None:
+        self.device, self.size, self.layout, self.backend_name = device, image_size, layout, backend_name
+        self.amp = torch_dtype(dtype) if dtype in ("bfloat16", "float16") else None
+        self.model = same_weights(name, device).train()
+        if dtype == "float64":
+            self.model.double()
+        nn.Module.to(self.model, memory_format=LAYOUTS[layout])  # type: ignore[call-overload]
+        self.note = ""
+        if backend_name == "auto":
+            self.note = accelerate(self.model) or ""
+        self.network: Callable[..., Any] = self.model
+        if compile_mode is not None:
+            mode = None if compile_mode == "default" else compile_mode
+            self.network = torch.compile(self.model, mode=mode, dynamic=False)
+        self.criterion = DetectionLoss(CLASSES)
+        self.optimizer = build_optimizer(self.model, "sgd", lr=1e-9, momentum=0.9, weight_decay=0.0)
+        self.ema = ModelEMA(self.model)
+        self.batches = batches
+        self.images, self.targets = fixed_batch(image_size, batch)
+
+    def __call__(self, clock: Clock) -> Tensor:
+        with backend(self.backend_name):
+            images, targets = self.batches() if self.batches else (self.images, self.targets)
+            images = images.to(self.device, non_blocking=True)
+            images = (images.double() if self._double() else images.float()).div_(255)
+            images = images.contiguous(memory_format=LAYOUTS[self.layout])
+            targets = targets.to(self.device, non_blocking=True)
+            clock.mark("data")
+            with self._autocast():
+                output = self.network(images)
+            clock.mark("forward")
+            loss = self.criterion(output, targets, self.size)
+            clock.mark("loss")
+            loss.total.backward()
+            clock.mark("backward")
+            nn.utils.clip_grad_norm_(self.model.parameters(), 10.0)
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+            clock.mark("optimiser")
+            self.ema.update(self.model)
+            clock.mark("ema")
+            return loss.total.detach()
+
+    def results(self) -> dict[str, Tensor]:
+        """Head maps, loss and all gradients of the first step, from a copy, so that weights stay as they are."""
+        images = self.images.to(self.device)
+        images = (images.double() if self._double() else images.float()).div_(255)
+        images = images.contiguous(memory_format=LAYOUTS[self.layout])
+        kept = {name: value.clone() for name, value in self.model.state_dict().items()}
+        with backend(self.backend_name):
+            with self._autocast():
+                output: DetectionOutput = self.network(images)
+            loss = self.criterion(output, self.targets.to(self.device), self.size)
+            loss.total.backward()
+        gradients = [p.grad.reshape(-1).double() for p in self.model.parameters() if p.grad is not None]
+        found = named("map", [one.detach().cpu() for one in [*output.main, *(output.auxiliary or [])]])
+        found["loss"] = loss.total.detach().cpu()
+        found["gradient"] = torch.cat(gradients).cpu()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.model.load_state_dict(kept)
+        return found
+
+    def _double(self) -> bool:
+        return next(self.model.parameters()).dtype == torch.float64
+
+    def _autocast(self) -> Any:
+        return torch.autocast(self.device.type, self.amp) if self.amp else nullcontext()
+
+
+def fixed_batch(image_size: int, batch: int) -> tuple[Tensor, Tensor]:
+    """uint8 images [B, 3, H, W] of smooth noise and target rows [n, 6], OBJECTS_PER_IMAGE in each image."""
+    generator = torch.Generator().manual_seed(0)
+    coarse = torch.rand(batch, 3, 16, 16, generator=generator)
+    smooth = nn.functional.interpolate(coarse, size=(image_size, image_size), mode="bilinear", align_corners=False)
+    images = smooth.add(torch.rand(smooth.shape, generator=generator) * 0.2).div(1.2).mul(255).to(torch.uint8)
+    boxes = random_boxes(batch * OBJECTS_PER_IMAGE, image_size) / image_size
+    centre, sides = (boxes[:, :2] + boxes[:, 2:]) / 2, boxes[:, 2:] - boxes[:, :2]
+    labels = torch.randint(CLASSES, (len(boxes), 1), generator=generator)
+    image = torch.arange(batch).repeat_interleave(OBJECTS_PER_IMAGE)[:, None]
+    return images, torch.cat((image, labels, centre, sides), 1)
+
+
+def step_cases(settings: Settings, dtypes: tuple[str, ...], device: torch.device) -> Iterator[Case]:
+    if device.type == "cuda":
+        plan = [("yolov9-t", 640, 32), ("yolov9-c", 640, 16)] if settings.full else [("yolov9-t", 640, 32)]
+    elif settings.full:
+        plan = [("yolov9-t", 320, 8), ("yolov9-c", 320, 2), ("yolov9-t", 640, 2), ("yolov9-s", 320, 4)]
+    else:
+        plan = [("yolov9-t", 320, 4)]
+    for place, (name, size, batch) in enumerate(plan):
+        for dtype in dtypes:
+            yield Case(
+                f"step/{name}/{size}px/b{batch}/{dtype}",
+                "step",
+                "training step",
+                f"{name}@{size}",
+                "step",
+                dtype,
+                {"image_size": size, "batch": batch, "objects": OBJECTS_PER_IMAGE},
+                _step_opener(name, size, batch, dtype),
+                priority=place,
+            )
+
+
+def _step_opener(name: str, size: int, batch: int, dtype: str) -> Callable[[torch.device, Settings], OpenCase]:
+    def open_case(device: torch.device, settings: Settings) -> OpenCase:
+        data, why = _loader_batches(size, batch)
+
+        def make(provider: str, layout: str, **options: Any) -> Runner:
+            step = TrainingStep(name, size, batch, device, dtype=dtype, layout=layout, batches=data, **options)
+            return Runner(provider, layout, step, step.results, note="; ".join(n for n in (step.note, why) if n))
+
+        def runners() -> Iterator[Runner | Absent]:
+            yield make("eager", "nchw")
+            yield make("eager", "channels_last")
+            yield make("auto", "channels_last", backend_name="auto")
+            for mode in MODES[settings.compile][:1]:
+                yield make("compile", "channels_last", compile_mode=mode)
+
+        def reference() -> dict[str, Tensor]:
+            step = TrainingStep(name, size, batch, torch.device("cpu"), dtype="float64")
+            return step.results()
+
+        # A float64 pass over a large network on a small CPU takes longer than the measurement itself.
+        affordable = size * size * batch <= 320 * 320 * 8 or device.type == "cuda"
+        return OpenCase(runners(), reference if affordable else None, "network", items=batch)
+
+    return open_case
+
+
+def _loader_batches(size: int, batch: int) -> tuple[Callable[[], tuple[Tensor, Tensor]] | None, str]:
+    """Batches of the real loader on rendered pictures with the published augmentation; else none, and why."""
+    try:
+        loader = _Loader(size, batch)
+    except Exception as error:  # OpenCV may be missing or broken; the step can be measured without
+        return None, f"without the data loader ({type(error).__name__}: {error})"
+    return loader, ""
+
+
+class _Loader:
+    """An endless loader in this process over 32 rendered pictures kept in memory."""
+
+    def __init__(self, size: int, batch: int, workers: int = 0) -> None:
+        from yolov9_fast.data import AugmentConfig, DetectionDataset, create_loader, load_data_config, load_split
+
+        self._folder = tempfile.TemporaryDirectory(prefix="yolov9-fast-bench-")
+        data = load_data_config(render_dataset(Path(self._folder.name), train=32, val=1, size=size))
+        records, _ = load_split(data, "train", for_training=True)
+        dataset = DetectionDataset(records, image_size=size, augment=AugmentConfig(), cache="ram", seed=0)
+        self._loader = create_loader(dataset, batch_size=batch, workers=workers, shuffle=True, drop_last=True)
+        self._epoch = 0
+        self._batches = iter(self._loader)
+
+    def __call__(self) -> tuple[Tensor, Tensor]:
+        try:
+            batch = next(self._batches)
+        except StopIteration:
+            self._epoch += 1
+            self._loader.set_epoch(self._epoch)
+            self._batches = iter(self._loader)
+            batch = next(self._batches)
+        return batch.images, batch.targets
+
+
+def data_cases(settings: Settings) -> Iterator[Case]:
+    for size, batch in ((640, 8), (320, 8)) if settings.full else ((320, 8),):
+        yield Case(
+            f"data/{size}px/b{batch}",
+            "data",
+            "data loader",
+            f"any@{size}",
+            "forward",
+            "uint8",
+            {"image_size": size, "batch": batch, "workers": 0},
+            _data_opener(size, batch),
+        )
+
+
+def _data_opener(size: int, batch: int) -> Callable[[torch.device, Settings], OpenCase]:
+    def open_case(device: torch.device, settings: Settings) -> OpenCase:
+        loader, why = _loader_batches(size, batch)
+        if loader is None:
+            return OpenCase(iter([Absent("loader", "", why)]), None, "none")
+        runner = Runner("loader", "", lambda clock: loader(), dict, note="mosaic and published augmentation, 1 process")
+        return OpenCase(iter([runner]), None, "none", items=batch)
+
+    return open_case
+
+
+# Inference ------------------------------------------------------------------------------------------------------------
+
+
+class Inference:
+    """From uint8 images to detections: the deployed, fused network, decoding and NMS with about 1000 candidates."""
+
+    def __init__(
+        self, name: str, images: Tensor, device: torch.device, dtype: str, layout: str, backend_name: str
+    ) -> None:
+        self.device, self.layout, self.backend_name = device, layout, backend_name
+        self.amp = torch_dtype(dtype) if dtype in ("bfloat16", "float16") else None
+        self.images = images.to(device)
+        self.model = inference_model(name).to(device)
+        if dtype == "float64":
+            self.model.double()
+        nn.Module.to(self.model, memory_format=LAYOUTS[layout])  # type: ignore[call-overload]
+        self.note = (accelerate(self.model) or "") if backend_name == "auto" else ""
+        self.network: Callable[..., Any] = self.model
+
+    @torch.inference_mode()
+    def predict(self, clock: Clock) -> Tensor:
+        with backend(self.backend_name):
+            wide = next(self.model.parameters()).dtype
+            images = self.images.to(wide).div_(255).contiguous(memory_format=LAYOUTS[self.layout])
+            clock.mark("data")
+            with torch.autocast(self.device.type, self.amp) if self.amp else nullcontext():
+                prediction: Tensor = self.network(images)
+            clock.mark("network")
+            return prediction
+
+    def __call__(self, clock: Clock) -> Any:
+        prediction = self.predict(clock)
+        with torch.inference_mode(), backend(self.backend_name):
+            found = nms(prediction, conf=_CONF)
+        clock.mark("nms")
+        return found
+
+    def results(self) -> dict[str, Tensor]:
+        return {"output": self.predict(NoClock()).cpu()}
+
+
+_CACHE: dict[str, DetectionModel] = {}
+
+
+def inference_model(name: str) -> DetectionModel:
+    """The deployed, fused network of `name`, its class biases set so that each image has about 1000 candidates.
+
+    Fresh weights would find next to nothing, and NMS would cost nothing.
+    """
+    if name not in _CACHE:
+        _CACHE.clear()
+        model = fuse(to_deploy(same_weights(name, torch.device("cpu")).eval()))
+        images, _ = fixed_batch(320, 1)
+        with torch.inference_mode(), backend("eager"):
+            maps = model.raw(images.float().div(255)).main
+        logits = torch.cat([one[:, 64:].flatten() for one in maps])
+        shift = torch.logit(torch.tensor(_CONF)) - logits.topk(CANDIDATES_PER_IMAGE).values[-1]
+        with torch.no_grad():
+            for tower in model.head.cv3:  # type: ignore[union-attr]
+                tower[-1].bias += shift  # type: ignore[index]
+        _CACHE[name] = model.eval()
+    return copy.deepcopy(_CACHE[name])
+
+
+def infer_cases(settings: Settings, dtypes: tuple[str, ...], device: torch.device) -> Iterator[Case]:
+    networks = ("yolov9-t", "yolov9-c") if settings.full else ("yolov9-t",)
+    sizes = (320, 640) if settings.full else (640 if device.type == "cuda" else 320,)
+    for name in networks:
+        for size in sizes:
+            for batch in (1, 8, 32) if settings.full else (1, 8):
+                for dtype in dtypes:
+                    yield Case(
+                        f"infer/{name}/{size}px/b{batch}/{dtype}",
+                        "infer",
+                        "inference",
+                        f"{name}@{size}",
+                        "forward",
+                        dtype,
+                        {"image_size": size, "batch": batch, "deployed": name.replace("yolov9", "gelan")},
+                        _infer_opener(name, size, batch, dtype),
+                        priority=(size > 320) + 2 * (name != "yolov9-t") + (batch > 8),
+                    )
+
+
+def _infer_opener(name: str, size: int, batch: int, dtype: str) -> Callable[[torch.device, Settings], OpenCase]:
+    def open_case(device: torch.device, settings: Settings) -> OpenCase:
+        images, _ = fixed_batch(size, batch)
+
+        def make(provider: str, layout: str, backend_name: str) -> Runner:
+            one = Inference(name, images, device, dtype, layout, backend_name)
+            return Runner(provider, layout, one, one.results, note=one.note)
+
+        def runners() -> Iterator[Runner | Absent]:
+            yield make("eager", "nchw", "eager")
+            yield make("eager", "channels_last", "eager")
+            yield make("auto", "channels_last", "auto")
+            for mode in MODES[settings.compile][:1]:
+                one = Inference(name, images, device, dtype, "channels_last", "eager")
+                one.network = torch.compile(one.model, mode=None if mode == "default" else mode, dynamic=False)
+                yield Runner("compile", "channels_last", one, one.results)
+
+        heavy = size * size * batch > 640 * 640 * (1 if name != "yolov9-t" else 8)
+
+        def reference() -> dict[str, Tensor]:
+            return Inference(name, images, torch.device("cpu"), "float64", "nchw", "eager").results()
+
+        opened = OpenCase(runners(), None if heavy else reference, "network", items=batch)
+        if settings.peers and dtype == "float32" and batch <= 8:
+            opened.peers = _peers(name, images, device)
+        return opened
+
+    return open_case
+
+
+def _peers(name: str, images: Tensor, device: torch.device) -> Iterator[Runner | Absent]:
+    one = Inference(name, images, device, "float32", "nchw", "eager")
+    ready = one.images.float().div_(255)
+    expected = one.predict(NoClock())
+
+    def compare(output: Tensor) -> float:
+        return float(torch.isclose(output, expected, rtol=1e-3, atol=1e-3).double().mean())
+
+    yield from inference_peers(one.model, ready, lambda prediction: nms(prediction, conf=_CONF), compare)
+
+
+# Blocks ---------------------------------------------------------------------------------------------------------------
+
+
+def block_cases(settings: Settings, dtypes: tuple[str, ...]) -> Iterator[Case]:
+    """One layer of each block's kind and shape of the networks, forward and backward, eager against accelerated."""
+    seen: set[tuple[str, tuple[tuple[int, ...], ...], str]] = set()
+    networks = ("yolov9-t", "yolov9-c", "yolov9-s", "yolov9-m", "yolov9-e") if settings.full else ("yolov9-t",)
+    for place, name in enumerate(networks):
+        for layer in network_blocks(name, 320):
+            arguments = str(same_graph(name).layers[layer.index].arguments)
+            key = (layer.block, layer.inputs, arguments)
+            if layer.block in ("Silence", "Concat", "Upsample", "CBLinear", "Conv") or key in seen:
+                continue
+            seen.add(key)
+            for dtype in dtypes:
+                yield Case(
+                    f"block/{layer.block}/{name}.{layer.index}/320px/b{settings.batch}/{dtype}/both",
+                    "blocks",
+                    layer.block,
+                    f"{name}@320",
+                    "both",
+                    dtype,
+                    {"inputs": [list(one) for one in layer.inputs], "batch": settings.batch, "arguments": arguments},
+                    _block_opener(name, layer.index, layer.inputs, dtype, settings.batch),
+                    priority=place,
+                )
+
+
+def same_graph(name: str) -> Any:
+    from yolov9_fast.models.graph import load_graph
+
+    return load_graph(name)
+
+
+def _block_opener(
+    name: str, index: int, inputs: tuple[tuple[int, ...], ...], dtype: str, batch: int
+) -> Callable[[torch.device, Settings], OpenCase]:
+    def open_case(device: torch.device, settings: Settings) -> OpenCase:
+        source = same_weights(name, torch.device("cpu")).model[index].train()
+        generator = torch.Generator().manual_seed(0)
+        values = [torch.randn(batch, *one, generator=generator) for one in inputs]
+
+        def make(
+            provider: str, layout: str, backend_name: str, kind: str = dtype, where: torch.device = device
+        ) -> Runner:
+            wide = torch.float64 if kind == "float64" else torch.float32
+            module = copy.deepcopy(source).to(where, wide)
+            nn.Module.to(module, memory_format=LAYOUTS[layout])  # type: ignore[call-overload]
+            note = (accelerate(module) or "") if backend_name == "auto" else ""
+            ready = [
+                v.to(where, wide, copy=True).contiguous(memory_format=LAYOUTS[layout]).requires_grad_() for v in values
+            ]
+            amp = torch_dtype(kind) if kind in ("bfloat16", "float16") else None
+
+            def call(clock: Clock) -> Any:
+                with backend(backend_name):
+                    with torch.autocast(where.type, amp) if amp else nullcontext():
+                        output = module(_arguments(ready, inputs, source))
+                    outputs = flatten(_plain(output))
+                    parameters = [p for p in module.parameters() if p.requires_grad]
+                    weights = [torch.ones_like(one) for one in outputs]
+                    # ones as gradients vanish in BatchNorm's backward: a ramp over the rows does not
+                    for weight in weights:
+                        ramp = torch.linspace(0, 1, weight.shape[2], device=where, dtype=weight.dtype)
+                        weight.mul_(ramp[:, None])
+                    return outputs, torch.autograd.grad(outputs, [*ready, *parameters], weights, allow_unused=True)
+
+            def results() -> dict[str, Tensor]:
+                outputs, gradients = call(NoClock())
+                found = named("output", [one.detach() for one in outputs])
+                found["gradient"] = torch.cat([g.reshape(-1).double() for g in gradients if g is not None])
+                return found
+
+            return Runner(provider, layout, call, results, note=note)
+
+        def runners() -> Iterator[Runner | Absent]:
+            yield make("eager", "nchw", "eager")
+            yield make("eager", "channels_last", "eager")
+            yield make("auto", "channels_last", "auto")
+
+        def reference() -> dict[str, Tensor]:
+            return make("eager", "nchw", "eager", "float64", torch.device("cpu")).results()
+
+        return OpenCase(runners(), reference, "network")
+
+    return open_case
+
+
+def _arguments(ready: list[Tensor], inputs: Any, module: nn.Module) -> Any:
+    """A block's argument: one tensor, a list of them for heads, lists of splits for `CBFuse`."""
+    if type(module).__name__ == "CBFuse":
+        return _regroup(ready, module)
+    return ready[0] if type(module).__name__ not in ("DDetect", "DualDDetect") else ready
+
+
+def _regroup(ready: list[Tensor], module: nn.Module) -> list[Any]:
+    """Each split that is chosen stands at its index of a list; `ready` holds every split of every source, in order."""
+    indices: list[int] = module.indices  # type: ignore[assignment]
+    target, rest = ready[-1], ready[:-1]
+    sources: list[list[Tensor]] = []
+    for tensor in rest:
+        # A new source begins where the plane changes: the splits of one source share it.
+        if sources and sources[-1][-1].shape[2:] == tensor.shape[2:]:
+            sources[-1].append(tensor)
+        else:
+            sources.append([tensor])
+    assert len(sources) == len(indices), "the sources of CBFuse cannot be told apart"
+    return [*sources, target]
+
+
+def _plain(output: Any) -> Any:
+    if isinstance(output, DetectionOutput):
+        return [*output.main, *(output.auxiliary or [])]
+    return output

@@ -24,14 +24,15 @@ from torch.profiler import ProfilerActivity, profile
 
 # Operators that only describe memory, ask about it or reserve it.
 _NO_WORK = frozenset(
-    """aten::view aten::as_strided aten::as_strided_ aten::empty aten::empty_like aten::empty_strided aten::resize_
-    aten::detach aten::detach_ aten::slice aten::select aten::narrow aten::permute aten::transpose aten::t aten::expand
-    aten::expand_as aten::unsqueeze aten::squeeze aten::reshape aten::_reshape_alias aten::unbind aten::split aten::chunk
-    aten::split_with_sizes aten::alias aten::lift_fresh aten::result_type aten::set_ aten::is_nonzero aten::item aten::to
-    aten::_local_scalar_dense aten::contiguous aten::size aten::stride aten::flatten aten::view_as aten::numpy_T
-    aten::unsafe_split aten::unfold aten::real aten::swapaxes aten::unflatten aten::requires_grad_ aten::output_nr
-    aten::_version aten::equal aten::is_same_size aten::can_cast detach detach_ aten::_nnpack_available
-    aten::resolve_conj aten::resolve_neg aten::new_empty aten::movedim aten::conj aten::diagonal""".split()
+    f"{space}{name}"
+    for space in ("aten::", "")
+    for name in """
+    view as_strided as_strided_ empty empty_like empty_strided resize_ detach detach_ slice select narrow
+    permute transpose t expand expand_as unsqueeze squeeze reshape _reshape_alias unbind split chunk
+    split_with_sizes alias lift_fresh result_type set_ is_nonzero item to _local_scalar_dense contiguous size
+    stride flatten view_as numpy_T unsafe_split unfold real swapaxes unflatten requires_grad_ output_nr _version
+    equal is_same_size can_cast _nnpack_available resolve_conj resolve_neg new_empty movedim conj diagonal
+    """.split()
 )
 COPIES = ("aten::copy_", "aten::cat", "aten::_foreach_copy_", "aten::stack")
 

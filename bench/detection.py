@@ -1,4 +1,4 @@
-"""Cases of assignment, detection loss, decoding, NMS and box overlaps: from no object to thousands, sparse to hostile."""
+"""Cases of assignment, detection loss, decoding, NMS and overlaps: no object to thousands, sparse to hostile."""
 
 from __future__ import annotations
 
@@ -37,11 +37,15 @@ def detection_cases(settings: Settings, dtypes: tuple[str, ...]) -> Iterator[Cas
             yield _case("loss", "detection_loss", name, mode, size, batch, number, _open_detection_loss)
         yield _case("loss", "loss", f"{number}obj/{size}px/b{batch}", "both", size, batch, number, _open_loss)
     for dtype in dtypes:
-        yield _case("loss", "decode", f"{size}px/b{settings.batch}", "forward", size, settings.batch, 0, _open_decode, dtype)
+        yield _case(
+            "loss", "decode", f"{size}px/b{settings.batch}", "forward", size, settings.batch, 0, _open_decode, dtype
+        )
     for number in (100, 300, 2000) if settings.full else (300,):
         yield _case("nms", "box_iou", f"{number}x{number}", "forward", size, 1, number, _open_box_iou)
     for crowd in CROWDS if settings.full else CROWDS[:3]:
-        yield _case("nms", "nms", f"{crowd}/{size}px/b{settings.batch}", "forward", size, settings.batch, crowd, _open_nms)
+        yield _case(
+            "nms", "nms", f"{crowd}/{size}px/b{settings.batch}", "forward", size, settings.batch, crowd, _open_nms
+        )
 
 
 Opener = Callable[[dict[str, Any], str, str, torch.device, Settings], OpenCase]

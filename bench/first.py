@@ -1,4 +1,4 @@
-"""The comparison that a user asks for first: one network, eager against fused, speed, memory and equality in a table."""
+"""The comparison that a user asks for first: one network, eager against fused, with speed, memory and equality."""
 
 from __future__ import annotations
 
@@ -61,9 +61,7 @@ def compare_first(
     return "\n".join([head, "", *_table(sides, right, wrong, truth, batch), "", *_notes(sides, wrong)]), not wrong
 
 
-def _sides(
-    model: str, size: int, batch: int, device: torch.device, images: Tensor, compiled: bool
-) -> list[Side]:
+def _sides(model: str, size: int, batch: int, device: torch.device, images: Tensor, compiled: bool) -> list[Side]:
     def side(name: str, layout: str, backend: str, mode: str | None = None) -> Side:
         step = TrainingStep(model, size, batch, device, layout=layout, backend_name=backend, compile_mode=mode)
         inference = Inference(model, images, device, "float32", layout, backend)
@@ -124,7 +122,7 @@ def _rounds(sides: list[Side], device: torch.device, seconds: float, bar: Any, s
                     side.samples.setdefault(f"{what} {phase}", []).append(value)
                 side.samples.setdefault(what, []).append(sum(clock.seconds.values()))
         progress = max((number + 1) / 15, (time.perf_counter() - begun) / seconds)
-        bar.update(min(start + share * min(progress, 1.0), 95) - bar.n)
+        bar.update(int(min(start + share * min(progress, 1.0), 95)) - bar.n)
 
 
 def _table(
@@ -176,10 +174,10 @@ def _table(
 def aligned(rows: list[list[str]]) -> list[str]:
     """Columns of text: the first to the left, the others to the right."""
     widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
-    lines = [
-        "  ".join(cell.ljust(w) if place == 0 else cell.rjust(w) for place, (cell, w) in enumerate(zip(row, widths)))
-        for row in rows
-    ]
+    lines = []
+    for row in rows:
+        cells = [cell.rjust(width) for cell, width in zip(row, widths, strict=True)]
+        lines.append("  ".join([row[0].ljust(widths[0]), *cells[1:]]))
     return [lines[0], "-" * len(lines[0]), *lines[1:]]
 
 

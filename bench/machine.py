@@ -105,7 +105,9 @@ def clocks(device: torch.device) -> dict[str, Any]:
         text = _nvidia(",".join(names))
         return dict(zip(names, (part.strip() for part in text.split(",")), strict=False)) if text else {}
     try:
-        mhz = [float(value) for value in re.findall(r"^cpu MHz\s*:\s*([\d.]+)", Path("/proc/cpuinfo").read_text(), re.M)]
+        mhz = [
+            float(value) for value in re.findall(r"^cpu MHz\s*:\s*([\d.]+)", Path("/proc/cpuinfo").read_text(), re.M)
+        ]
     except OSError:
         mhz = []
     return {"mhz": mhz}
@@ -170,8 +172,10 @@ class Ceilings:
         return cls(tuple((float(a), float(b)) for a, b in data["bandwidth"]), dict(data["matrix"]))
 
 
-def measure_ceilings(device: torch.device, dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16)) -> Ceilings:
-    """Best of several passes: `a + b → c` over three equal arrays (two read, one written); products and convolutions."""
+def measure_ceilings(
+    device: torch.device, dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16)
+) -> Ceilings:
+    """Best of several passes: `a + b → c` over three equal arrays; products and convolutions."""
     sizes = _CUDA_SIZES_MIB if device.type == "cuda" else _SIZES_MIB
     bandwidth = []
     for mib in sizes:

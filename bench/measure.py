@@ -41,7 +41,9 @@ class Candidate:
     host: list[float] = field(default_factory=list)
 
 
-def measure(case: Case, device: torch.device, settings: Settings, ceilings: Ceilings | None) -> Iterator[dict[str, Any]]:
+def measure(
+    case: Case, device: torch.device, settings: Settings, ceilings: Ceilings | None
+) -> Iterator[dict[str, Any]]:
     """Contents of the case's records, each with `kind` "measure" or "absent"."""
     opened = case.open(device, settings)
     try:
@@ -69,7 +71,7 @@ def _measure(
         "count": case.count,
     }
     candidates: list[Candidate] = []
-    for outcome in _judged(opened):
+    for outcome in judged(opened):
         if isinstance(outcome, Candidate):
             candidates.append(outcome)
         else:
@@ -94,7 +96,7 @@ def _measure(
         }
 
 
-def _judged(opened: OpenCase) -> Iterator[Candidate | dict[str, Any]]:
+def judged(opened: OpenCase) -> Iterator[Candidate | dict[str, Any]]:
     """Runners with right results; for the others what a record says of them: a reason, and no time."""
     baseline: dict[str, Tensor] | None = None
     truth: dict[str, Tensor] | None = None
@@ -108,16 +110,18 @@ def _judged(opened: OpenCase) -> Iterator[Candidate | dict[str, Any]]:
         except Exception as error:  # whatever a provider trips over is its own affair: the others go on
             if isinstance(error, torch.OutOfMemoryError):
                 gc.collect()
-            yield where | {"reason": f"failed: {type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''}"}
+            yield where | {
+                "reason": f"failed: {type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''}"
+            }
             continue
         if baseline is None:
             baseline = results
             truth = opened.reference() if opened.reference is not None else None
-        error, wrong = judge(rule, results, baseline, truth)
+        worst, wrong = judge(rule, results, baseline, truth)
         if wrong is not None:
-            yield where | {"reason": f"wrong result: {wrong}", "wrong": True, "error": error}
+            yield where | {"reason": f"wrong result: {wrong}", "wrong": True, "error": worst}
             continue
-        yield Candidate(runner, error)
+        yield Candidate(runner, worst)
 
 
 def _with_rules(opened: OpenCase) -> Iterator[tuple[Runner | Absent, str]]:
@@ -127,7 +131,8 @@ def _with_rules(opened: OpenCase) -> Iterator[tuple[Runner | Absent, str]]:
         yield runner, "peer"
 
 
-def _time(candidates: list[Candidate], phased: bool, device: torch.device, settings: Settings) -> None:
+def calibrate(candidates: list[Candidate], phased: bool, device: torch.device, settings: Settings) -> None:
+    """Warm up, and choose how often each candidate repeats within a sample."""
     clock = NoClock()
     for candidate in candidates:
         candidate.runner.call(clock)
@@ -140,6 +145,10 @@ def _time(candidates: list[Candidate], phased: bool, device: torch.device, setti
             candidate.most = _SLOW_SAMPLES
         cold = device.type == "cuda"
         candidate.repeats = 1 if phased or cold else max(1, min(1000, int(_LEAST_SAMPLE / max(took, 1e-7))))
+
+
+def _time(candidates: list[Candidate], phased: bool, device: torch.device, settings: Settings) -> None:
+    calibrate(candidates, phased, device, settings)
     flush = torch.empty(_FLUSH_BYTES // 4, device=device) if device.type == "cuda" and not phased else None
     least, most = settings.rounds
     end = time.perf_counter() + settings.seconds
@@ -154,7 +163,7 @@ def _time(candidates: list[Candidate], phased: bool, device: torch.device, setti
             chance.shuffle(order)
             for candidate in order:
                 if done < candidate.most:
-                    _sample(candidate, phased, device, flush)
+                    sample(candidate, phased, device, flush)
             # Autograd graphs are cycles of their own making; without a collector they would pile up.
             gc.collect(0)
     finally:
@@ -162,7 +171,8 @@ def _time(candidates: list[Candidate], phased: bool, device: torch.device, setti
             gc.enable()
 
 
-def _sample(candidate: Candidate, phased: bool, device: torch.device, flush: Tensor | None) -> None:
+def sample(candidate: Candidate, phased: bool, device: torch.device, flush: Tensor | None = None) -> None:
+    """Time one sample and keep it."""
     call = candidate.runner.call
     if phased:
         clock = PhaseClock(device)
@@ -175,8 +185,8 @@ def _sample(candidate: Candidate, phased: bool, device: torch.device, flush: Ten
         return
     none = NoClock()
     if device.type == "cuda":
-        assert flush is not None
-        flush.zero_()  # the L2 cache holds nothing of the case when it starts
+        if flush is not None:
+            flush.zero_()  # the L2 cache holds nothing of the case when it starts
         begin, finish = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         synchronise(device)
         begin.record()
@@ -248,5 +258,3 @@ def _counted(candidate: Candidate, family: str, device: torch.device) -> dict[st
     elif family in PHASED:
         content["peak_resident_bytes"] = counting.resident_peak(call)
     return content
-
-

@@ -22,11 +22,10 @@ from yolov9_fast.nn import DetectionOutput
 from yolov9_fast.ops import nms
 from yolov9_fast.ops.backend import backend
 
-from .cases import LAYOUTS, Absent, Case, Clock, NoClock, OpenCase, Runner, Settings, flatten, named, torch_dtype
+from .cases import LAYOUTS, Absent, Case, Clock, NoClock, OpenCase, Runner, Settings, named, torch_dtype
 from .compiled import MODES
 from .detection import CLASSES, random_boxes
 from .peers import inference_peers
-from .shapes import network_blocks
 
 OBJECTS_PER_IMAGE = 7
 CANDIDATES_PER_IMAGE = 1000
@@ -92,6 +91,20 @@ class TrainingStep:
         self.images, self.targets = fixed_batch(image_size, batch)
 
     def __call__(self, clock: Clock) -> Tensor:
+        total = self.forward(clock)
+        with backend(self.backend_name):
+            total.backward()
+            clock.mark("backward")
+            nn.utils.clip_grad_norm_(self.model.parameters(), 10.0)
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+            clock.mark("optimiser")
+            self.ema.update(self.model)
+            clock.mark("ema")
+        return total.detach()
+
+    def forward(self, clock: Clock) -> Tensor:
+        """Up to the loss, with what the backward needs."""
         with backend(self.backend_name):
             images, targets = self.batches() if self.batches else (self.images, self.targets)
             images = images.to(self.device, non_blocking=True)
@@ -104,15 +117,8 @@ class TrainingStep:
             clock.mark("forward")
             loss = self.criterion(output, targets, self.size)
             clock.mark("loss")
-            loss.total.backward()
-            clock.mark("backward")
-            nn.utils.clip_grad_norm_(self.model.parameters(), 10.0)
-            self.optimizer.step()
-            self.optimizer.zero_grad(set_to_none=True)
-            clock.mark("optimiser")
-            self.ema.update(self.model)
-            clock.mark("ema")
-            return loss.total.detach()
+            total: Tensor = loss.total
+            return total
 
     def results(self) -> dict[str, Tensor]:
         """Head maps, loss and all gradients of the first step, from a copy, so that weights stay as they are."""
@@ -383,119 +389,3 @@ def _peers(name: str, images: Tensor, device: torch.device) -> Iterator[Runner |
         return float(torch.isclose(output, expected, rtol=1e-3, atol=1e-3).double().mean())
 
     yield from inference_peers(one.model, ready, lambda prediction: nms(prediction, conf=_CONF), compare)
-
-
-# Blocks ---------------------------------------------------------------------------------------------------------------
-
-
-def block_cases(settings: Settings, dtypes: tuple[str, ...]) -> Iterator[Case]:
-    """One layer of each block's kind and shape of the networks, forward and backward, eager against accelerated."""
-    seen: set[tuple[str, tuple[tuple[int, ...], ...], str]] = set()
-    networks = ("yolov9-t", "yolov9-c", "yolov9-s", "yolov9-m", "yolov9-e") if settings.full else ("yolov9-t",)
-    for place, name in enumerate(networks):
-        for layer in network_blocks(name, 320):
-            arguments = str(same_graph(name).layers[layer.index].arguments)
-            key = (layer.block, layer.inputs, arguments)
-            if layer.block in ("Silence", "Concat", "Upsample", "CBLinear", "Conv") or key in seen:
-                continue
-            seen.add(key)
-            for dtype in dtypes:
-                yield Case(
-                    f"block/{layer.block}/{name}.{layer.index}/320px/b{settings.batch}/{dtype}/both",
-                    "blocks",
-                    layer.block,
-                    f"{name}@320",
-                    "both",
-                    dtype,
-                    {"inputs": [list(one) for one in layer.inputs], "batch": settings.batch, "arguments": arguments},
-                    _block_opener(name, layer.index, layer.inputs, dtype, settings.batch),
-                    priority=place,
-                )
-
-
-def same_graph(name: str) -> Any:
-    from yolov9_fast.models.graph import load_graph
-
-    return load_graph(name)
-
-
-def _block_opener(
-    name: str, index: int, inputs: tuple[tuple[int, ...], ...], dtype: str, batch: int
-) -> Callable[[torch.device, Settings], OpenCase]:
-    def open_case(device: torch.device, settings: Settings) -> OpenCase:
-        source = same_weights(name, torch.device("cpu")).model[index].train()
-        generator = torch.Generator().manual_seed(0)
-        values = [torch.randn(batch, *one, generator=generator) for one in inputs]
-
-        def make(
-            provider: str, layout: str, backend_name: str, kind: str = dtype, where: torch.device = device
-        ) -> Runner:
-            wide = torch.float64 if kind == "float64" else torch.float32
-            module = copy.deepcopy(source).to(where, wide)
-            nn.Module.to(module, memory_format=LAYOUTS[layout])  # type: ignore[call-overload]
-            note = (accelerate(module) or "") if backend_name == "auto" else ""
-            ready = [
-                v.to(where, wide, copy=True).contiguous(memory_format=LAYOUTS[layout]).requires_grad_() for v in values
-            ]
-            amp = torch_dtype(kind) if kind in ("bfloat16", "float16") else None
-
-            def call(clock: Clock) -> Any:
-                with backend(backend_name):
-                    with torch.autocast(where.type, amp) if amp else nullcontext():
-                        output = module(_arguments(ready, inputs, source))
-                    outputs = flatten(_plain(output))
-                    parameters = [p for p in module.parameters() if p.requires_grad]
-                    weights = [torch.ones_like(one) for one in outputs]
-                    # ones as gradients vanish in BatchNorm's backward: a ramp over the rows does not
-                    for weight in weights:
-                        ramp = torch.linspace(0, 1, weight.shape[2], device=where, dtype=weight.dtype)
-                        weight.mul_(ramp[:, None])
-                    return outputs, torch.autograd.grad(outputs, [*ready, *parameters], weights, allow_unused=True)
-
-            def results() -> dict[str, Tensor]:
-                outputs, gradients = call(NoClock())
-                found = named("output", [one.detach() for one in outputs])
-                found["gradient"] = torch.cat([g.reshape(-1).double() for g in gradients if g is not None])
-                return found
-
-            return Runner(provider, layout, call, results, note=note)
-
-        def runners() -> Iterator[Runner | Absent]:
-            yield make("eager", "nchw", "eager")
-            yield make("eager", "channels_last", "eager")
-            yield make("auto", "channels_last", "auto")
-
-        def reference() -> dict[str, Tensor]:
-            return make("eager", "nchw", "eager", "float64", torch.device("cpu")).results()
-
-        return OpenCase(runners(), reference, "network")
-
-    return open_case
-
-
-def _arguments(ready: list[Tensor], inputs: Any, module: nn.Module) -> Any:
-    """A block's argument: one tensor, a list of them for heads, lists of splits for `CBFuse`."""
-    if type(module).__name__ == "CBFuse":
-        return _regroup(ready, module)
-    return ready[0] if type(module).__name__ not in ("DDetect", "DualDDetect") else ready
-
-
-def _regroup(ready: list[Tensor], module: nn.Module) -> list[Any]:
-    """Each split that is chosen stands at its index of a list; `ready` holds every split of every source, in order."""
-    indices: list[int] = module.indices  # type: ignore[assignment]
-    target, rest = ready[-1], ready[:-1]
-    sources: list[list[Tensor]] = []
-    for tensor in rest:
-        # A new source begins where the plane changes: the splits of one source share it.
-        if sources and sources[-1][-1].shape[2:] == tensor.shape[2:]:
-            sources[-1].append(tensor)
-        else:
-            sources.append([tensor])
-    assert len(sources) == len(indices), "the sources of CBFuse cannot be told apart"
-    return [*sources, target]
-
-
-def _plain(output: Any) -> Any:
-    if isinstance(output, DetectionOutput):
-        return [*output.main, *(output.auxiliary or [])]
-    return output

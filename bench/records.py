@@ -21,7 +21,7 @@ KINDS = ("run", "ceilings", "measure", "absent")
 
 
 def results_folder() -> Path:
-    """Where records go unless told otherwise: `bench/results` of the repository, else a folder where the user stands."""
+    """Where records go unless told otherwise: `bench/results` of the repository, else `bench-results` here."""
     return RESULTS if (RESULTS.parent.parent / "pyproject.toml").is_file() else Path("bench-results")
 
 

@@ -125,7 +125,9 @@ def _walk(name: str, image_size: int) -> Iterator[tuple[str, Dims, str]]:
     """(operator, dims, layer name) of every use."""
     model, seen = _traced(name, image_size)
     modules = dict(model.named_modules())
-    inside_rep = {f"{key}.{child}" for key, m in modules.items() if isinstance(m, RepConv) for child in ("conv1", "conv2")}
+    inside_rep = {
+        f"{key}.{child}" for key, m in modules.items() if isinstance(m, RepConv) for child in ("conv1", "conv2")
+    }
     residual = {f"{key}.cv2" for key, m in modules.items() if isinstance(m, RepBottleneck) and m.residual}
     plane_of_unit: dict[str, tuple[int, int]] = {}
     joined: dict[str, list[int]] = {}
@@ -144,8 +146,8 @@ def _walk(name: str, image_size: int) -> Iterator[tuple[str, Dims, str]]:
         dims: Dims = {"channels": conv.out_channels, "height": height, "width": width, "residual": key in residual}
         yield "bn_silu", dims, key
         if conv.kernel_size == (1, 1) and conv.groups == 1:
-            channels = tuple(joined.get(key, [conv.in_channels]))
-            yield "conv1x1", {"inputs": channels, "out": conv.out_channels, "height": height, "width": width}, key
+            inputs = tuple(joined.get(key, [conv.in_channels]))
+            yield "conv1x1", {"inputs": inputs, "out": conv.out_channels, "height": height, "width": width}, key
 
 
 def _plane(output: Any) -> tuple[int, int]:

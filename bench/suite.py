@@ -14,7 +14,8 @@ from yolov9_fast._lazy import require
 from yolov9_fast.errors import UserError
 from yolov9_fast.ops.backend import operators
 
-from . import detection, machine, networks, operators as operator_table, places
+from . import blocks, detection, machine, networks, places
+from . import operators as operator_table
 from .cases import FAMILIES, Case, Settings
 from .machine import Ceilings
 from .measure import measure
@@ -23,7 +24,16 @@ from .records import Record, Recorder, read, results_folder, run_name
 _SECONDS = {"ops": 0.25, "blocks": 0.3, "loss": 0.4, "nms": 0.4, "step": 8.0, "infer": 2.0, "data": 2.0, "places": 0.0}
 _ROUNDS = {"step": (3, 9), "infer": (3, 15)}
 # Of the whole budget, at most so much for one family while others wait.
-_PART = {"ops": 0.34, "blocks": 0.12, "loss": 0.12, "nms": 0.06, "step": 0.22, "infer": 0.26, "data": 0.02, "places": 0.1}
+_PART = {
+    "ops": 0.34,
+    "blocks": 0.12,
+    "loss": 0.12,
+    "nms": 0.06,
+    "step": 0.22,
+    "infer": 0.26,
+    "data": 0.02,
+    "places": 0.1,
+}
 
 
 def all_cases(settings: Settings, device: torch.device, only: Sequence[str]) -> list[Case]:
@@ -35,7 +45,7 @@ def all_cases(settings: Settings, device: torch.device, only: Sequence[str]) -> 
     amp = ("bfloat16", "float32") if device.type == "cuda" else ("float32",)
     makers: dict[str, Any] = {
         "ops": lambda: operator_table.operator_cases(settings, dtypes),
-        "blocks": lambda: networks.block_cases(settings, amp[:1]),
+        "blocks": lambda: blocks.block_cases(settings, amp[:1]),
         "loss": lambda: [c for c in detection.detection_cases(settings, dtypes) if c.family == "loss"],
         "nms": lambda: [c for c in detection.detection_cases(settings, dtypes) if c.family == "nms"],
         "step": lambda: networks.step_cases(settings, amp, device),
@@ -49,7 +59,7 @@ def all_cases(settings: Settings, device: torch.device, only: Sequence[str]) -> 
 def in_order(cases: Iterable[Case]) -> list[Case]:
     """By priority, and within one the operators in turns, so that a short budget has something of each."""
     taken: dict[tuple[int, str], int] = {}
-    keyed = []
+    keyed: list[tuple[int, int, int, Case]] = []
     for case in cases:
         turn = taken[case.priority, case.subject] = taken.get((case.priority, case.subject), 0) + 1
         keyed.append((case.priority, turn, len(keyed), case))

@@ -17,7 +17,17 @@ from types import ModuleType
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-INGREDIENTS = ("pyproject.toml", "setup.py", "MANIFEST.in", "LICENSE", "README.md", "Makefile", "csrc", "kernels", "bench")
+INGREDIENTS = (
+    "pyproject.toml",
+    "setup.py",
+    "MANIFEST.in",
+    "LICENSE",
+    "README.md",
+    "Makefile",
+    "csrc",
+    "kernels",
+    "bench",
+)
 HAS_COMPILER = any(shutil.which(name) for name in ("c++", "g++", "clang++"))
 
 
@@ -98,7 +108,9 @@ def test_a_wheel_without_torch_and_compiler_is_pure_and_says_why(tree: Path, bar
     assert not [name for name in names if name.startswith("yolov9_fast/bench/test_")]
     graphs = {f"yolov9_fast/models/graphs/{path.name}" for path in (tree / "yolov9_fast/models/graphs").glob("*.yaml")}
     assert graphs and graphs <= names
-    assert not [name for name in names if name.startswith(("csrc", "tests", "kernels", "bench")) or name.endswith(".so")]
+    assert not [
+        name for name in names if name.startswith(("csrc", "tests", "kernels", "bench")) or name.endswith(".so")
+    ]
     for part in build_report(wheel).values():
         assert part["file"] is None and "torch cannot be imported" in part["reason"]
 

@@ -19,6 +19,7 @@ COMMANDS = {
     "val": "evaluate weights on a labelled split: COCO AP",
     "predict": "find objects in images, videos, webcams and streams",
     "convert": "read weights of any known origin and write them as ours",
+    "bench": "how fast: eager against fused; the benchmark suite, its records compared and reported",
     "info": "what is installed and runs where; parameters and GFLOPs of networks; what a weights file holds",
     "demo": "render a small data set, train on it, evaluate, predict: everything in a few minutes, without a download",
 }

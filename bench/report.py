@@ -1,0 +1,316 @@
+"""`docs/benchmarks.md` and its plots, from committed records alone; what no record holds reads "not measured"."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from yolov9_fast.atomic import atomic_write
+from yolov9_fast.errors import UserError
+
+from . import plots
+from .records import Record, newest_runs, read
+
+NOTHING = "not measured"
+OWN = ("cuda", "triton", "cpu", "auto")
+PHASES = ("data", "forward", "loss", "backward", "optimiser", "ema")
+_BOUNDS = {
+    "memory": "memory bandwidth",
+    "arithmetic": "arithmetic",
+    "latency": "neither: small calls or the algorithm itself",
+}
+_HEAD = """# Benchmarks
+
+Written by `yolov9-fast bench report` from the records in [bench/results](../bench/results); do not edit. What no record
+holds is "{nothing}". How it is measured: [bench/METHOD.md](../bench/METHOD.md).
+
+Times are medians [20th, 80th percentile]. "×" is the eager form's time over the form's own, with the 95 % bootstrap
+interval, both timed in turns in one process. Share: of the least time that bytes and products allow, by
+ceilings measured in the same run. Error: root mean square against float64, relative.
+A result that was wrong has no speed.
+"""
+
+
+class Run:
+    """The records of one file, by what the tables ask for."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        records = read(path)
+        self.environments = [r["environment"] for r in records if r["kind"] == "run" and "device" in r["environment"]]
+        if not self.environments:
+            raise UserError(f"{path} has no record of the machine")
+        self.environment = self.environments[0]
+        self.commands = [r["command"] for r in records if r["kind"] == "run" and "device" in r["environment"]]
+        self.ceilings = next((r for r in reversed(records) if r["kind"] == "ceilings"), None)
+        latest = {(r["case"], r["provider"], r["layout"]): r for r in records if r["kind"] == "measure"}
+        self.measures = list(latest.values())
+        self.absent = [r for r in records if r["kind"] == "absent"]
+
+    @property
+    def device(self) -> str:
+        return str(self.environment["device"])
+
+    def of(self, family: str, subject: str | None = None) -> dict[str, list[Record]]:
+        """Measurements of a family by case, in the order of the file."""
+        found: dict[str, list[Record]] = defaultdict(list)
+        for record in self.measures:
+            if record["family"] == family and subject in (None, record["subject"]):
+                found[record["case"]].append(record)
+        return dict(found)
+
+
+def write_report(results: Path, document: Path, files: Sequence[Path] = ()) -> list[Path]:
+    """Write the document and its plots (beside it, in `benchmarks/`); returns what was written.
+
+    Args:
+        results: folder with a folder of records per device; the newest file of each counts.
+        files: records to report on instead.
+
+    Raises:
+        UserError: no record.
+    """
+    chosen = list(files) or list(newest_runs(results).values())
+    if not chosen:
+        raise UserError(f"no records below {results}; `yolov9-fast bench suite` writes them")
+    runs = [Run(path) for path in chosen]
+    folder = document.parent / document.stem
+    written: list[Path] = []
+    parts = [_HEAD.format(nothing=NOTHING), _devices(runs)]
+    if not any(run.device.startswith("nvidia") for run in runs):
+        parts.append(f"On a GPU: {NOTHING}; `bench/gpu.sh` measures everything there is in one command.\n")
+    for run in runs:
+        drawn = plots.draw(run, folder)
+        written += drawn
+        parts.append(_section(run, drawn, document.parent))
+    written.append(atomic_write(document, "\n".join(parts)))
+    return written
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    body = [f"| {' | '.join(row)} |" for row in rows]
+    if not body:
+        return f"{NOTHING[0].upper()}{NOTHING[1:]}.\n"
+    return "\n".join([f"| {' | '.join(head)} |", f"|{' --- |' * len(head)}", *body]) + "\n"
+
+
+def _devices(runs: Sequence[Run]) -> str:
+    rows = []
+    for run in runs:
+        e = run.environment
+        versions = ", ".join(f"{name} {value}" for name, value in e["versions"].items() if value)
+        dirty = " (changed)" if e.get("dirty") else ""
+        rows.append(
+            [e["device"], e["device_name"], str(e["threads"]), versions, f"{e['commit']}{dirty}", run.path.name]
+        )
+    return table(("device", "name", "threads", "versions", "commit", "records"), rows)
+
+
+def _section(run: Run, drawn: Sequence[Path], base: Path) -> str:
+    parts = [f"## {run.device}\n", "Commands: " + "; ".join(f"`{c}`" for c in dict.fromkeys(run.commands)) + "\n"]
+    parts.append(_ceilings(run))
+    parts += ["### Training step\n", _steps(run), "### Inference, with NMS\n", _inference(run)]
+    parts += ["### Where the time goes\n", _places(run)]
+    parts += ["### Operators\n", _operators(run), "### Blocks, forward and backward\n", _plain(run, "blocks")]
+    parts += ["### Loss and assignment by objects per image\n", _plain(run, "loss")]
+    parts += ["### NMS\n", _plain(run, "nms"), "### Data loader\n", _plain(run, "data")]
+    parts += ["### What could not take part, and wrong results\n", _absent(run)]
+    pictures = [f"![{path.stem.replace('_', ' ')}]({path.relative_to(base).as_posix()})" for path in drawn]
+    pictures = [picture for picture in pictures if picture.endswith(".svg)")]
+    parts.append("### Plots\n\n" + ("\n\n".join(pictures) if pictures else f"{NOTHING}\n") + "\n")
+    return "\n".join(parts)
+
+
+def _ceilings(run: Run) -> str:
+    if run.ceilings is None:
+        return f"Ceilings: {NOTHING}.\n"
+    speeds = ", ".join(
+        f"{s / 1e9:.0f} GB/s over {_bytes(size)}" for size, speed in run.ceilings["bandwidth"] for s in [speed]
+    )
+    products = ", ".join(f"{name} {value / 1e9:,.0f} GFLOP/s" for name, value in run.ceilings["matrix"].items())
+    return f"Ceilings measured in the run: bandwidth {speeds}; products {products}.\n"
+
+
+# Cells ----------------------------------------------------------------------------------------------------------------
+
+
+def _bytes(size: float) -> str:
+    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if size >= scale:
+            return f"{size / scale:.3g} {unit}"
+    return f"{size:.0f} B"
+
+
+def _time(seconds: float) -> str:
+    for unit, scale in (("s", 1.0), ("ms", 1e-3)):
+        if seconds >= scale:
+            return f"{seconds / scale:.3g} {unit}"
+    return f"{seconds * 1e6:.3g} µs"
+
+
+def _spread(record: Record) -> str:
+    return f"{_time(record['median'])} [{_time(record['p20'])}, {_time(record['p80'])}]"
+
+
+def _speedup(record: Record) -> str:
+    ratio = record.get("speedup")
+    return f"{ratio['value']:.2f} [{ratio['low']:.2f}, {ratio['high']:.2f}]" if ratio else "1"
+
+
+def _share(record: Record) -> str:
+    return f"{record['share']:.0%}" if "share" in record else NOTHING
+
+
+def _provider(record: Record) -> str:
+    return f"{record['provider']}{', ' + record['layout'] if record['layout'] not in ('', 'nchw') else ''}"
+
+
+def _or_nothing(record: Record, key: str, show: Callable[[Any], str]) -> str:
+    return show(record[key]) if record.get(key) is not None else NOTHING
+
+
+# Tables ---------------------------------------------------------------------------------------------------------------
+
+
+def _steps(run: Run) -> str:
+    rows = []
+    for case, records in run.of("step").items():
+        for r in records:
+            phases = [_time(r["phases"][name]) if name in r["phases"] else NOTHING for name in PHASES]
+            cells = [
+                case.removeprefix("step/"),
+                _provider(r),
+                _spread(r),
+                _speedup(r),
+                f"{r['per_second']:.1f}",
+                *phases,
+            ]
+            cells += [_or_nothing(r, "peak_bytes", _bytes), _or_nothing(r, "launches", str), f"{r['error']:.0e}"]
+            rows.append(cells)
+    head = ("network", "form", "step", "×", "images/s", *PHASES, "peak memory", "launches", "error")
+    return table(head, rows)
+
+
+def _inference(run: Run) -> str:
+    rows = []
+    for case, records in run.of("infer").items():
+        for r in records:
+            phases = [_time(r["phases"][name]) if name in r["phases"] else NOTHING for name in ("network", "nms")]
+            cells = [
+                case.removeprefix("infer/"),
+                _provider(r),
+                _spread(r),
+                _speedup(r),
+                f"{r['per_second']:.1f}",
+                *phases,
+            ]
+            cells += [_or_nothing(r, "peak_bytes", _bytes), _or_nothing(r, "launches", str), f"{r['error']:.0e}"]
+            rows.append(cells)
+    return table(
+        ("network", "form", "batch", "×", "images/s", "network", "NMS", "peak memory", "launches", "error"), rows
+    )
+
+
+def _places(run: Run) -> str:
+    parts = []
+    for case, records in run.of("places").items():
+        for r in records:
+            rows = []
+            for place in r["places"][:3]:
+                shapes = " × ".join("[" + ", ".join(map(str, shape)) + "]" for shape in place["shapes"][:3])
+                share = f"{place['share']:.0%}" if "share" in place else NOTHING
+                name = place["name"].split("::")[-1]
+                cells = [name, shapes or "lists of tensors", str(place["calls"]), _time(place["seconds"])]
+                rows.append([*cells, f"{place['part']:.0%}", share, _BOUNDS[place["bound"]]])
+            title = (
+                f"{case.removeprefix('places/')}, {_provider(r)}: the three longest of {_time(r['profiled_seconds'])}"
+            )
+            head = ("kernel", "inputs", "calls", "time", "part", "share of limit", "bound by")
+            parts.append(f"{title} (profiled)\n\n{table(head, rows)}")
+    return "\n".join(parts) or f"{NOTHING[0].upper()}{NOTHING[1:]}.\n"
+
+
+def _operators(run: Run) -> str:
+    """Each operator's shapes summed up by the geometric mean of the ratios, then its largest layers in full."""
+    parts = []
+    summary: list[list[str]] = []
+    subjects = dict.fromkeys(r["subject"] for r in run.measures if r["family"] == "ops")
+    for subject in subjects:
+        cases = run.of("ops", subject)
+        for mode in ("forward", "both"):
+            summary += _means(subject, mode, [rs for rs in cases.values() if rs[0]["mode"] == mode])
+        longest = sorted(cases.values(), key=lambda rs: -rs[0]["median"] * rs[0]["count"])[:6]
+        rows = [_row(record, record["case"].split("/", 1)[1]) for records in longest for record in records]
+        parts.append(f"#### {subject}: the layers that take longest\n\n{table(_ROW_HEAD, rows)}")
+    head = (
+        "operator",
+        "mode",
+        "form",
+        "shapes",
+        "geometric mean of × against eager",
+        "against the faster eager",
+        "share of limit",
+    )
+    return table(head, summary) + "\n" + "\n".join(parts)
+
+
+def _means(subject: str, mode: str, cases: Sequence[Sequence[Record]]) -> list[list[str]]:
+    ratios: dict[str, list[tuple[float, float, float]]] = defaultdict(list)
+    for records in cases:
+        eager = {r["layout"]: r["median"] for r in records if r["provider"] == "eager"}
+        if "nchw" not in eager:
+            continue
+        for r in records:
+            entry = (eager["nchw"] / r["median"], min(eager.values()) / r["median"], r.get("share") or math.nan)
+            ratios[_provider(r)].append(entry)
+    rows = []
+    for provider, values in ratios.items():
+        if provider == "eager":
+            continue
+        first, best = (math.exp(sum(math.log(v[i]) for v in values) / len(values)) for i in (0, 1))
+        shares = sorted(v[2] for v in values if not math.isnan(v[2]))
+        share = f"{shares[len(shares) // 2]:.0%}" if shares else NOTHING
+        rows.append([subject, mode, provider, str(len(values)), f"{first:.2f}", f"{best:.2f}", share])
+    return rows
+
+
+_ROW_HEAD = ("case", "form", "time", "×", "share of limit", "peak memory", "launches", "error")
+
+
+def _row(record: Record, name: str) -> list[str]:
+    return [
+        name,
+        _provider(record),
+        _spread(record),
+        _speedup(record),
+        _share(record),
+        _or_nothing(record, "peak_bytes", _bytes),
+        _or_nothing(record, "launches", str),
+        f"{record['error']:.0e}",
+    ]
+
+
+def _plain(run: Run, family: str) -> str:
+    rows = [_row(record, case) for case, records in run.of(family).items() for record in records]
+    if family == "data":
+        rows = [[*row[:3], f"{r['per_second']:.0f} images/s"] for row, r in zip(rows, _all(run, family), strict=True)]
+        return table(("case", "form", "batch", "rate"), rows)
+    return table(_ROW_HEAD, rows)
+
+
+def _all(run: Run, family: str) -> list[Record]:
+    return [record for records in run.of(family).values() for record in records]
+
+
+def _absent(run: Run) -> str:
+    wrong = [[r["case"], r["provider"], r["reason"]] for r in run.absent if r.get("wrong")]
+    grouped: dict[tuple[str, str, str], int] = defaultdict(int)
+    for r in run.absent:
+        if not r.get("wrong"):
+            grouped[str(r.get("subject", r["family"])), r["provider"], r["reason"]] += 1
+    rows = [[subject, provider, reason.replace("|", "/")] for (subject, provider, reason) in grouped]
+    text = "No result was wrong.\n" if not wrong else table(("case", "form", "wrong result"), wrong)
+    return text + "\n" + (table(("of", "form", "why not"), rows) if rows else "Nothing was left out.\n")

@@ -1,0 +1,177 @@
+"""`yolov9-fast bench`: eager against fused in one table; the whole suite, its records compared and reported."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from yolov9_fast.engine.evaluate import single_device
+from yolov9_fast.errors import UserError
+
+FAMILIES = ("ops", "blocks", "loss", "nms", "step", "infer", "data", "places")
+_EPILOG = """examples:
+  yolov9-fast bench --model yolov9-t --imgsz 320 --batch 8      eager against fused: speed, memory, equality
+  yolov9-fast bench --model yolov9-t --compile                  torch.compile too (its compilation takes minutes)
+  yolov9-fast bench suite --quick                               a few minutes, the smallest network
+  yolov9-fast bench suite --full --budget 15                    everything, within 15 minutes
+  yolov9-fast bench suite --only ops,nms --match bn_silu        some of it
+  yolov9-fast bench compare main tree --only ops                this tree against a commit, in turns
+  yolov9-fast bench compare old.jsonl new.jsonl                 two files of records
+  yolov9-fast bench report                                      docs/benchmarks.md and its plots from the records
+  yolov9-fast bench guard                                       kernels, copies, bytes of a step against the file
+  yolov9-fast bench guard --update                              write the file anew, on purpose
+
+exit codes: 0 done, 1 results differ, something is slower, or the guard found a difference"""
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = _EPILOG
+    add = parser.add_argument
+    add("--model", default="yolov9-t", metavar="NAME", help="network (default %(default)s)")
+    add("--imgsz", type=int, default=320, metavar="N", help="image size in pixels (default %(default)s)")
+    add("--batch", type=int, default=8, metavar="N", help="images per batch (default %(default)s)")
+    add("--device", default=None, help="cpu or a GPU's number (default: a GPU where there is one)")
+    add("--seconds", type=float, default=40.0, metavar="S", help="time for the timed rounds (default %(default)s)")
+    add("--compile", action="store_true", help="torch.compile as a third side")
+    commands = parser.add_subparsers(dest="action", metavar="ACTION", title="actions")
+    _configure_suite(_sub(commands, "suite", "measure cases and record them"))
+    _configure_compare(_sub(commands, "compare", "two files of records, or two source trees"))
+    report = _sub(commands, "report", "write docs/benchmarks.md and its plots from the records")
+    report.add_argument("--results", metavar="DIR", help="folder of records (default bench/results)")
+    report.add_argument("--records", nargs="+", default=[], metavar="FILE", help="these files instead")
+    report.add_argument("--out", default="docs/benchmarks.md", metavar="FILE.md", help="default %(default)s")
+    guard = _sub(commands, "guard", "counts of a training step against the file in the repository")
+    guard.add_argument("--update", action="store_true", help="write the file anew")
+
+
+def _sub(commands: Any, name: str, text: str) -> argparse.ArgumentParser:
+    made: argparse.ArgumentParser = commands.add_parser(
+        name, help=text, description=text, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    return made
+
+
+def _configure_suite(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--only", default=",".join(FAMILIES), metavar="A,B", help="families (default %(default)s)")
+    add("--match", default="", metavar="TEXT", help="only cases with this in their name")
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument("--quick", action="store_true", help="the smallest network (default)")
+    size.add_argument("--full", action="store_true", help="all networks, sizes, batches and objects")
+    add("--budget", type=float, metavar="MINUTES", help="stop measuring after so long; what is left out is recorded")
+    add("--compile", choices=("none", "default", "all"), default="none", help="torch.compile; all: max-autotune too")
+    add("--peers", action=argparse.BooleanOptionalAction, default=True, help="OpenCV, ONNX Runtime, … (default on)")
+    add("--op-batch", type=int, default=2, metavar="N", help="images per batch of single operators (default 2)")
+    add("--out", metavar="DIR", help="folder of records (default bench/results)")
+    add("--run", metavar="NAME", help="name of the run; one that exists goes on where it stopped")
+    add("--device", default=argparse.SUPPRESS, help="cpu or a GPU's number (default: a GPU where there is one)")
+
+
+def _configure_compare(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("old", help="a file of records, or a commit, branch, tag, or `tree` for this one")
+    add("new", help="likewise")
+    add("--only", default="ops,loss,nms", metavar="A,B", help="families, for trees (default %(default)s)")
+    add("--match", default="", metavar="TEXT", help="only cases with this in their name")
+    add("--full", action="store_true", help="all networks and sizes")
+    add("--threshold", type=float, default=0.05, metavar="X", help="what counts as a difference (default %(default)s)")
+    add("--repeats", type=int, default=3, metavar="N", help="repeats that all must show it (default %(default)s)")
+    add("--rounds", type=int, default=15, metavar="N", help="samples of a repeat (default %(default)s)")
+    add("--threads", type=int, default=1, metavar="N", help="threads; with 1 the processor's time counts (default 1)")
+    add("--device", default=argparse.SUPPRESS, help="cpu or a GPU's number (default: a GPU where there is one)")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    actions = {"suite": _suite, "compare": _compare, "report": _report, "guard": _guard, None: _first}
+    return actions[arguments.action](arguments)
+
+
+def _first(arguments: argparse.Namespace) -> int:
+    from yolov9_fast.bench.first import compare_first
+
+    if arguments.imgsz % 32 or arguments.imgsz < 32:
+        raise UserError(f"--imgsz must be a positive multiple of 32, got {arguments.imgsz}")
+    if arguments.batch < 1:
+        raise UserError(f"--batch must be at least 1, got {arguments.batch}")
+    text, agree = compare_first(
+        arguments.model,
+        arguments.imgsz,
+        arguments.batch,
+        single_device(arguments.device),
+        compiled=arguments.compile,
+        seconds=arguments.seconds,
+    )
+    print(text)
+    return 0 if agree else 1
+
+
+def _suite(arguments: argparse.Namespace) -> int:
+    from yolov9_fast.bench.cases import Settings
+    from yolov9_fast.bench.records import read
+    from yolov9_fast.bench.suite import run_suite, summary
+
+    settings = Settings(full=arguments.full, compile=arguments.compile, peers=arguments.peers, batch=arguments.op_batch)
+    path = run_suite(
+        settings,
+        single_device(arguments.device),
+        only=[part for part in arguments.only.split(",") if part],
+        match=arguments.match,
+        budget=60 * arguments.budget if arguments.budget else None,
+        out=Path(arguments.out) if arguments.out else None,
+        run=arguments.run,
+    )
+    records = read(path)
+    print(summary(records))
+    print(f"records in {path}")
+    return 1 if any(record.get("wrong") for record in records) else 0
+
+
+def _compare(arguments: argparse.Namespace) -> int:
+    from yolov9_fast.bench.compare import compare
+
+    comparison = compare(
+        arguments.old,
+        arguments.new,
+        only=[part for part in arguments.only.split(",") if part],
+        match=arguments.match,
+        full=arguments.full,
+        threshold=arguments.threshold,
+        repeats=arguments.repeats,
+        rounds=arguments.rounds,
+        threads=arguments.threads,
+        device=str(single_device(arguments.device)),
+    )
+    print(comparison.text(arguments.threshold))
+    return 1 if comparison.slower else 0
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    from yolov9_fast.bench.records import results_folder
+    from yolov9_fast.bench.report import write_report
+
+    results = Path(arguments.results) if arguments.results else results_folder()
+    for path in write_report(results, Path(arguments.out), [Path(name) for name in arguments.records]):
+        print(path)
+    return 0
+
+
+def _guard(arguments: argparse.Namespace) -> int:
+    from yolov9_fast.bench import guard
+
+    if arguments.update:
+        print(f"wrote {guard.update()}")
+        return 0
+    found = guard.check()
+    if found is None:
+        print(f"no counts for {guard.environment_key()}; write them with `{guard.UPDATE}`")
+        return 1
+    counted = guard.check_instructions()
+    if isinstance(counted, str):
+        print(f"instructions: not counted, {counted}")
+    else:
+        found += counted
+    for finding in found:
+        print(finding.text())
+    print(f"{len(found)} differences" if found else "all counts as the file says")
+    return 1 if found else 0

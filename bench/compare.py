@@ -21,11 +21,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from yolov9_fast._lazy import require
 from yolov9_fast.errors import UserError
 
 from . import machine
 from .first import aligned
+from .progress import progress
 from .records import Record, measures, read
 from .stats import THRESHOLD, Ratio, ratio_of_medians, settled, verdict
 
@@ -145,9 +145,7 @@ def compare_trees(
         cases = first.ask("list", **options)
         others = second.ask("list", **options)
         missing.extend(sorted(set(cases) ^ set(others)))
-        bar = require("tqdm").tqdm([case for case in cases if case in set(others)], unit="case", leave=False)
-        for case in bar:
-            bar.set_description_str(case, refresh=False)
+        for case in progress([case for case in cases if case in set(others)], str):
             opened = [one.ask("open", case=case) for one in (first, second)]
             for key, count in opened[0]["repeats"].items():
                 if key not in opened[1]["repeats"]:

@@ -15,7 +15,6 @@ MODES = {"none": (), "default": ("default",), "all": ("default", "max-autotune")
 def compiled_runners(
     settings: Settings,
     device: torch.device,
-    layout: str,
     function: Callable[..., Any],
     make: Callable[[Callable[..., Any], str], Runner],
 ) -> Iterator[Runner | Absent]:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from yolov9_fast._lazy import require
+from yolov9_fast.models.graph import load_graph
 from yolov9_fast.ops.backend import BACKENDS, operators, why_not
 
 from . import counting
@@ -43,6 +44,7 @@ def compare_first(
     Args:
         seconds: time for the timed rounds; at least three and at most fifteen are made.
     """
+    load_graph(model)  # an unknown name is one clear error, before any bar is drawn
     images, _ = fixed_batch(image_size, batch)
     tqdm = require("tqdm").tqdm
     with tqdm(total=100, desc=f"{model} {image_size} px, batch {batch}", unit="%", leave=False) as bar:

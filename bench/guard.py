@@ -25,6 +25,7 @@ from .networks import TrainingStep
 FILE = Path(__file__).with_name("counts.json")
 NETWORK, IMAGE_SIZE, BATCH = "yolov9-t", 64, 2
 SIDES = {"eager": ("nchw", "eager"), "fused": ("channels_last", "auto")}
+_BYTES_TOLERANCE = 1e-3
 UPDATE = "yolov9-fast bench guard --update"
 
 
@@ -86,7 +87,7 @@ def differences(expected: dict[str, Any], found: dict[str, Any]) -> list[Finding
         own = [
             Finding(f"{side} {name}", old.get(name), new.get(name))
             for name in sorted((old.keys() | new.keys()) - {"by_kernel"})
-            if old.get(name) != new.get(name)
+            if _differ(name, old.get(name), new.get(name))
         ]
         findings += own
         kernels, others = old.get("by_kernel", {}), new.get("by_kernel", {})
@@ -96,6 +97,13 @@ def differences(expected: dict[str, Any], found: dict[str, Any]) -> list[Finding
             if kernels.get(name, 0) != others.get(name, 0)
         ]
     return findings
+
+
+def _differ(name: str, old: int | None, new: int | None) -> bool:
+    """Bytes by more than a thousandth: an anchor whose assignment another processor rounds away moves a few hundred."""
+    if old is None or new is None or not name.endswith("_bytes"):
+        return old != new
+    return abs(new - old) > _BYTES_TOLERANCE * old
 
 
 def check_instructions(path: Path = FILE) -> list[Finding] | str:

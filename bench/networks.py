@@ -19,6 +19,7 @@ from yolov9_fast.engine.optimizer import build_optimizer
 from yolov9_fast.losses import DetectionLoss
 from yolov9_fast.models import DetectionModel, create_model, fuse, to_deploy
 from yolov9_fast.nn import DetectionOutput
+from yolov9_fast.nn.blocks import BN_MOMENTUM
 from yolov9_fast.ops import nms
 from yolov9_fast.ops.backend import backend
 
@@ -30,6 +31,8 @@ from .peers import inference_peers
 OBJECTS_PER_IMAGE = 7
 CANDIDATES_PER_IMAGE = 1000
 _CONF = 0.001
+_LOGIT_SPREAD = 1.5
+_CALIBRATION_IMAGES = 8
 
 
 def accelerate(model: nn.Module) -> str | None:
@@ -148,15 +151,21 @@ class TrainingStep:
 
 def fixed_batch(image_size: int, batch: int) -> tuple[Tensor, Tensor]:
     """uint8 images [B, 3, H, W] of smooth noise and target rows [n, 6], OBJECTS_PER_IMAGE in each image."""
+    images = torch.stack([_picture(number, image_size) for number in range(batch)])
     generator = torch.Generator().manual_seed(0)
-    coarse = torch.rand(batch, 3, 16, 16, generator=generator)
-    smooth = nn.functional.interpolate(coarse, size=(image_size, image_size), mode="bilinear", align_corners=False)
-    images = smooth.add(torch.rand(smooth.shape, generator=generator) * 0.2).div(1.2).mul(255).to(torch.uint8)
     boxes = random_boxes(batch * OBJECTS_PER_IMAGE, image_size) / image_size
     centre, sides = (boxes[:, :2] + boxes[:, 2:]) / 2, boxes[:, 2:] - boxes[:, :2]
     labels = torch.randint(CLASSES, (len(boxes), 1), generator=generator)
     image = torch.arange(batch).repeat_interleave(OBJECTS_PER_IMAGE)[:, None]
     return images, torch.cat((image, labels, centre, sides), 1)
+
+
+def _picture(number: int, size: int) -> Tensor:
+    """The picture of this number, whatever batch it is part of: uint8 [3, H, W]."""
+    generator = torch.Generator().manual_seed(number)
+    coarse = torch.rand(1, 3, 16, 16, generator=generator)
+    smooth = nn.functional.interpolate(coarse, size=(size, size), mode="bilinear", align_corners=False)[0]
+    return smooth.add(torch.rand(smooth.shape, generator=generator) * 0.2).div(1.2).mul(255).to(torch.uint8)
 
 
 def step_cases(settings: Settings, dtypes: tuple[str, ...], device: torch.device) -> Iterator[Case]:
@@ -317,17 +326,30 @@ def inference_model(name: str) -> DetectionModel:
     """
     if name not in _CACHE:
         _CACHE.clear()
-        model = fuse(to_deploy(same_weights(name, torch.device("cpu")).eval()))
-        images, _ = fixed_batch(320, 1)
-        with torch.inference_mode(), backend("eager"):
-            maps = model.raw(images.float().div(255)).main
-        logits = torch.cat([one[:, 64:].flatten() for one in maps])
-        shift = torch.logit(torch.tensor(_CONF)) - logits.topk(CANDIDATES_PER_IMAGE).values[-1]
-        with torch.no_grad():
+        model = to_deploy(same_weights(name, torch.device("cpu")))
+        images = fixed_batch(320, _CALIBRATION_IMAGES)[0].float().div(255)
+        with torch.no_grad(), backend("eager"):
+            _calibrate(model, images)
+            model = fuse(model)
+            logits = torch.cat([one[:, 64:].flatten() for one in model.raw(images).main])
+            gain = _LOGIT_SPREAD / logits.std()
+            best = (logits * gain).topk(CANDIDATES_PER_IMAGE * _CALIBRATION_IMAGES).values[-1]
             for tower in model.head.cv3:  # type: ignore[union-attr]
-                tower[-1].bias += shift  # type: ignore[index]
+                tower[-1].weight *= gain  # type: ignore[index]
+                tower[-1].bias.mul_(gain).add_(torch.logit(torch.tensor(_CONF)) - best)  # type: ignore[index]
         _CACHE[name] = model.eval()
     return copy.deepcopy(_CACHE[name])
+
+
+def _calibrate(model: DetectionModel, images: Tensor) -> None:
+    """Set the running statistics by these images; with fresh ones all logits of a map would be nearly equal."""
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    for norm in norms:
+        norm.momentum = 1.0
+    model.train().raw(images)
+    for norm in norms:
+        norm.momentum = BN_MOMENTUM
+    model.eval()
 
 
 def infer_cases(settings: Settings, dtypes: tuple[str, ...], device: torch.device) -> Iterator[Case]:

@@ -275,16 +275,14 @@ def open_problem(
     def runners() -> Iterator[Runner | Absent]:
         for layout in layouts:
             tensors = problem.cast(device, torch_dtype(dtype), layout)
-            yield _runner("eager", layout, problem.function, tensors, mode, lambda: backend("eager"))
-            yield from compiled_runners(
-                settings,
-                device,
-                layout,
-                problem.function,
-                lambda function, provider, tensors=tensors, layout=layout: _runner(
-                    provider, layout, function, tensors, mode, lambda: backend("eager")
-                ),
-            )
+
+            def make(
+                function: Callable[..., Any], provider: str, tensors: list[Tensor] = tensors, layout: str = layout
+            ) -> Runner:
+                return _runner(provider, layout, function, tensors, mode, lambda: backend("eager"))
+
+            yield make(problem.function, "eager")
+            yield from compiled_runners(settings, device, problem.function, make)
             if not name:
                 yield _runner("auto", layout, problem.function, tensors, mode, lambda: backend("auto"))
                 continue

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
@@ -83,7 +84,7 @@ def write_report(results: Path, document: Path, files: Sequence[Path] = ()) -> l
     if not any(run.device.startswith("nvidia") for run in runs):
         parts.append(f"On a GPU: {NOTHING}; `bench/gpu.sh` measures everything there is in one command.\n")
     for run in runs:
-        drawn = plots.draw(run, folder)
+        drawn = plots.draw(run, folder) if importlib.util.find_spec("matplotlib") else []
         written += drawn
         parts.append(_section(run, drawn, document.parent))
     written.append(atomic_write(document, "\n".join(parts)))
@@ -120,16 +121,15 @@ def _section(run: Run, drawn: Sequence[Path], base: Path) -> str:
     parts += ["### What could not take part, and wrong results\n", _absent(run)]
     pictures = [f"![{path.stem.replace('_', ' ')}]({path.relative_to(base).as_posix()})" for path in drawn]
     pictures = [picture for picture in pictures if picture.endswith(".svg)")]
-    parts.append("### Plots\n\n" + ("\n\n".join(pictures) if pictures else f"{NOTHING}\n") + "\n")
+    none = "None: no records for them, or no matplotlib.\n"
+    parts.append("### Plots\n\n" + ("\n\n".join(pictures) or none) + "\n")
     return "\n".join(parts)
 
 
 def _ceilings(run: Run) -> str:
     if run.ceilings is None:
         return f"Ceilings: {NOTHING}.\n"
-    speeds = ", ".join(
-        f"{s / 1e9:.0f} GB/s over {_bytes(size)}" for size, speed in run.ceilings["bandwidth"] for s in [speed]
-    )
+    speeds = ", ".join(f"{speed / 1e9:.0f} GB/s over {_bytes(size)}" for size, speed in run.ceilings["bandwidth"])
     products = ", ".join(f"{name} {value / 1e9:,.0f} GFLOP/s" for name, value in run.ceilings["matrix"].items())
     return f"Ceilings measured in the run: bandwidth {speeds}; products {products}.\n"
 
@@ -243,7 +243,7 @@ def _operators(run: Run) -> str:
         for mode in ("forward", "both"):
             summary += _means(subject, mode, [rs for rs in cases.values() if rs[0]["mode"] == mode])
         longest = sorted(cases.values(), key=lambda rs: -rs[0]["median"] * rs[0]["count"])[:6]
-        rows = [_row(record, record["case"].split("/", 1)[1]) for records in longest for record in records]
+        rows = [_row(record, record["case"].removeprefix(f"{subject}/")) for records in longest for record in records]
         parts.append(f"#### {subject}: the layers that take longest\n\n{table(_ROW_HEAD, rows)}")
     head = (
         "operator",

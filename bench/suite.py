@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 
-from yolov9_fast._lazy import require
 from yolov9_fast.errors import UserError
 from yolov9_fast.ops.backend import operators
 
@@ -19,6 +18,7 @@ from . import operators as operator_table
 from .cases import FAMILIES, Case, Settings
 from .machine import Ceilings
 from .measure import measure
+from .progress import progress
 from .records import Record, Recorder, read, results_folder, run_name
 
 _SECONDS = {"ops": 0.25, "blocks": 0.3, "loss": 0.4, "nms": 0.4, "step": 8.0, "infer": 2.0, "data": 2.0, "places": 0.0}
@@ -115,9 +115,7 @@ def _run_cases(
     allowed = _allowances({case.family for case in cases}, budget)
     started = time.perf_counter()
     told: set[tuple[str, ...]] = set()
-    bar = require("tqdm").tqdm(cases, unit="case", leave=False)
-    for case in bar:
-        bar.set_description_str(case.name, refresh=False)
+    for case in progress(cases, lambda case: case.name):
         begin = time.perf_counter()
         if budget is not None and (allowed[case.family] <= 0 or begin - started > budget):
             reason = f"the run's budget of {budget / 60:.0f} minutes was spent"
@@ -125,7 +123,6 @@ def _run_cases(
             continue
         _run_case(case, device, settings, ceilings, recorder, told)
         allowed[case.family] -= time.perf_counter() - begin
-    bar.close()
 
 
 def _allowances(families: set[str], budget: float | None) -> dict[str, float]:

@@ -72,7 +72,7 @@ def count(call: Callable[[], Any], device: torch.device) -> Counts:
     for event in profiler.events():
         if device.type == "cuda":
             # Kernels, memory copies and fills are events of the device.
-            if event.device_type == torch.autograd.DeviceType.CUDA and not event.is_user_annotation:
+            if event.device_type == torch.autograd.DeviceType.CUDA and not getattr(event, "is_user_annotation", False):
                 found[event.name] += 1
         elif event.name.split("::")[0] in ("aten", "yolov9_fast", "mkldnn") and event.name not in _NO_WORK:
             if not any(child.name not in _NO_WORK and "::" in child.name for child in event.cpu_children):

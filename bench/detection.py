@@ -16,7 +16,7 @@ from yolov9_fast.ops.boxes import STRIDES, anchor_points
 
 from .cases import Absent, Case, OpenCase, Settings, Traffic
 from .operators import Problem, open_problem, public, random_tensors
-from .peers import nms_peers
+from .peers import assign_peers, nms_peers
 from .shapes import head_maps
 
 OBJECTS = (0, 7, 30, 60, 300, 5000)
@@ -153,9 +153,12 @@ def _open_assign(shape: dict[str, Any], mode: str, dtype: str, device: torch.dev
     # Every box is looked at, one score of each anchor per ground truth at most; index and weight are written.
     moved = anchors * (16.0 + 8 + 4 + 4 * min(shape["objects"], CLASSES))
     traffic = Traffic(moved, 0.0, moved)
-    return open_problem(
+    opened = open_problem(
         "assign", problem, mode, dtype, device, settings, traffic, traffic, rule="exact", layouts=("nchw",)
     )
+    if settings.peers:
+        opened.peers = assign_peers([tensor.to(device) for tensor in tensors], _assignment(shape), CLASSES)
+    return opened
 
 
 def _assignment(shape: dict[str, Any]) -> Assignment:

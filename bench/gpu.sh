@@ -147,7 +147,10 @@ if [ $dry = 1 ]; then
   wanted step && part step 120 "${bench[@]}" --only blocks --match AConv/yolov9-t.3 --quick --budget 1
   wanted infer && part infer 120 "${bench[@]}" --only infer --match b1/ --quick --budget 1 --no-peers
 else
-  wanted ops && part ops 180 "${bench[@]}" --only ops,loss,nms --full --op-batch 16 --compile default --budget 2.5
+  wanted ops && part ops 150 "${bench[@]}" --only ops,loss,nms --full --op-batch 16 --budget 2
+  # torch.compile takes seconds for each shape: one shape of each operator, in a file of its own.
+  wanted ops && part compile 80 "${bench[@]}" --run "$run_name-compile" --only ops --match 80x80 --quick \
+    --op-batch 16 --compile default --budget 0.9
   wanted step && part step 150 "${bench[@]}" --only step,blocks,places --full --budget 2
   wanted infer && part infer 90 "${bench[@]}" --only infer --full --no-peers --budget 1.2
 fi
@@ -167,7 +170,7 @@ fi
 
 if wanted ops || wanted step || wanted infer; then
   # The report is made from what was recorded, also of parts that did not finish.
-  records="$(ls "$out"/*/"$run_name".jsonl 2> /dev/null | tr '\n' ' ')"
+  records="$(ls "$out"/*/"$run_name"*.jsonl 2> /dev/null | tr '\n' ' ')"
   if [ -z "$records" ]; then
     say "report: no records"
     failed="$failed report"

@@ -109,8 +109,10 @@ def _build_bn_silu(function: Callable[..., Any], dims: Dims, batch: int, random:
 def _build_rep_bn_silu(function: Callable[..., Any], dims: Dims, batch: int, random: Callable[..., Tensor]) -> Problem:
     size = _plane(dims, batch)
 
+    norm = importlib.import_module("yolov9_fast.ops.batch_norm").Norm
+
     def call(*t: Tensor) -> Any:
-        return function(*t, training=True, momentum=0.03, eps=1e-3)
+        return function(t[0], norm(*t[1:5]), t[5], norm(*t[6:10]), training=True, momentum=0.03, eps=1e-3)
 
     one = [random(*size, offset=0.3), *_norm(random, size[1])]
     other = [random(*size, scale=2.0), *_norm(random, size[1])]

@@ -1,4 +1,4 @@
-"""Others that do the same work: OpenCV and torchvision for NMS, ONNX Runtime and OpenVINO for inference.
+"""Others that do the same work: OpenCV and torchvision for NMS, a dense assigner, ONNX Runtime and OpenVINO.
 
 Each is optional; where one is missing or fails, the reason is recorded and the run goes on.
 """
@@ -15,12 +15,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from yolov9_fast.ops import Detections
+from yolov9_fast.ops import Assignment, Detections
 from yolov9_fast.ops.boxes import xywh_to_xyxy
 
 from .cases import Absent, Clock, Runner
 
 _CONF, _IOU, _MOST = 0.001, 0.7, 300
+_MOST_DENSE = 1000
 
 
 def _missing(module: str) -> str | None:
@@ -41,6 +42,31 @@ def nms_peers(prediction: Tensor, expected: Detections) -> Iterator[Runner | Abs
         if reason is None and name == "opencv" and prediction.device.type != "cpu":
             reason = "it computes on the CPU only"
         yield Absent(name, "nchw", reason) if reason else _nms_runner(name, suppress, prediction, expected)
+
+
+def assign_peers(tensors: list[Tensor], expected: Assignment, classes: int) -> Iterator[Runner | Absent]:
+    """The assignment in the dense manner of published trainers, every ground truth with every anchor.
+
+    `tensors`: scores, boxes, anchor points, labels [B, N], ground truths, mask [B, N].
+    """
+    name = "dense eager"
+    reason = _missing("yolov9_fast.bench.dense_assigner")
+    if reason is None and tensors[4].shape[1] > _MOST_DENSE:
+        reason = f"its [B, N, A] tensors would not fit for {tensors[4].shape[1]} objects"
+    if reason is not None:
+        yield Absent(name, "nchw", reason)
+        return
+    assigner = importlib.import_module("yolov9_fast.bench.dense_assigner").DenseAssigner(num_classes=classes)
+    ready = [*tensors[:3], tensors[3][..., None], tensors[4], tensors[5][..., None].float()]
+
+    def results() -> dict[str, Tensor]:
+        foreground = assigner(*ready)[3].cpu()
+        # Where metrics are equal, which happens at 0 alone, the dense form leaves the order open.
+        decided = expected.weight > 0
+        same = (foreground == (expected.gt_index >= 0))[decided | foreground.bool()]
+        return {"agreement": same.double().mean() if same.numel() else torch.tensor(1.0)}
+
+    yield Runner(name, "nchw", lambda clock: assigner(*ready), results)
 
 
 Suppress = Callable[[Tensor, Tensor, Tensor], Any]

@@ -21,6 +21,8 @@ _MODULE_OF = {
     "accelerate_loss": "yolov9_fast.accelerate",
     "restore_loss": "yolov9_fast.accelerate",
     "accelerate_nms": "yolov9_fast.accelerate",
+    "accelerate": "yolov9_fast.accelerate.model",
+    "restore": "yolov9_fast.accelerate.model",
 }
 _SUBMODULES = ("data", "engine", "losses", "metrics", "models", "nn", "ops", "viz")
 

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from yolov9_fast.models.graph import BLOCKS, HEADS, Graph, GraphError, load_graph
 from yolov9_fast.nn import Conv, DDetect, DetectionOutput, DualDDetect, RepConv
+from yolov9_fast.nn.functional import fused, hooked
+from yolov9_fast.ops.conv_bn_silu import Upsampled
 from yolov9_fast.ops.decode import decode
 
 MAX_STRIDE = 32
@@ -33,6 +35,33 @@ def _build_layer(graph: Graph, index: int, channels: list[Any], head_options: di
     if layer.block in ("Upsample", "Silence"):
         return block(*layer.arguments), inputs[0]
     return block(inputs[0], *layer.arguments), _plain_channels(layer.arguments[0])
+
+
+def _unjoined_layers(graph: Graph) -> frozenset[int]:
+    """Concat layers that only ELAN blocks read, whose 1×1 convolution takes the parts as they are, and the Upsample
+    layers that only those read. The last part of such a Concat is a map of the full size."""
+    readers: dict[int, list[int]] = {}
+    for index, layer in enumerate(graph.layers):
+        for source in layer.sources:
+            readers.setdefault(source, []).append(index)
+
+    def blocks(index: int) -> set[str]:
+        return {graph.layers[reader].block for reader in readers.get(index, ())}
+
+    concats = {
+        index
+        for index, layer in enumerate(graph.layers)
+        if layer.block == "Concat"
+        and blocks(index)
+        and blocks(index) <= {"CSPELAN", "ELAN"}
+        and graph.layers[layer.sources[-1]].block != "Upsample"
+    }
+    upsamples = {
+        index
+        for index, layer in enumerate(graph.layers)
+        if layer.block == "Upsample" and index in readers and set(readers[index]) <= concats
+    }
+    return frozenset(concats | upsamples)
 
 
 def _plain_channels(value: Any) -> Any:
@@ -81,6 +110,7 @@ class DetectionModel(nn.Module):
             channels.append(out_channels)
         self.model = nn.ModuleList(layers)
         self._main_layers = graph.reachable(graph.main_sources)
+        self._unjoined = _unjoined_layers(graph)
 
     @property
     def head(self) -> DDetect | DualDDetect:
@@ -125,12 +155,16 @@ class DetectionModel(nn.Module):
             )
         auxiliary = self.has_auxiliary if auxiliary is None else auxiliary and self.has_auxiliary
         outputs: list[Any] = []
+        unjoined = self._unjoined if fused(images) and not hooked(*self.model) else ()
         for index, layer in enumerate(self.graph.layers[:-1]):
             if not auxiliary and index not in self._main_layers:
                 outputs.append(None)
                 continue
             inputs = [images if s < 0 else outputs[s] for s in layer.sources]
             module = self.model[index]
+            if index in unjoined:
+                outputs.append(inputs if layer.block == "Concat" else Upsampled(inputs[0], module.factor))
+                continue
             outputs.append(module(inputs) if layer.block in ("Concat", "CBFuse") else module(inputs[0]))
         sources = self.graph.head.sources if auxiliary else self.graph.main_sources
         return self.model[-1]([outputs[s] for s in sources])

@@ -1,7 +1,8 @@
 """The computational blocks of GELAN and PGI (YOLOv9, arXiv 2402.13616, sections 3 and 4 and appendix).
 
 Every block takes and returns [B, C, H, W] (CBLinear returns a list of them). Child names are those of the official
-checkpoints, so that state-dict keys agree.
+checkpoints, so that state-dict keys agree. `forward` is the definition, in eager PyTorch; where an operator backend
+other than "eager" is in force, the same block of `nn.functional` runs instead: fused, and without copies.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from yolov9_fast.nn import functional as fast
 
 BN_EPS = 1e-3
 BN_MOMENTUM = 0.03
@@ -41,6 +44,8 @@ class Conv(nn.Module):
         self.act: nn.Module = nn.SiLU(inplace=True) if activation else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
+        if fast.fused(x):
+            return fast.conv_unit(self, x)
         return self.act(self.bn(self.conv(x)))
 
 
@@ -55,6 +60,8 @@ class RepConv(nn.Module):
         self.act = nn.SiLU(inplace=True)
 
     def forward(self, x: Tensor) -> Tensor:
+        if fast.fused(x):
+            return fast.rep_conv(self, x)
         if self.conv is not None:
             return self.act(self.conv(x))
         assert self.conv1 is not None and self.conv2 is not None
@@ -71,6 +78,8 @@ class RepBottleneck(nn.Module):
         self.residual = shortcut and in_channels == out_channels
 
     def forward(self, x: Tensor) -> Tensor:
+        if fast.fused(x):
+            return fast.bottleneck(self, x)
         y = self.cv2(self.cv1(x))
         return x + y if self.residual else y
 
@@ -87,6 +96,8 @@ class RepCSP(nn.Module):
         self.m = nn.Sequential(*(RepBottleneck(hidden, hidden) for _ in range(depth)))
 
     def forward(self, x: Tensor) -> Tensor:
+        if fast.fused(x):
+            return fast.csp(self, x)
         return self.cv3(torch.cat((self.m(self.cv1(x)), self.cv2(x)), 1))
 
 
@@ -109,6 +120,8 @@ class _ELANBase(nn.Module):
         setattr(self, f"cv{self.elan_depth + 2}", Conv(split_channels + self.elan_depth * stage_channels, out_channels))
 
     def forward(self, x: Tensor) -> Tensor:
+        if fast.fused(x):
+            return fast.elan(self, x)
         parts = list(self.cv1(x).chunk(2, 1))
         for number in range(2, self.elan_depth + 2):
             parts.append(getattr(self, f"cv{number}")(parts[-1]))
@@ -153,6 +166,8 @@ class AConv(nn.Module):
         self.cv1 = Conv(in_channels, out_channels, 3, 2)
 
     def forward(self, x: Tensor) -> Tensor:
+        if fast.fused(x):
+            return fast.a_conv(self, x)
         return self.cv1(F.avg_pool2d(x, 2, 1))
 
 
@@ -165,6 +180,8 @@ class ADown(nn.Module):
         self.cv2 = Conv(in_channels // 2, out_channels // 2)
 
     def forward(self, x: Tensor) -> Tensor:
+        if fast.fused(x):
+            return fast.a_down(self, x)
         first, second = F.avg_pool2d(x, 2, 1).chunk(2, 1)
         return torch.cat((self.cv1(first), self.cv2(F.max_pool2d(second, 3, 2, 1))), 1)
 
@@ -178,6 +195,8 @@ class SPPELAN(nn.Module):
         self.cv5 = Conv(4 * hidden_channels, out_channels)
 
     def forward(self, x: Tensor) -> Tensor:
+        if fast.fused(x):
+            return fast.spp_elan(self, x)
         parts = [self.cv1(x)]
         for _ in range(3):
             parts.append(F.max_pool2d(parts[-1], 5, 1, 2))
@@ -204,6 +223,8 @@ class CBFuse(nn.Module):
         self.indices = list(indices)
 
     def forward(self, inputs: Sequence[list[Tensor] | Tensor]) -> Tensor:
+        if fast.fused(inputs):
+            return fast.cb_fuse(self, inputs)
         target = inputs[-1]
         assert isinstance(target, Tensor)
         resized = [

@@ -122,6 +122,26 @@ def select(operator: Operator, *args: Any, **kwargs: Any) -> Callable[..., Any]:
     return operator.implementations[name].call
 
 
+_BACKENDS_OF_DEVICE = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
+
+
+def fuses(op: str, x: torch.Tensor) -> bool:
+    """Whether operator `op` runs anything but its eager form on tensors like `x`, so that callers may plan for it.
+
+    Under "auto" torch.compile gets the eager form, which it fuses itself.
+    """
+    name = get_backend(op)
+    if name != "auto":
+        return name != "eager"
+    if torch.compiler.is_compiling():
+        return False
+    implementations = operators[op].implementations
+    return any(
+        backend in implementations and implementations[backend].unavailable is None
+        for backend in _BACKENDS_OF_DEVICE.get(x.device.type, ())
+    )
+
+
 def why_not(operator: Operator, name: str, *args: Any, **kwargs: Any) -> str | None:
     """Why backend `name` cannot run `operator` (with these arguments, when some are given); None when it can."""
     implementation = operator.implementations.get(name)

@@ -73,7 +73,14 @@ def bn_silu(
     return run(x, weight, bias, running_mean, running_var, training, momentum, eps, residual, out, activation, group)  # type: ignore[no-any-return]
 
 
-def bias_silu(x: Tensor, bias: Tensor | None, *, out: Tensor | None = None, activation: bool = True) -> Tensor:
+def bias_silu(
+    x: Tensor,
+    bias: Tensor | None,
+    *,
+    residual: Tensor | None = None,
+    out: Tensor | None = None,
+    activation: bool = True,
+) -> Tensor:
     """silu(x + bias), for units whose BatchNorm is folded into the convolution: γ = rstd = 1, mean = 0.
 
     Written into `out`; without one, into x itself where autograd records nothing, else into a new tensor.
@@ -86,7 +93,17 @@ def bias_silu(x: Tensor, bias: Tensor | None, *, out: Tensor | None = None, acti
     zeros = torch.zeros(x.shape[1], dtype=bn.computed_in(x.dtype), device=x.device)
     # eps is 0: rstd is exactly 1.
     return bn_silu(
-        x, None, bias, zeros, zeros + 1, training=False, momentum=0.0, eps=0.0, out=out, activation=activation
+        x,
+        None,
+        bias,
+        zeros,
+        zeros + 1,
+        training=False,
+        momentum=0.0,
+        eps=0.0,
+        residual=residual,
+        out=out,
+        activation=activation,
     )
 
 

@@ -38,9 +38,9 @@ std::tuple<Tensor, Tensor> assign_phases(const Tensor& scores, const Tensor& box
     const int64_t all = p.batch * p.anchors, rows = p.batch * p.count;
     const HostBlock block(static_cast<int>(threads), static_cast<uint32_t>(seed));
     for (int64_t i = 0; i < std::max({p.chunk_count(), all, rows}); ++i) prepare(p, i);
-    ClaimShared of_claim;
+    ClaimShared of_claim{};
     for (const int64_t row : order(rows, static_cast<uint32_t>(seed))) claim(block, of_claim, p, row);
-    ResolveShared of_resolve;
+    ResolveShared of_resolve{};
     for (const int64_t b : order((all + threads - 1) / threads, static_cast<uint32_t>(seed))) {
       resolve(block, of_resolve, p, b * threads);
     }

@@ -47,10 +47,11 @@ void run_image(const Prediction& view, const Wanted& wanted, const float* one, i
   }
   SettleShared<S> settling;
   settle<S>(block, settling, view, wanted, one, 2, limit, cut);
-  // As many as the GPU's buffer holds: more would be caught by the address sanitizer.
-  std::vector<uint64_t> keys(std::min(limit + S::kSlack, view.classes * view.anchors));
+  std::vector<uint64_t> keys(view.classes * view.anchors);
   StoreShared storing;
   for (const int64_t part : parts) store_part(block, storing, view, wanted, one, part, cut, keys.data());
+  STD_TORCH_CHECK(cut.stored <= limit + S::kSlack, "nms_phases: ", cut.stored, " keys where the GPU has room for ",
+                  limit + S::kSlack);
   const auto shared = std::make_unique<Shared<S>>();
   std::vector<Kept> kept(max_det);
   suppress_image<S>(block, *shared, view, one, cut, keys.data(), limit, max_det, iou, kept.data(), boxes, anchor, count,

@@ -102,6 +102,15 @@ def test_everything_above_conf_is_cut_at_the_same_candidate(name: str, levels: i
 
 
 @needs_cpu
+@pytest.mark.parametrize("levels", [2, 7, 40])
+def test_the_filter_narrows_the_cut_digit_by_digit(levels: int) -> None:
+    prediction = crowded(1, 5, 200, levels=levels)
+    for limit in range(1, 1000, 37):
+        options = (prediction, 0.001, 0.6, True, False, None, 20, limit)
+        assert same(raw.nms_phases(*options, 32, limit, True), nms_reference(*options)), limit
+
+
+@needs_cpu
 @pytest.mark.parametrize("name", COMPILED)
 @pytest.mark.parametrize("labels", [1, 80])
 def test_many_boxes_that_all_may_stay(name: str, labels: int) -> None:

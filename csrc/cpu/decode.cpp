@@ -1,28 +1,21 @@
 // decode on the CPU: reads the maps once, writes every result once. Tiles of 64 anchors are turned so that anchors lie
 // side by side, whatever the map's layout; all arithmetic then runs over whole vectors of anchors.
-#include "common/decode.h"
-#include "common/raw_maps.h"
+#include "common/decode_arguments.h"
 #include "cpu/rows.h"
 
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
 
 #include <algorithm>
 #include <cstdint>
 #include <optional>
 #include <tuple>
-#include <type_traits>
 #include <vector>
 
 namespace {
 
 using namespace yolov9_fast;
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
+using namespace yolov9_fast::decoding;
 
-constexpr char kOp[] = "decode";
 constexpr int kTile = 64;  // anchors; their bins take 16 KiB as float
 
 struct Tile {
@@ -170,34 +163,13 @@ void assignment_tile(const Levels<T>& maps, const Tile& tile, const int64_t* lab
   }
 }
 
-template <class Body>
-void dispatch(const std::vector<Tensor>& maps, const Body& body) {
-  STD_TORCH_CHECK(!maps.empty(), kOp, ": no maps");
-  switch (maps[0].scalar_type()) {
-    case ScalarType::Float: return body(float{}, float{});
-    case ScalarType::BFloat16: return body(BFloat16{}, float{});
-    case ScalarType::Half: return body(Half{}, float{});
-    case ScalarType::Double: return body(double{}, double{});
-    default: STD_TORCH_CHECK(false, kOp, ": maps must be of a floating dtype");
-  }
-}
-
-template <class Real>
-constexpr ScalarType type_of = std::is_same_v<Real, double> ? ScalarType::Double : ScalarType::Float;
-
-template <class Real>
-Real* data_of(const Tensor& tensor) {
-  return static_cast<Real*>(tensor.mutable_data_ptr());
-}
-
 Tensor decode_forward(const std::vector<Tensor>& maps, const std::vector<int64_t>& strides) {
   Tensor out;
   dispatch(maps, [&](auto element, auto real) {
     using T = decltype(element);
     using Real = decltype(real);
     const Levels<T> levels = raw_maps<T>(maps, {}, strides, kOp);
-    out = torch::stable::new_empty(maps[0], {levels.batch, levels.channels - kBoxChannels + kSides, levels.anchors},
-                                   type_of<Real>);
+    out = decoded<T, Real>(maps, levels);
     const std::vector<Tile> tiles = tiles_of(levels);
     Real* result = data_of<Real>(out);
     torch::stable::parallel_for(0, static_cast<int64_t>(tiles.size()), 2, [&](int64_t begin, int64_t end) {
@@ -210,32 +182,23 @@ Tensor decode_forward(const std::vector<Tensor>& maps, const std::vector<int64_t
 std::tuple<Tensor, Tensor, Tensor> decode_for_assignment(const std::vector<Tensor>& maps,
                                                          const std::optional<Tensor>& labels,
                                                          const std::vector<int64_t>& strides) {
-  Tensor scores, boxes, points;
+  std::tuple<Tensor, Tensor, Tensor> results;
   dispatch(maps, [&](auto element, auto real) {
     using T = decltype(element);
     using Real = decltype(real);
     const Levels<T> levels = raw_maps<T>(maps, {}, strides, kOp);
-    int64_t rows = levels.channels - kBoxChannels;
-    const int64_t* wanted = nullptr;
-    if (labels.has_value()) {
-      STD_TORCH_CHECK(labels->dim() == 2 && labels->size(0) == levels.batch && labels->is_contiguous() &&
-                          labels->scalar_type() == ScalarType::Long,
-                      kOp, ": labels must be int64 [B, N], contiguous");
-      rows = labels->size(1);
-      wanted = static_cast<const int64_t*>(labels->const_data_ptr());
-    }
-    scores = torch::stable::new_empty(maps[0], {levels.batch, rows, levels.anchors}, type_of<Real>);
-    boxes = torch::stable::new_empty(maps[0], {levels.batch, levels.anchors, 4}, type_of<Real>);
-    points = torch::stable::new_empty(maps[0], {levels.anchors, 2}, type_of<Real>);
+    const ForAssignment<Real> wanted(maps, levels, labels);
     const std::vector<Tile> tiles = tiles_of(levels);
+    Real *scores = data_of<Real>(wanted.scores), *boxes = data_of<Real>(wanted.boxes);
+    Real* points = data_of<Real>(wanted.points);
     torch::stable::parallel_for(0, static_cast<int64_t>(tiles.size()), 4, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
-        assignment_tile<T, Real>(levels, tiles[i], wanted, rows, data_of<Real>(scores), data_of<Real>(boxes),
-                                 data_of<Real>(points));
+        assignment_tile<T, Real>(levels, tiles[i], wanted.labels, wanted.rows, scores, boxes, points);
       }
     });
+    results = wanted.results();
   });
-  return {scores, boxes, points};
+  return results;
 }
 
 }  // namespace

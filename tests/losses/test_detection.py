@@ -12,8 +12,11 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
 
-from yolov9_fast.losses import DetectionLoss
+import yolov9_fast as yf
+from yolov9_fast.losses import DetectionLoss, detection, pad_targets
+from yolov9_fast.losses.targets import place_rows
 from yolov9_fast.nn.output import DetectionOutput
+from yolov9_fast.ops.assign import Assignment, assign
 
 SIZE = 64
 CLASSES = 3
@@ -117,6 +120,88 @@ def test_maps_that_are_not_finite_do_not_crash(bad: float) -> None:
         output.main[0][0, :, 2:5] = bad
     loss = DetectionLoss(CLASSES)(output, some_targets(), SIZE)
     assert not math.isfinite(loss.total.item())
+
+
+@pytest.mark.parametrize("lead_head_guided", [False, True])
+def test_every_backend_gives_the_same_loss_and_gradients(lead_head_guided: bool) -> None:
+    results = {}
+    for name in ("eager", "auto"):
+        output = random_output()
+        with yf.backend(name):
+            loss = DetectionLoss(CLASSES, lead_head_guided=lead_head_guided)(output, some_targets(), SIZE)
+            loss.total.backward()
+        results[name] = (loss, gradients(output))
+    torch.testing.assert_close(tuple(results["auto"][0]), tuple(results["eager"][0]), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(results["auto"][1], results["eager"][1], rtol=1e-4, atol=1e-6)
+
+
+def test_a_lead_head_guided_loss_assigns_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    monkeypatch.setattr(detection, "assign", lambda *args, **kwargs: calls.append(1) or assign(*args, **kwargs))
+    for guided, count in ((True, 1), (False, 2)):
+        calls.clear()
+        DetectionLoss(CLASSES, lead_head_guided=guided)(random_output(), some_targets(), SIZE)
+        assert len(calls) == count
+
+
+def test_the_assigner_rule_reaches_the_assignment(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    def spy(*args: Tensor, rule: str = "yolov9", strides: Tensor | None = None, **kwargs: float) -> Assignment:
+        seen.append((rule, None if strides is None else strides.flatten().unique().tolist()))
+        return assign(*args, **kwargs)
+
+    monkeypatch.setattr(detection, "assign", spy)
+    for rule in ("yolov9", "mit"):
+        DetectionLoss(CLASSES, assigner_rule=rule)(random_output(dual=False), some_targets(), SIZE)
+    assert seen == [("yolov9", None), ("mit", [8.0, 16.0, 32.0])]
+
+
+def test_targets_may_come_padded() -> None:
+    output = random_output()
+    plain = DetectionLoss(CLASSES)(output, some_targets(), SIZE)
+    padded = pad_targets(some_targets(), 4, CLASSES, (SIZE, SIZE), torch.float32, 9)
+    assert DetectionLoss(CLASSES)(output, padded, SIZE).total.item() == pytest.approx(plain.total.item(), rel=1e-6)
+    fixed = DetectionLoss(CLASSES, max_objects=9)(output, some_targets(), SIZE)
+    assert fixed.total.item() == pytest.approx(plain.total.item(), rel=1e-6)
+    with pytest.raises(ValueError, match="^targets: expected 4 images, got 5"):
+        DetectionLoss(CLASSES)(output, pad_targets(some_targets(), 5, CLASSES, (SIZE, SIZE), torch.float32), SIZE)
+
+
+@pytest.mark.parametrize("lead_head_guided", [False, True])
+def test_a_row_without_a_place_that_nobody_waited_for_makes_the_loss_nan(lead_head_guided: bool) -> None:
+    rows = some_targets()
+    rows[0, 1] = CLASSES
+    placed = place_rows(rows, 4, CLASSES, (SIZE, SIZE), torch.float32, 4)
+    loss = DetectionLoss(CLASSES, lead_head_guided=lead_head_guided)(random_output(), placed, SIZE)
+    assert loss.total.isnan()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("on_gpu", [False, True])
+def test_on_a_gpu_nothing_waits(on_gpu: bool) -> None:
+    here = random_output()
+    there = DetectionOutput(
+        *([level.detach().cuda().requires_grad_() for level in maps] for maps in here if maps is not None)
+    )
+    criterion = DetectionLoss(CLASSES, max_objects=8)
+    targets = some_targets().cuda() if on_gpu else some_targets()
+    criterion(there, targets, SIZE).total.backward()  # loads the kernels
+    for level in (*there.main, *(there.auxiliary or [])):
+        level.grad = None
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        loss = criterion(there, targets, SIZE)
+        loss.total.backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    expected = criterion(here, some_targets(), SIZE)
+    expected.total.backward()
+    torch.testing.assert_close(loss.total.cpu(), expected.total, rtol=1e-5, atol=0)
+    for a, b in zip(gradients(there), gradients(here), strict=True):
+        torch.testing.assert_close(a.cpu(), b, rtol=1e-4, atol=1e-6)
 
 
 def test_autocast_does_not_lower_the_precision() -> None:

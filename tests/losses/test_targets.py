@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from yolov9_fast.losses.targets import pad_targets
+from yolov9_fast.losses.targets import pad_targets, place_rows
 
 SIZE = (64, 128)
 
@@ -49,3 +49,35 @@ def test_an_index_out_of_range_is_named(row: list[float], message: str) -> None:
 def test_another_shape_is_named() -> None:
     with pytest.raises(ValueError, match=r"targets: expected \[n, 6\]"):
         pad_targets(torch.zeros(3, 5), 3, 2, SIZE, torch.float32)
+
+
+def test_a_fixed_count_pads_every_image_to_it() -> None:
+    rows = torch.tensor([[0, 1, 0.5, 0.5, 0.1, 0.1], [0, 2, 0.4, 0.5, 0.1, 0.1], [2, 0, 0.5, 0.5, 0.2, 0.2]])
+    free, fixed = pad_targets(rows, 3, 3, SIZE, torch.float32), pad_targets(rows, 3, 3, SIZE, torch.float32, 5)
+    assert fixed.labels.shape == (3, 5) and fixed.fits is None
+    assert torch.equal(fixed.labels[:, :2], free.labels) and torch.equal(fixed.boxes[:, :2], free.boxes)
+    assert not fixed.mask[:, 2:].any()
+    with pytest.raises(ValueError, match="2 rows of one image, more than max_objects 1"):
+        pad_targets(rows, 3, 3, SIZE, torch.float32, 1)
+
+
+def test_rows_placed_without_waiting_are_those_placed_with_it() -> None:
+    generator = torch.Generator().manual_seed(0)
+    for count in (0, 1, 40):
+        image = torch.randint(0, 6, (count, 1), generator=generator).float()
+        label = torch.randint(0, 4, (count, 1), generator=generator).float()
+        rows = torch.cat((image, label, torch.rand(count, 4, generator=generator)), 1)
+        waited, placed = (make(rows, 6, 4, SIZE, torch.float32, 30) for make in (pad_targets, place_rows))
+        assert placed.fits is not None and placed.fits
+        for name in ("labels", "boxes", "mask"):
+            assert torch.equal(getattr(waited, name), getattr(placed, name))
+
+
+@pytest.mark.parametrize("wrong", [[3.0, 0], [-1.0, 0], [0.0, 2], [0.0, float("nan")], [float("nan"), 0]])
+def test_rows_without_a_place_are_left_out_and_told(wrong: list[float]) -> None:
+    good = [1.0, 1, 0.5, 0.5, 0.1, 0.1]
+    placed = place_rows(torch.tensor([[*wrong, 0.5, 0.5, 0.1, 0.1], good]), 3, 2, SIZE, torch.float32, 2)
+    assert placed.fits is not None and not placed.fits
+    assert placed.mask.tolist() == [[False, False], [True, False], [False, False]]
+    crowded = place_rows(torch.tensor([good, good, good]), 3, 2, SIZE, torch.float32, 2)
+    assert crowded.fits is not None and not crowded.fits and crowded.mask.sum() == 2

@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from yolov9_fast.ops import library
 from yolov9_fast.ops.assign import Assignment
@@ -89,7 +88,8 @@ def detection_loss(
         raise ValueError(f"normaliser: expected one element, got {tuple(normaliser.shape)}")
     if len(gains) != 3:
         raise ValueError(f"gains: expected three (box, cls, dfl), got {len(gains)}")
-    options = LossOptions(tuple(strides), class_pos_weight, label_smoothing, focal_gamma, tuple(gains))
+    box, cls, dfl = gains
+    options = LossOptions(tuple(strides), class_pos_weight, label_smoothing, focal_gamma, (box, cls, dfl))
     args = (maps, assignment, gt_labels, gt_boxes, normaliser.detach().reshape(()), options)
     result: Tensor = select(OPERATOR, *args)(*args)
     return result
@@ -173,8 +173,13 @@ class _Compiled(torch.autograd.Function):
         return items
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        # Without this, whoever asks for a second derivative would get a first one that counts as a constant.
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "detection_loss: the compiled form has no second derivative (create_graph=True); "
+                'use yolov9_fast.set_backend("eager", op="detection_loss")'
+            )
         *fixed, maps = ctx.saved_tensors[:5] + (ctx.saved_tensors[5:],)
         upstream = upstream.contiguous()
         # Handed over once: whoever gets them owns them, and a second backward starts from the maps again.

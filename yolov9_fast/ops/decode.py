@@ -65,7 +65,7 @@ def decode_for_assignment(maps: Sequence[Tensor], labels: Tensor, strides: Seque
     Args:
         maps, strides: as for `decode`.
         labels: [B, N] class of each ground truth. Where there are fewer of them than classes, a compiled form computes
-            their scores alone, K = N; else K = nc.
+            their scores alone, K = max(N, 1); else K = nc.
 
     Raises:
         ValueError: maps or labels that do not fit.
@@ -140,7 +140,10 @@ def _for_assignment_compiled(maps: Sequence[Tensor], labels: Tensor, strides: Se
     count, classes = labels.shape[1], maps[0].shape[1] - 4 * REG_MAX
     few = count < classes
     labels = labels.long().contiguous()
-    scores, boxes, points = _for_assignment([rows_in_step(level) for level in maps], labels if few else None, strides)
+    wanted = labels if few else None
+    if count == 0:  # `assign` expects a column, though nobody looks at it
+        wanted = labels.new_zeros(labels.shape[0], 1)
+    scores, boxes, points = _for_assignment([rows_in_step(level) for level in maps], wanted, strides)
     columns = torch.arange(count, device=labels.device).expand_as(labels) if few else labels
     return AssignmentInputs(scores.transpose(1, 2), boxes, points, columns)
 

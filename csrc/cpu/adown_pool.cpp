@@ -9,12 +9,6 @@ namespace {
 
 using namespace yolov9_fast::maps;
 
-// As torch's max_pool2d goes through a window: the first maximum wins, and every NaN wins over what came before.
-template <class A>
-inline bool wins(A value, A best) {
-  return value > best || value != value;
-}
-
 // The slice of channels from `first` on.
 template <class T>
 FeatureMap slice(const FeatureMap& map, int64_t first, int64_t count) {
@@ -33,7 +27,7 @@ void average(const FeatureMap& x, const FeatureMap& out) {
     for (int64_t i = 0; i < count; ++i) {
       const A sum = static_cast<A>(from[i]) + static_cast<A>(from[i + right]) + static_cast<A>(from[i + below]) +
                     static_cast<A>(from[i + below + right]);
-      to[i] = static_cast<T>(sum / A(4));
+      to[i] = static_cast<T>(sum * A(0.25));
     }
   };
   const int64_t outer = x.channels_last ? 1 : x.channels;
@@ -64,7 +58,7 @@ void average_backward(const FeatureMap& d, const FeatureMap& dx) {
           A sum = 0;
           for (int64_t y = std::max<int64_t>(0, h - 1); y <= std::min(h, d.height - 1); ++y)
             for (int64_t v = std::max<int64_t>(0, w - 1); v <= std::min(w, d.width - 1); ++v)
-              sum += static_cast<A>(at(y, v)[k]) / A(4);
+              sum += static_cast<A>(at(y, v)[k]) * A(0.25);
           to[k] = static_cast<T>(sum);
         }
       };
@@ -77,8 +71,8 @@ void average_backward(const FeatureMap& d, const FeatureMap& dx) {
         const int64_t next = d.pixel;
         T* to = dx.at<T>(n, c, h * dx.width + w);
         for (int64_t k = 0; k < count; ++k)
-          to[k] = static_cast<T>(static_cast<A>(a[k]) / A(4) + static_cast<A>(a[k + next]) / A(4) +
-                                 static_cast<A>(b[k]) / A(4) + static_cast<A>(b[k + next]) / A(4));
+          to[k] = static_cast<T>(static_cast<A>(a[k]) * A(0.25) + static_cast<A>(a[k + next]) * A(0.25) +
+                                 static_cast<A>(b[k]) * A(0.25) + static_cast<A>(b[k + next]) * A(0.25));
       };
       edge(0);
       if (dx.channels_last) {
@@ -96,6 +90,9 @@ template <class T, int Block>
 class Windows {
  public:
   using A = typename Accumulate<T>::type;
+  using Values = typename Lane<A, Block>::Values;
+  using Places = typename Lane<A, Block>::Places;
+  using Place = typename Lane<A, Block>::Integer;
 
   explicit Windows(const FeatureMap& x)
       : x_(x), rows_(x.height - 1), width_(x.width - 1), upper_(x.width * Block), lower_(x.width * Block) {
@@ -116,38 +113,39 @@ class Windows {
       upper_.swap(lower_);
       load_rows<Block, T>(x_, n_, c_, (ready_ + 1) * x_.width, x_.width, lower_.data());
       A* to = averages_[ready_ % 4].data();
-      for (int64_t w = 0; w < width_; ++w)
-        for (int k = 0; k < Block; ++k) {
-          const int64_t i = w * Block + k;
-          const A sum = upper_[i] + upper_[i + Block] + lower_[i] + lower_[i + Block];
-          to[i] = static_cast<A>(static_cast<T>(sum / A(4)));
-        }
+      const A *upper = upper_.data(), *lower = lower_.data();
+      for (int64_t i = 0; i < width_ * Block; ++i)
+        to[i] = static_cast<A>(static_cast<T>((upper[i] + upper[i + Block] + lower[i] + lower[i + Block]) * A(0.25)));
       std::fill(gradients_[ready_ % 4].begin(), gradients_[ready_ % 4].end(), A(0));
     }
   }
 
-  // The maximum over window (o, w) and, where asked for, its place: 3·(row − first row) + column − first column.
-  void maximum(int64_t o, int64_t w, A* best, Place<A>* pick) const {
+  // The maximum over window (o, w) and, where asked for, its place: 3·(row − first row) + column − first column. As
+  // torch's max_pool2d goes through a window: the first maximum wins, and every NaN wins over what came before.
+  template <bool WithPlaces>
+  Values maximum(int64_t o, int64_t w, Places* pick) const {
     const int64_t top = first(o), left = first(w);
+    Values best = load_lanes<Values>(averages_[top % 4].data() + left * Block);
+    Places where{};
     for (int64_t r = top; r <= last(o, rows_); ++r)
       for (int64_t v = left; v <= last(w, width_); ++v) {
-        const A* value = averages_[r % 4].data() + v * Block;
-        const Place<A> place = static_cast<Place<A>>(3 * (r - top) + v - left);
-        for (int k = 0; k < Block; ++k) {
-          const bool better = place == 0 || wins(value[k], best[k]);
-          best[k] = better ? value[k] : best[k];
-          if (pick != nullptr) pick[k] = better ? place : pick[k];
-        }
+        const Values value = load_lanes<Values>(averages_[r % 4].data() + v * Block);
+        const Places better = (value > best) | (value != value);
+        best = better ? value : best;
+        if constexpr (WithPlaces) where = better ? Places{} + static_cast<Place>(3 * (r - top) + v - left) : where;
       }
+    if constexpr (WithPlaces) *pick = where;
+    return best;
   }
 
-  void scatter(int64_t o, int64_t w, const A* gradient, const Place<A>* pick) {
+  void scatter(int64_t o, int64_t w, const A* gradient, Places pick) {
     const int64_t top = first(o), left = first(w);
+    const Values given = load_lanes<Values>(gradient);
     for (int64_t r = top; r <= last(o, rows_); ++r)
       for (int64_t v = left; v <= last(w, width_); ++v) {
         A* to = gradients_[r % 4].data() + v * Block;
-        const Place<A> place = static_cast<Place<A>>(3 * (r - top) + v - left);
-        for (int k = 0; k < Block; ++k) to[k] += pick[k] == place ? gradient[k] : A(0);
+        const Places chosen = pick == Places{} + static_cast<Place>(3 * (r - top) + v - left);
+        store_lanes(to, load_lanes<Values>(to) + (chosen ? given : Values{}));
       }
   }
 
@@ -156,9 +154,10 @@ class Windows {
     std::fill(row, row + x_.width * Block, A(0));
     for (int64_t y = std::max<int64_t>(0, h - 1); y <= std::min(h, rows_ - 1); ++y) {
       const A* from = gradients_[y % 4].data();
-      for (int64_t w = 0; w < x_.width; ++w)
-        for (int64_t v = std::max<int64_t>(0, w - 1); v <= std::min(w, width_ - 1); ++v)
-          for (int k = 0; k < Block; ++k) row[w * Block + k] += from[v * Block + k] / A(4);
+      // Pixel w gets the gradients of columns w - 1 and w; the outermost ones have one.
+      for (int64_t i = 0; i < Block; ++i) row[i] += from[i] * A(0.25);
+      for (int64_t i = Block; i < width_ * Block; ++i) row[i] = (row[i] + from[i - Block] * A(0.25)) + from[i] * A(0.25);
+      for (int64_t i = width_ * Block; i < x_.width * Block; ++i) row[i] += from[i - Block] * A(0.25);
     }
     store_rows<Block, T>(dx, n_, c_, h * x_.width, x_.width, row);
   }
@@ -192,7 +191,7 @@ void pooled_average(const FeatureMap& x, const FeatureMap& out) {
       windows.start(n, c);
       for (int64_t o = 0; o < out.height; ++o) {
         windows.advance(2 * o + 1);
-        for (int64_t w = 0; w < out.width; ++w) windows.maximum(o, w, row.data() + w * kBlock, nullptr);
+        for (int64_t w = 0; w < out.width; ++w) store_lanes(row.data() + w * kBlock, windows.template maximum<false>(o, w, nullptr));
         store_rows<kBlock, T>(out, n, c, o * out.width, out.width, row.data());
       }
     }
@@ -213,9 +212,8 @@ void pooled_average_backward(const FeatureMap& d, const FeatureMap& x, const Fea
         windows.advance(2 * o + 1);
         load_rows<kBlock, T>(d, n, c, o * d.width, d.width, gradient.data());
         for (int64_t w = 0; w < d.width; ++w) {
-          A best[kBlock];
-          Place<A> pick[kBlock];
-          windows.maximum(o, w, best, pick);
+          typename Windows<T, kBlock>::Places pick;
+          windows.template maximum<true>(o, w, &pick);
           windows.scatter(o, w, gradient.data() + w * kBlock, pick);
         }
         // The next windows still add to row 2o + 1 of the averages.

@@ -335,8 +335,8 @@ Tensor conv1x1_weight_grad(const Tensor& dy, const std::vector<Tensor>& inputs) 
   STD_TORCH_CHECK(d.first().batch == in.first().batch && d.first().height == in.first().height &&
                       d.first().width == in.first().width && dy.scalar_type() == inputs.front().scalar_type(),
                   kName, ": dy must agree with inputs but for the channels");
-  Tensor gradient = torch::stable::new_zeros(dy, {d.channels, in.channels, 1, 1});
-  if (d.first().empty() || in.channels == 0) return gradient;
+  if (d.first().empty() || in.channels == 0) return torch::stable::new_zeros(dy, {d.channels, in.channels, 1, 1});
+  Tensor gradient = torch::stable::new_empty(dy, {d.channels, in.channels, 1, 1});
   dispatch_real(dy.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
     weight_grad<T>(d, in, static_cast<T*>(gradient.mutable_data_ptr()));

@@ -11,6 +11,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <cstring>
 #include <optional>
 #include <type_traits>
 #include <vector>
@@ -101,10 +102,23 @@ struct Accumulate<double> {
   using type = double;
 };
 
-// Places are kept in integers of the values' width: g++ 12 loses half of the lanes of a condition on 32-bit integers that
-// selects float64 values (AVX-512, -O3).
-template <class A>
-using Place = std::conditional_t<sizeof(A) == 8, int64_t, int32_t>;
+// `Lanes` channels of a pixel as one vector of the compiler, and integers of the same width for places in a window.
+template <class A, int Lanes>
+struct Lane {
+  using Integer = std::conditional_t<sizeof(A) == 8, int64_t, int32_t>;
+  typedef A Values __attribute__((vector_size(Lanes * sizeof(A))));
+  typedef Integer Places __attribute__((vector_size(Lanes * sizeof(A))));
+};
+template <class V, class A>
+inline V load_lanes(const A* from) {
+  V value;
+  std::memcpy(&value, from, sizeof value);
+  return value;
+}
+template <class V, class A>
+inline void store_lanes(A* to, V value) {
+  std::memcpy(to, &value, sizeof value);
+}
 
 template <class Body>
 void dispatch(ScalarType type, const char* op, Body&& body) {

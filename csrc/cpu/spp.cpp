@@ -9,18 +9,16 @@ using namespace yolov9_fast::maps;
 
 constexpr int64_t kReach = 2;  // 5×5 with padding 2
 
-// As torch's max_pool2d goes through a window: the first maximum wins, and every NaN wins over what came before.
-template <class A>
-inline bool wins(A value, A best) {
-  return value > best || value != value;
-}
-
 // Planes of `Block` channels: [H·W][Block].
 template <class A, int Block>
 struct Pool {
+  using Values = typename Lane<A, Block>::Values;
+  using Places = typename Lane<A, Block>::Places;
+  using Place = typename Lane<A, Block>::Integer;
+
   int64_t height, width;
   std::vector<A> rows;                        // maximum of each row of a window
-  std::vector<Place<A>> row_pick, column_pick;  // where in the window: its row, and in each row its column
+  std::vector<Place> row_pick, column_pick;  // where in the window: its row, and in each row its column
   std::vector<A> carried;
 
   Pool(int64_t h, int64_t w, bool with_gradient) : height(h), width(w), rows(h * w * Block) {
@@ -31,57 +29,49 @@ struct Pool {
     }
   }
 
-  // One direction: positions at distance `step`, `length` of them in a line.
-  static void line(const A* from, A* best, Place<A>* pick, int64_t length, int64_t step) {
+  // One direction: positions at distance `step`, `length` of them in a line. As torch's max_pool2d goes through a
+  // window: the first maximum wins, and every NaN wins over what came before.
+  template <bool WithPlaces>
+  static void line(const A* from, A* best, Place* pick, int64_t length, int64_t step) {
     for (int64_t i = 0; i < length; ++i) {
       const int64_t first = std::max<int64_t>(0, i - kReach), last = std::min(length - 1, i + kReach);
-      A value[Block];
-      Place<A> where[Block];
-      for (int k = 0; k < Block; ++k) {
-        value[k] = from[first * step + k];
-        where[k] = static_cast<Place<A>>(first - i);
-      }
+      Values value = load_lanes<Values>(from + first * step);
+      Places where = Places{} + static_cast<Place>(first - i);
       for (int64_t j = first + 1; j <= last; ++j) {
-        const A* next = from + j * step;
-        const Place<A> offset = static_cast<Place<A>>(j - i);
-        for (int k = 0; k < Block; ++k) {
-          const bool better = wins(next[k], value[k]);
-          value[k] = better ? next[k] : value[k];
-          if (pick != nullptr) where[k] = better ? offset : where[k];
-        }
+        const Values next = load_lanes<Values>(from + j * step);
+        const Places better = (next > value) | (next != next);
+        value = better ? next : value;
+        if constexpr (WithPlaces) where = better ? Places{} + static_cast<Place>(j - i) : where;
       }
-      std::copy(value, value + Block, best + i * step);
-      if (pick != nullptr) std::copy(where, where + Block, pick + i * step);
+      store_lanes(best + i * step, value);
+      if constexpr (WithPlaces) store_lanes(pick + i * step, where);
     }
   }
 
   void forward(const A* x, A* y) {
-    for (int64_t h = 0; h < height; ++h) line(x + h * width * Block, rows.data() + h * width * Block, nullptr, width, Block);
-    for (int64_t w = 0; w < width; ++w) line(rows.data() + w * Block, y + w * Block, nullptr, height, width * Block);
+    for (int64_t h = 0; h < height; ++h) line<false>(x + h * width * Block, rows.data() + h * width * Block, nullptr, width, Block);
+    for (int64_t w = 0; w < width; ++w) line<false>(rows.data() + w * Block, y + w * Block, nullptr, height, width * Block);
   }
 
   // to[j] += Σ from[i] over those i that picked j.
-  static void collect(const A* from, const Place<A>* pick, A* to, int64_t length, int64_t step) {
+  static void collect(const A* from, const Place* pick, A* to, int64_t length, int64_t step) {
     for (int64_t j = 0; j < length; ++j) {
-      A sum[Block];
-      std::copy(to + j * step, to + j * step + Block, sum);
+      Values sum = load_lanes<Values>(to + j * step);
       for (int64_t i = std::max<int64_t>(0, j - kReach); i <= std::min(length - 1, j + kReach); ++i) {
-        const Place<A> offset = static_cast<Place<A>>(j - i);
-        const A* gradient = from + i * step;
-        const Place<A>* chosen = pick + i * step;
-        for (int k = 0; k < Block; ++k) sum[k] += chosen[k] == offset ? gradient[k] : A(0);
+        const Places chosen = load_lanes<Places>(pick + i * step) == Places{} + static_cast<Place>(j - i);
+        sum += chosen ? load_lanes<Values>(from + i * step) : Values{};
       }
-      std::copy(sum, sum + Block, to + j * step);
+      store_lanes(to + j * step, sum);
     }
   }
 
   // dx += gradient of the pool of x at dy. A window's maximum is the maximum of its rows' maxima, in the same order.
   void backward(const A* x, const A* dy, A* dx) {
     const int64_t row = width * Block;
-    for (int64_t h = 0; h < height; ++h) line(x + h * row, rows.data() + h * row, column_pick.data() + h * row, width, Block);
+    for (int64_t h = 0; h < height; ++h) line<true>(x + h * row, rows.data() + h * row, column_pick.data() + h * row, width, Block);
     // The values of the maxima are not needed; `carried` is free until the gradients are collected.
     for (int64_t w = 0; w < width; ++w)
-      line(rows.data() + w * Block, carried.data() + w * Block, row_pick.data() + w * Block, height, row);
+      line<true>(rows.data() + w * Block, carried.data() + w * Block, row_pick.data() + w * Block, height, row);
     std::fill(carried.begin(), carried.end(), A(0));
     for (int64_t w = 0; w < width; ++w)
       collect(dy + w * Block, row_pick.data() + w * Block, carried.data() + w * Block, height, row);

@@ -155,6 +155,8 @@ def tap(x: Tensor, start: int, channels: int | None = None) -> tuple[Tensor, Ten
     channels = x.shape[1] - start if channels is None else channels
     if start < 0 or channels < 1 or start + channels > x.shape[1]:
         raise ValueError(f"tap: channels {start} to {start + channels - 1} are not among the {x.shape[1]} of x")
+    if torch.compiler.is_compiling():
+        return tap_reference(x, start, channels)  # the compiler fuses padding and adding by itself
     whole, part = _Tap.apply(x, start, channels)
     return whole, part
 
@@ -174,6 +176,8 @@ def split_view(x: Tensor, sizes: Sequence[int]) -> tuple[Tensor, ...]:
     check_map("split_view", "x", x)
     if any(size < 1 for size in sizes) or sum(sizes) != x.shape[1]:
         raise ValueError(f"split_view: sizes must be positive and add up to {x.shape[1]}, got {list(sizes)}")
+    if torch.compiler.is_compiling():
+        return split_view_reference(x, sizes)
     parts: tuple[Tensor, ...] = _Split.apply(x, tuple(sizes))
     return parts
 
@@ -279,7 +283,10 @@ class _Join(torch.autograd.Function):
 class _Placed(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, result: Tensor, slot: Tensor) -> Tensor:
-        slot.copy_(result)
+        if torch.compiler.is_compiling():
+            _place(result, slot)
+        else:
+            slot.copy_(result)
         return slot.view_as(slot)
 
     @staticmethod
@@ -332,6 +339,18 @@ def tap_backward_reference(whole: Tensor, part: Tensor, start: int) -> Tensor:
 def _fake(whole: Tensor, part: Tensor, start: int) -> Tensor:
     return torch.empty(whole.shape, dtype=whole.dtype, device=whole.device, memory_format=memory_format_of(whole))
 
+
+def _copy_to_slot(result: Tensor, slot: Tensor) -> None:
+    slot.copy_(result)
+
+
+def _fake_place(result: Tensor, slot: Tensor) -> None:
+    return None
+
+
+# While tracing, slots are views of one buffer, and autograd refuses copy_ into a view beside one that a Function
+# returned. It does not see the mutation of an operator; the compiler does.
+_place = library.define("place(Tensor x, Tensor(a!) slot) -> ()", fake=_fake_place, reference=_copy_to_slot)
 
 _compiled = library.define(
     "tap_backward(Tensor whole, Tensor part, int start) -> Tensor", fake=_fake, reference=tap_backward_reference

@@ -8,6 +8,7 @@ import os
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from yolov9_fast.ops.backend import get_backend
@@ -21,7 +22,9 @@ def triton_missing() -> str | None:
 
 
 def runs_triton(op: str, *tensors: Tensor) -> str | None:
-    """For `supports`: the reason when the tensors are not on CUDA and not to be interpreted on the CPU either."""
+    """For `supports`: the reason when the tensors are float64, or neither on CUDA nor to be interpreted."""
+    if any(tensor.dtype == torch.float64 for tensor in tensors):
+        return "it computes in float32, got float64"
     devices = {tensor.device.type for tensor in tensors}
     if devices == {"cuda"}:
         return None

@@ -48,8 +48,8 @@ def test_values_counted_by_hand(name: str) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("sliced", [False, True])
 def test_as_exact_as_eager(name: str, layout: str, dtype: torch.dtype, sliced: bool) -> None:
-    if name == "triton" and dtype == torch.float64:
-        pytest.skip("computes in float32")
+    if name == "triton" and (dtype == torch.float64 or not sliced):
+        pytest.skip("computes in float32; interpreted, the harder case alone")
     sizes = [(6, 8), (3, 4), (1, 1), (5, 9)]
     maps = [
         feature_map(2, 5, h, w, seed=i, layout=layout, dtype=dtype, sliced=sliced) for i, (h, w) in enumerate(sizes)

@@ -54,12 +54,17 @@ void average_backward(const FeatureMap& d, const FeatureMap& dx) {
       const auto at = [&](int64_t y, int64_t w) { return d.at<const T>(n, c, y * d.width + w); };
       const auto edge = [&](int64_t w) {
         T* to = dx.at<T>(n, c, h * dx.width + w);
-        for (int64_t k = 0; k < inner; ++k) {
-          A sum = 0;
-          for (int64_t y = std::max<int64_t>(0, h - 1); y <= std::min(h, d.height - 1); ++y)
-            for (int64_t v = std::max<int64_t>(0, w - 1); v <= std::min(w, d.width - 1); ++v)
-              sum += static_cast<A>(at(y, v)[k]) * A(0.25);
-          to[k] = static_cast<T>(sum);
+        // One average reads a corner, two read the pixels between corners.
+        const T* readers[2];
+        int count = 0;
+        for (int64_t y = std::max<int64_t>(0, h - 1); y <= std::min(h, d.height - 1); ++y)
+          for (int64_t v = std::max<int64_t>(0, w - 1); v <= std::min(w, d.width - 1); ++v) readers[count++] = at(y, v);
+        const T *a = readers[0], *b = readers[1];
+        if (count == 1) {
+          for (int64_t k = 0; k < inner; ++k) to[k] = static_cast<T>(static_cast<A>(a[k]) * A(0.25));
+        } else {
+          for (int64_t k = 0; k < inner; ++k)
+            to[k] = static_cast<T>(static_cast<A>(a[k]) * A(0.25) + static_cast<A>(b[k]) * A(0.25));
         }
       };
       if (h == 0 || h == dx.height - 1) {

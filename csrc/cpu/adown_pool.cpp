@@ -55,7 +55,7 @@ void average_backward(const FeatureMap& d, const FeatureMap& dx) {
       const auto edge = [&](int64_t w) {
         T* to = dx.at<T>(n, c, h * dx.width + w);
         // One average reads a corner, two read the pixels between corners.
-        const T* readers[2];
+        const T* readers[2] = {};
         int count = 0;
         for (int64_t y = std::max<int64_t>(0, h - 1); y <= std::min(h, d.height - 1); ++y)
           for (int64_t v = std::max<int64_t>(0, w - 1); v <= std::min(w, d.width - 1); ++v) readers[count++] = at(y, v);

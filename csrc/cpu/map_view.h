@@ -16,6 +16,10 @@
 #include <type_traits>
 #include <vector>
 
+// Vectors wider than the registers of the build are split by the compiler; it notes that passing them to functions depends
+// on the build, which inlined functions of one library do not care about.
+#pragma GCC diagnostic ignored "-Wpsabi"
+
 namespace yolov9_fast::maps {
 
 using torch::headeronly::ScalarType;

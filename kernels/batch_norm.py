@@ -119,7 +119,7 @@ def whole_block(view: View, tensors: int) -> tuple[int, int] | None:
 
 def whole_constants(view: View, vector: int, block: tuple[int, int], tensors: int) -> dict[str, Any]:
     """Constants of a one-launch kernel; up to 16 warps, from 32 values a thread on."""
-    warps = max(4, min(16, block[0] * block[1] * tensors // (32 * 32)))
+    warps = max(4, min(16, triton.next_power_of_2(block[0] * block[1] * tensors // (32 * 32))))
     return {"LAST": view.last, "VEC": vector, "warps": warps, "BLOCK_P": block[0], "BLOCK_C": block[1]}
 
 
@@ -203,7 +203,9 @@ def bn_statistics_kernel(
     # How many values each lane has seen: the last tile of an image may be short.
     seen = tl.minimum(tl.maximum((pixels - start - p + BLOCK_P - 1) // BLOCK_P, 0), tiles).to(tl.float32)[:, None]
     n = tl.minimum(pixels - start, tiles * BLOCK_P).to(tl.float32)
-    block_mean = tl.sum(mean * seen, axis=0) / n
+    # Relative to one of the lanes: a weighted sum of means far from zero would lose what the lanes have kept.
+    anchor = tl.max(tl.where((seen > 0) & inside, mean, float("-inf")), axis=0)
+    block_mean = anchor + tl.sum(tl.where(seen > 0, (mean - anchor[None, :]) * seen, 0.0), axis=0) / n
     off = mean - block_mean[None, :]
     block_m2 = tl.sum(m2 + seen * off * off, axis=0)
     channels_i64 = tl.cast(channels, tl.int64)
@@ -235,14 +237,16 @@ def bn_finish_kernel(
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     g = tl.arange(0, BLOCK_G)
     m2_ptr = partial_ptr + partials * tl.cast(channels, tl.int64)
+    anchor = tl.load(partial_ptr + c, mask=c < channels, other=0.0)
     acc = tl.zeros([BLOCK_G, BLOCK_C], tl.float32)
     for start in range(0, partials, BLOCK_G):
         rows = start + g
         valid = (rows < partials)[:, None] & (c < channels)[None, :]
         n = tl.minimum(span, pixels - (rows % blocks) * span).to(tl.float32)[:, None]
-        acc += n * tl.load(partial_ptr + rows[:, None].to(tl.int64) * channels + c[None, :], mask=valid, other=0.0)
+        partial = tl.load(partial_ptr + rows[:, None].to(tl.int64) * channels + c[None, :], mask=valid, other=0.0)
+        acc += tl.where(valid, n * (partial - anchor[None, :]), 0.0)
     count = tl.cast(total, tl.float32)
-    mean = tl.sum(acc, axis=0) / count
+    mean = anchor + tl.sum(acc, axis=0) / count
     acc = tl.zeros([BLOCK_G, BLOCK_C], tl.float32)
     for start in range(0, partials, BLOCK_G):
         rows = start + g

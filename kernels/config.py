@@ -8,6 +8,8 @@ bucket; nothing is ever tuned inside a step.
 import json
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -79,6 +81,8 @@ def tile(kernel: str, view: View, vector: int, limit: int = ELEMENTS[-1]) -> Til
     block = max(block, vector)
     layout = "last" if view.last else "planes"
     record = _record(kernel, f"{layout}/{view.data.element_size()}/{block}/{size}", _device_key(view.data.device))
+    if vector == 1:  # each element then has an address of its own, in registers
+        limit = min(limit, ELEMENTS[0])
     other = max(1, min(record["elements"], limit) // block)
     return Tile(other, block, record["warps"]) if view.last else Tile(block, other, record["warps"])
 
@@ -102,11 +106,28 @@ def _record(kernel: str, bucket: str, device: tuple[str, int | None]) -> dict[st
     """{"elements": …, "warps": …} for a bucket "layout/bytes/block/size"; the most specific record wins."""
     name, capability = device
     default = load("default")
+    if (kernel, bucket) in _forced:
+        return _forced[kernel, bucket]
     found: dict[str, int] = dict(default["sizes"][bucket.rsplit("/", 1)[1]])
     found.update(default["kernels"].get(kernel, {}))
     for file in (f"sm{capability}" if capability else "", name):
         found.update(load(file)["kernels"].get(kernel, {}).get(bucket, {}) if file else {})
     return found
+
+
+_forced: dict[tuple[str, str], dict[str, int]] = {}
+
+
+@contextmanager
+def forced(kernel: str, bucket: str, record: dict[str, int]) -> Iterator[None]:
+    """Within the block this record holds, whatever the files say: for the tuner."""
+    _forced[kernel, bucket] = record
+    _record.cache_clear()
+    try:
+        yield
+    finally:
+        del _forced[kernel, bucket]
+        _record.cache_clear()
 
 
 @cache

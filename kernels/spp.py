@@ -169,15 +169,17 @@ def spp_gather_kernel(
     channels = channels * VEC
     n, y, x, c, real, inside = tile_of_batch(height, width, batch, channels, BLOCK_P, BLOCK_C)
     sum = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
-    for code in tl.static_range(25):
-        yy = y + (2 - code // 5)
-        xx = x + (2 - code % 5)
-        mask = (real & within(yy, xx, height, width))[:, None] & inside[None, :]
-        place = at(n, yy, xx, c, height, width, place_image * VEC, place_stride * VEC, LAST)
-        where = tl.load(place_ptr + place, mask=mask, other=255)
-        place = at(n, yy, xx, c, height, width, dy_image * VEC, dy_stride * VEC, LAST)
-        dy = tl.load(dy_ptr + place, mask=mask, other=0.0).to(tl.float32)
-        sum += tl.where(where.to(tl.int32) == code, dy, 0.0)
+    # Rows in a loop, columns unrolled: all 25 at once need more registers than there are.
+    for row in range(5):
+        yy = y + (2 - row)
+        for column in tl.static_range(5):
+            xx = x + (2 - column)
+            mask = (real & within(yy, xx, height, width))[:, None] & inside[None, :]
+            place = at(n, yy, xx, c, height, width, place_image * VEC, place_stride * VEC, LAST)
+            where = tl.load(place_ptr + place, mask=mask, other=255)
+            place = at(n, yy, xx, c, height, width, dy_image * VEC, dy_stride * VEC, LAST)
+            dy = tl.load(dy_ptr + place, mask=mask, other=0.0).to(tl.float32)
+            sum += tl.where(where.to(tl.int32) == row * 5 + column, dy, 0.0)
     mask = real[:, None] & inside[None, :]
     own = tl.load(
         own_ptr + at(n, y, x, c, height, width, own_image * VEC, own_stride * VEC, LAST), mask=mask, other=0.0

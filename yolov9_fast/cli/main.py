@@ -21,6 +21,8 @@ COMMANDS = {
     "convert": "read weights of any known origin and write them as ours",
     "bench": "how fast: eager against fused; the benchmark suite, its records compared and reported",
     "info": "what is installed and runs where; parameters and GFLOPs of networks; what a weights file holds",
+    "kernels": "compile the Triton kernels for every GPU architecture, without a GPU, and report on them",
+    "tune": "measure the Triton kernels' tiles on this GPU and keep the fastest",
     "demo": "render a small data set, train on it, evaluate, predict: everything in a few minutes, without a download",
 }
 EXIT_ERROR = 2

@@ -1,0 +1,95 @@
+"""Offline tuner: for each streaming kernel and bucket the fastest tile on this GPU. Never called by a launcher."""
+
+import statistics
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from yolov9_fast.kernels import adown_pool, bn_silu, cbfuse, config, rep_bn_silu, spp
+
+SHAPES = ((32, 64, 160, 160), (32, 128, 80, 80), (32, 256, 40, 40), (8, 24, 80, 80), (4, 80, 40, 40), (4, 256, 40, 40))
+"""Maps of yolov9-c and -t at 640 pixels that between them fill most buckets; others keep the default."""
+DTYPES = (torch.bfloat16, torch.float32)
+
+
+def tune(repeats: int, say: Callable[[str], object]) -> dict[str, Any]:
+    """The record of this GPU: device, capability, torch, and kernels: {kernel: {bucket: {"elements", "warps"}}}."""
+    kernels: dict[str, dict[str, Any]] = {}
+    for dtype in DTYPES:
+        for shape in SHAPES:
+            for name, call in _calls(shape, dtype).items():
+                bucket = _bucket(name, shape, dtype)
+                if bucket in kernels.get(name, {}):
+                    continue
+                timed = {}
+                for elements in config.ELEMENTS:
+                    for warps in config.WARPS:
+                        choice = {"elements": elements, "warps": warps}
+                        timed[_milliseconds(name, bucket, choice, call, repeats)] = choice
+                best = min(timed)
+                kernels.setdefault(name, {})[bucket] = timed[best]
+                say(f"{name} {bucket}: {timed[best]} {best:.4f} ms")
+    major, minor = torch.cuda.get_device_capability()
+    return {
+        "device": torch.cuda.get_device_name(),
+        "capability": 10 * major + minor,
+        "torch": torch.__version__,
+        "kernels": kernels,
+    }
+
+
+def _calls(shape: tuple[int, int, int, int], dtype: torch.dtype) -> dict[str, Callable[[], object]]:
+    """For each kernel a call whose time changes with its tile alone."""
+
+    def new(*size: int) -> torch.Tensor:
+        return torch.randn(size or shape, device="cuda").to(dtype).contiguous(memory_format=torch.channels_last)
+
+    x, y, out = new(), new(), new()
+    vectors = [torch.rand(shape[1], device="cuda") for _ in range(8)]
+    means = [torch.zeros(shape[1], device="cuda") for _ in range(3)]
+    n, c, h, w = shape
+    small = new(n, c, h // 2, w // 2)
+
+    def spatial() -> None:
+        spp.spp_forward(x, y, out, torch.empty_like(x))
+        adown_pool.adown_pool_forward(x, True)
+        cbfuse.cbfuse_forward([small], x)
+
+    return {
+        "bn_statistics_kernel": lambda: bn_silu.bn_stats(x),
+        "bn_silu_apply_kernel": lambda: bn_silu.bn_silu_apply(x, *vectors[:4], None, out, True),
+        "bn_silu_sums_kernel": lambda: bn_silu.bn_silu_backward_sums(y, x, *vectors[:4], True),
+        "bn_silu_dx_kernel": lambda: bn_silu.bn_silu_backward_apply(y, x, *vectors[:4], *means[:2], True),
+        "rep_bn_silu_apply_kernel": lambda: rep_bn_silu.rep_bn_silu_apply(
+            x, *vectors[:4], y, *vectors[4:], None, out, True
+        ),
+        "rep_bn_silu_sums_kernel": lambda: rep_bn_silu.rep_bn_silu_backward_sums(
+            out, x, *vectors[:4], y, *vectors[4:], True
+        ),
+        "rep_bn_silu_dx_kernel": lambda: rep_bn_silu.rep_bn_silu_backward_apply(
+            out, x, *vectors[:4], y, *vectors[4:], *means, True
+        ),
+        "spatial": spatial,
+    }
+
+
+def _bucket(name: str, shape: tuple[int, int, int, int], dtype: torch.dtype) -> str:
+    n, c, h, w = shape
+    block = max(config.channel_block(c), 16 // dtype.itemsize)
+    return f"last/{dtype.itemsize}/{block}/{'small' if n * c * h * w <= config.SMALL else 'large'}"
+
+
+def _milliseconds(name: str, bucket: str, choice: dict[str, int], call: Callable[[], object], repeats: int) -> float:
+    """Median time of `call` with this tile; the first calls compile and warm up."""
+    with config.forced(name, bucket, choice):
+        for _ in range(3):
+            call()
+        times = []
+        for _ in range(repeats):
+            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            begin.record()
+            call()
+            end.record()
+            end.synchronize()
+            times.append(begin.elapsed_time(end))
+    return statistics.median(times)

@@ -1,0 +1,24 @@
+"""`yolov9-fast kernels` and `tune` say clearly what they lack."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from yolov9_fast.cli.main import main
+
+pytest.importorskip("triton")
+
+
+def test_interpreted_kernels_are_not_compiled(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert main(["kernels"]) == 2
+    assert "TRITON_INTERPRET=1 interprets kernels instead of compiling them; unset it" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to tune")
+def test_tuning_without_a_gpu_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["tune"]) == 2
+    assert "it measures on a GPU, and torch sees none" in capsys.readouterr().err

@@ -1,0 +1,169 @@
+"""Triton's BatchNorm + SiLU, alone and of RepConv, interpreted or on the GPU, against float64 by eager's error."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+pytest.importorskip("triton")
+
+from yolov9_fast.kernels import batch_norm, bn_silu, rep_bn_silu  # noqa: E402
+from yolov9_fast.kernels.config import Tile  # noqa: E402
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+LAYOUTS = (torch.channels_last, torch.contiguous_format)
+SHAPES = ((2, 24, 7, 5), (3, 5, 1, 3), (2, 16, 8, 8), (1, 1, 3, 2))
+
+
+@pytest.fixture(params=["tiled", "one launch"])
+def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    if request.param == "tiled":
+        for module in (bn_silu, rep_bn_silu):
+            monkeypatch.setattr(module, "whole_block", lambda view, tensors: None)
+    return str(request.param)
+
+
+def assert_no_worse(got: Sequence[Tensor], eager: Sequence[Tensor], exact: Sequence[Tensor]) -> None:
+    """err(got) ≤ 2 × err(eager), both against float64, with two ulp of the scale for tiny cases."""
+    for index, (a, b, c) in enumerate(zip(got, eager, exact, strict=True)):
+        assert a.isfinite().all(), index
+        floor = 2 * torch.finfo(a.dtype).eps * float(c.abs().max())
+        error, allowed = float((a.double() - c).abs().max()), 2 * float((b.double() - c).abs().max()) + floor
+        assert error <= allowed, f"result {index}: error {error:.3g}, allowed {allowed:.3g}"
+
+
+def new(shape: Sequence[int], dtype: torch.dtype, layout: torch.memory_format, mean: float = 0.0) -> Tensor:
+    return (torch.randn(tuple(shape), device=DEVICE) * 2 + mean).to(dtype).contiguous(memory_format=layout)
+
+
+def slot(x: Tensor, layout: torch.memory_format) -> tuple[Tensor, Tensor]:
+    """A slice of 8 channels in of a buffer full of NaN, like `x`, and the part before it."""
+    n, c, h, w = x.shape
+    buffer = torch.full((n, c + 8, h, w), float("nan"), dtype=x.dtype, device=DEVICE).contiguous(memory_format=layout)
+    return buffer[:, 8:], buffer[:, :8]
+
+
+def differentiate(function: Callable[..., Tensor], leaves: Sequence[Tensor], dz: Tensor) -> list[Tensor]:
+    leaves = [leaf.detach().clone().requires_grad_() for leaf in leaves]
+    out = function(*leaves)
+    out.backward(dz.to(out.dtype))
+    return [out.detach(), *(leaf.grad for leaf in leaves if leaf.grad is not None)]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_bn_silu(form: str, shape: tuple[int, ...], dtype: torch.dtype, layout: torch.memory_format) -> None:
+    torch.manual_seed(1)
+    x, dz, residual = new(shape, dtype, layout, 3.0), new(shape, dtype, layout), new(shape, dtype, layout)
+    weight, bias = torch.randn(shape[1], device=DEVICE), torch.randn(shape[1], device=DEVICE)
+    running = [torch.zeros(shape[1], device=DEVICE), torch.ones(shape[1], device=DEVICE)]
+    expected = [part.double() for part in running]
+    out, untouched = slot(x, layout)
+    strided = slot(x, layout)[0].copy_(dz)
+    mean, rstd = bn_silu.bn_silu_forward(x, weight, bias, *running, 0.03, 1e-3, residual, out, True)
+    gradients = bn_silu.bn_silu_backward(strided, x, weight, bias, mean, rstd, True)
+
+    def unit(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return F.silu(F.batch_norm(x, None, None, weight, bias, True, 0.03, 1e-3)) + residual.to(x.dtype)
+
+    eager = differentiate(unit, [x, weight, bias], dz)
+    exact = differentiate(unit, [part.double() for part in (x, weight, bias)], dz)
+    assert_no_worse([out, *gradients], eager, exact)
+    assert untouched.isnan().all()
+    F.batch_norm(x.double(), *expected, training=True, momentum=0.03)
+    torch.testing.assert_close(running, [part.float() for part in expected], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES[:2])
+def test_rep_bn_silu(form: str, shape: tuple[int, ...], dtype: torch.dtype, layout: torch.memory_format) -> None:
+    torch.manual_seed(2)
+    x1, x2, dz, residual = (new(shape, dtype, layout, mean) for mean in (2.0, -1.0, 0.0, 0.0))
+    weight1, bias1, weight2, bias2 = (torch.randn(shape[1], device=DEVICE) for _ in range(4))
+    out, untouched = slot(x1, layout)
+    vectors = rep_bn_silu.rep_bn_silu_forward(
+        x1, weight1, bias1, None, None, x2, weight2, bias2, None, None, 0.03, 1e-3, residual, out, True
+    )
+    dx1, dx2, *rest = rep_bn_silu.rep_bn_silu_backward(
+        dz, x1, weight1, bias1, *vectors[:2], x2, weight2, bias2, *vectors[2:], True
+    )
+
+    def unit(x1: Tensor, x2: Tensor, *parameters: Tensor) -> Tensor:
+        one = F.batch_norm(x1, None, None, *parameters[:2], True, 0.03, 1e-3)
+        return F.silu(one + F.batch_norm(x2, None, None, *parameters[2:], True, 0.03, 1e-3)) + residual.to(x1.dtype)
+
+    leaves = [x1, x2, weight1, bias1, weight2, bias2]
+    eager = differentiate(unit, leaves, dz)
+    exact = differentiate(unit, [leaf.double() for leaf in leaves], dz)
+    assert_no_worse([out, dx1, dx2, *rest], eager, exact)
+    assert untouched.isnan().all()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_statistics_survive_a_mean_of_a_thousand_deviations(form: str, layout: torch.memory_format) -> None:
+    torch.manual_seed(3)
+    x = (torch.randn(2, 4, 64, 64, device=DEVICE) + 1000.0).contiguous(memory_format=layout)
+    mean, m2 = bn_silu.bn_stats(x)
+    exact = x.double()
+    torch.testing.assert_close(mean.double(), exact.mean((0, 2, 3)), rtol=2e-7, atol=0)
+    spread = (exact - exact.mean((0, 2, 3), keepdim=True)).square().sum((0, 2, 3))
+    torch.testing.assert_close(m2.double(), spread, rtol=1e-4, atol=0)
+    out = torch.empty_like(x)
+    _, rstd = bn_silu.bn_silu_forward(x, None, None, None, None, 0.1, 0.0, None, out, False)
+    torch.testing.assert_close(rstd.double(), (spread / 8192).rsqrt(), rtol=1e-4, atol=0)
+
+
+def test_statistics_of_four_million_pixels(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(4)
+    if DEVICE == "cpu":  # the interpreter's time goes with the number of tiles
+        monkeypatch.setattr(batch_norm, "tile", lambda *_: Tile(65536, 1, 4))
+        monkeypatch.setattr(batch_norm, "PROGRAMS", 16)
+    x = (torch.randn(1, 1, 2048, 2048, device=DEVICE) + 1000.0).contiguous()
+    mean, m2 = bn_silu.bn_stats(x)
+    exact = x.double()
+    assert abs(float(mean) - float(exact.mean())) < 6.2e-5  # one ulp of 1000
+    assert float(m2) == pytest.approx(float((exact - exact.mean()).square().sum()), rel=1e-4)
+
+
+def test_given_statistics_and_sums_make_the_same_gradients() -> None:
+    torch.manual_seed(5)
+    x, dz = new((2, 24, 7, 5), torch.float32, LAYOUTS[0]), new((2, 24, 7, 5), torch.float32, LAYOUTS[0])
+    weight, bias = torch.randn(24, device=DEVICE), torch.randn(24, device=DEVICE)
+    out = torch.empty_like(x)
+    mean, rstd = bn_silu.bn_silu_forward(x, weight, bias, None, None, 0.1, 1e-3, None, out, True)
+    again = x.clone(memory_format=torch.preserve_format)
+    bn_silu.bn_silu_apply(again, weight, bias, mean, rstd, None, again, True)
+    torch.testing.assert_close(again, out)
+    dx, dweight, dbias = bn_silu.bn_silu_backward(dz, x, weight, bias, mean, rstd, True)
+    sums = bn_silu.bn_silu_backward_sums(dz, x, weight, bias, mean, rstd, True)
+    torch.testing.assert_close(sums, torch.stack((dbias, dweight)))
+    parts = bn_silu.bn_silu_backward_apply(dz, x, weight, bias, mean, rstd, *(sums / 70), True)
+    torch.testing.assert_close(parts, dx)
+
+
+def test_an_empty_batch_has_zero_statistics() -> None:
+    mean, m2 = bn_silu.bn_stats(torch.empty(0, 8, 4, 4, device=DEVICE))
+    assert not mean.any() and not m2.any()
+
+
+def test_what_cannot_be_written_is_refused() -> None:
+    x = torch.zeros(2, 8, 4, 4, device=DEVICE)
+    with pytest.raises(ValueError, match="outputs must be channels_last, contiguous, or slices of channels"):
+        bn_silu.bn_silu_apply(
+            x, None, None, x[0, :, 0, 0], x[0, :, 0, 0], None, torch.zeros(2, 8, 4, 8)[..., ::2], True
+        )
+    with pytest.raises(TypeError, match="float64"):
+        bn_silu.bn_stats(x.double())
+
+
+def test_two_runs_give_the_same_bits() -> None:
+    x = new((2, 24, 19, 17), torch.float32, LAYOUTS[0])
+    first, second = batch_norm.bn_stats(x), batch_norm.bn_stats(x)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))

@@ -1,0 +1,54 @@
+"""Tiles: the most specific record wins, and none outside what the ahead-of-time builds cover is taken."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from yolov9_fast.kernels import config  # noqa: E402
+from yolov9_fast.kernels.launch import pixel_view, recording  # noqa: E402
+
+
+@pytest.fixture
+def records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    monkeypatch.setenv("YOLOV9_FAST_TUNING", str(tmp_path))
+    config.load.cache_clear()
+    config._record.cache_clear()
+    yield tmp_path
+    config.load.cache_clear()
+    config._record.cache_clear()
+
+
+def tile_of(channels: int) -> config.Tile:
+    view = pixel_view(torch.empty(2, channels, 4, 4, dtype=torch.bfloat16, memory_format=torch.channels_last))
+    assert view is not None
+    with recording(90):
+        return config.tile("bn_silu_apply_kernel", view, view.vector())
+
+
+def test_the_block_of_channels_wastes_little() -> None:
+    blocks = [config.channel_block(channels) for channels in (8, 16, 24, 64, 80, 96, 240, 256, 320)]
+    assert blocks == [8, 16, 8, 64, 16, 32, 64, 64, 64]
+
+
+def test_a_record_for_the_architecture_wins_over_the_default(records: Path) -> None:
+    assert tile_of(64) == config.Tile(16, 64, 4)
+    bucket = {"last/2/64/small": {"elements": 4096, "warps": 8}}
+    (records / "sm90.json").write_text(json.dumps({"kernels": {"bn_silu_apply_kernel": bucket}}))
+    config.load.cache_clear()
+    config._record.cache_clear()
+    assert tile_of(64) == config.Tile(64, 64, 8)
+    assert tile_of(16) == config.Tile(64, 16, 4)
+
+
+def test_a_record_that_no_build_covers_is_refused(records: Path) -> None:
+    bucket = {"last/2/64/small": {"elements": 3000, "warps": 4}}
+    (records / "sm90.json").write_text(json.dumps({"kernels": {"bn_silu_apply_kernel": bucket}}))
+    with pytest.raises(ValueError, match="sm90.json: elements must be among"):
+        tile_of(64)

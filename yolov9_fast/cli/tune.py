@@ -1,0 +1,39 @@
+"""`yolov9-fast tune`: measure the Triton kernels' tiles on this GPU and keep the fastest as its record."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+from pathlib import Path
+
+from yolov9_fast.atomic import atomic_write
+from yolov9_fast.errors import UserError
+
+_EPILOG = """examples:
+  yolov9-fast tune                       writes the record of this GPU beside the package's defaults
+  yolov9-fast tune --out my_records      then set YOLOV9_FAST_TUNING=my_records"""
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = _EPILOG
+    parser.add_argument("--out", metavar="DIR", help="folder of the record (default: that of the installed kernels)")
+    parser.add_argument("--repeats", type=int, default=20, metavar="N", help="timings of a tile (default %(default)s)")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    import torch
+
+    if importlib.util.find_spec("triton") is None:
+        raise UserError("tune: triton is not installed: pip install triton")
+    if not torch.cuda.is_available():
+        raise UserError("tune: it measures on a GPU, and torch sees none; without one the default tiles are used")
+    if arguments.repeats < 1:
+        raise UserError(f"tune: --repeats must be at least 1, got {arguments.repeats}")
+    from yolov9_fast.kernels import config, tune
+
+    record = tune.tune(arguments.repeats, print)
+    folder = Path(arguments.out) if arguments.out else config.FOLDER
+    path = atomic_write(folder / f"{config.slug(record['device'])}.json", json.dumps(record, indent=2) + "\n")
+    print(f"wrote {path}")
+    return 0

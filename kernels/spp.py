@@ -128,15 +128,17 @@ def spp_places_kernel(
     # A window of nothing but -inf gives its gradient to its first pixel.
     first = tl.maximum(2 - y, 0) * 5 + tl.maximum(2 - x, 0)
     where = tl.zeros([BLOCK_P, BLOCK_C], tl.int32) + first[:, None]
-    for code in tl.static_range(25):
-        yy = y + (code // 5 - 2)
-        xx = x + (code % 5 - 2)
-        mask = (real & within(yy, xx, height, width))[:, None] & inside[None, :]
-        place = at(n, yy, xx, c, height, width, x_image * VEC, x_stride * VEC, LAST)
-        v = tl.load(x_ptr + place, mask=mask, other=float("-inf")).to(tl.float32)
-        better = (v > best) | (v != v)
-        best = tl.where(better, v, best)
-        where = tl.where(better, code, where)
+    # Rows in a loop, columns unrolled: all 25 at once need more registers than there are.
+    for row in range(5):
+        yy = y + (row - 2)
+        for column in tl.static_range(5):
+            xx = x + (column - 2)
+            mask = (real & within(yy, xx, height, width))[:, None] & inside[None, :]
+            place = at(n, yy, xx, c, height, width, x_image * VEC, x_stride * VEC, LAST)
+            v = tl.load(x_ptr + place, mask=mask, other=float("-inf")).to(tl.float32)
+            better = (v > best) | (v != v)
+            best = tl.where(better, v, best)
+            where = tl.where(better, row * 5 + column, where)
     place = at(n, y, x, c, height, width, place_image * VEC, place_stride * VEC, LAST)
     tl.store(place_ptr + place, where.to(tl.uint8), mask=real[:, None] & inside[None, :])
 

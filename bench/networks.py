@@ -32,6 +32,7 @@ OBJECTS_PER_IMAGE = 7
 CANDIDATES_PER_IMAGE = 1000
 _CONF = 0.001
 _LOGIT_SPREAD = 1.5
+_MOST_GFLOPS_ON_A_CPU = 400
 _CALIBRATION_IMAGES = 8
 
 
@@ -374,6 +375,11 @@ def infer_cases(settings: Settings, dtypes: tuple[str, ...], device: torch.devic
 
 def _infer_opener(name: str, size: int, batch: int, dtype: str) -> Callable[[torch.device, Settings], OpenCase]:
     def open_case(device: torch.device, settings: Settings) -> OpenCase:
+        # GFLOPs of the deployed networks at 640 px, roughly: what takes many seconds a call is left to GPUs.
+        work = (10 if name == "yolov9-t" else 100) * (size / 640) ** 2 * batch
+        if device.type == "cpu" and work > _MOST_GFLOPS_ON_A_CPU:
+            reason = f"about {work:.0f} GFLOPs a call: left to GPUs"
+            return OpenCase(iter([Absent("all", "", reason)]), None, "none")
         images, _ = fixed_batch(size, batch)
 
         def make(provider: str, layout: str, backend_name: str) -> Runner:

@@ -211,8 +211,10 @@ ENTRIES = {
 def operator_cases(settings: Settings, dtypes: Sequence[str]) -> Iterator[Case]:
     """Every operator on every shape of the networks, shapes that several networks share once."""
     seen: set[tuple[Any, ...]] = set()
-    networks = NETWORKS if settings.full else ("yolov9-t",)
-    for priority, (network, size) in enumerate((n, s) for s in (SIZES if settings.full else (320,)) for n in networks):
+    # The smallest network and the one most trained first: a budget may end before the others.
+    leading = [(network, size) for size in SIZES for network in ("yolov9-t", "yolov9-c")]
+    others = [(network, size) for size in SIZES for network in NETWORKS if (network, size) not in leading]
+    for priority, (network, size) in enumerate([*leading, *others] if settings.full else leading[:1]):
         for shape in network_shapes(network, size):
             if (shape.operator, shape.dims) in seen or shape.operator not in ENTRIES:
                 continue

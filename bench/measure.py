@@ -98,7 +98,7 @@ def _measure(
 
 def judged(opened: OpenCase) -> Iterator[Candidate | dict[str, Any]]:
     """Runners with right results; for the others what a record says of them: a reason, and no time."""
-    baseline: dict[str, Tensor] | None = None
+    baselines: dict[str, dict[str, Tensor]] = {}
     truth: dict[str, Tensor] | None = None
     for runner, rule in _with_rules(opened):
         if isinstance(runner, Absent):
@@ -114,10 +114,15 @@ def judged(opened: OpenCase) -> Iterator[Candidate | dict[str, Any]]:
                 "reason": f"failed: {type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''}"
             }
             continue
-        if baseline is None:
-            baseline = results
+        if not baselines:
+            baselines[""] = results
             truth = opened.reference() if opened.reference is not None else None
-        worst, wrong = judge(rule, results, baseline, truth)
+        eager = runner.provider == "eager"
+        # Each memory layout has its own eager form, which sums in another order and is no less right.
+        baseline = baselines[""] if eager else baselines.get(runner.layout, baselines[""])
+        worst, wrong = judge("rough" if eager and rule == "twice" else rule, results, baseline, truth)
+        if eager and wrong is None:
+            baselines[runner.layout] = results
         if wrong is not None:
             yield where | {"reason": f"wrong result: {wrong}", "wrong": True, "error": worst}
             continue

@@ -102,6 +102,17 @@ def test_rules() -> None:
     assert relative_error(torch.full((2,), 1.5), torch.ones(2)) == pytest.approx(0.5)
 
 
+def test_eager_in_another_layout_is_the_measure_of_that_layout() -> None:
+    def other(name: str, value: float) -> Runner:
+        return Runner(name, "channels_last", lambda clock: None, lambda: {"output": torch.full((4,), value)})
+
+    first = runner("eager", 1.001)
+    found = list(measure(case_of(first, other("eager", 1.004), other("cpu", 1.007)), CPU, QUICK, CEILINGS))
+    assert [record["kind"] for record in found] == ["measure"] * 3
+    found = list(measure(case_of(first, other("eager", 1.02), other("cpu", 1.007)), CPU, QUICK, CEILINGS))
+    assert [r["provider"] for r in found if r.get("wrong")] == ["eager", "cpu"], "far off, eager is no measure either"
+
+
 def test_the_limit_is_the_larger_of_bytes_and_products() -> None:
     assert CEILINGS.limit(1e8, 0.0, "float32", 1e8) == (pytest.approx(1e-2), "memory")
     assert CEILINGS.limit(1e3, 1e11, "float32", 1e3) == (pytest.approx(1.0), "arithmetic")

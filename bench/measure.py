@@ -16,6 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+try:
+    import resource
+except ImportError:  # not on Windows
+    resource = None  # type: ignore[assignment]
+
 from . import counting
 from .cases import Absent, Case, NoClock, OpenCase, PhaseClock, Runner, Settings, Traffic
 from .check import judge
@@ -23,6 +28,8 @@ from .machine import Ceilings, synchronise
 from .stats import ratio_of_medians, summarise
 
 _LEAST_SAMPLE = 1e-3
+_TRIES = 4
+_PREEMPTIONS_A_SECOND = 20
 _SLOW_SAMPLES = 3
 _FLUSH_BYTES = 256 * 2**20
 PHASED = ("step", "infer")
@@ -36,6 +43,7 @@ class Candidate:
     error: float
     repeats: int = 1
     most: int = 1000
+    disturbed: int = 0
     samples: list[float] = field(default_factory=list)
     phases: dict[str, list[float]] = field(default_factory=dict)
     host: list[float] = field(default_factory=list)
@@ -181,10 +189,14 @@ def sample(candidate: Candidate, phased: bool, device: torch.device, flush: Tens
     call = candidate.runner.call
     if phased:
         clock = PhaseClock(device)
+        before = preemptions()
         start = time.perf_counter()
         call(clock)
         synchronise(device)
-        candidate.samples.append(time.perf_counter() - start)
+        seconds = time.perf_counter() - start
+        candidate.samples.append(seconds)
+        # Long calls lose a core now and then on any machine; many times a second is another process's doing.
+        candidate.disturbed += (preemptions() - before) > _PREEMPTIONS_A_SECOND * max(seconds, 0.1)
         for name, seconds in clock.seconds.items():
             candidate.phases.setdefault(name, []).append(seconds)
         return
@@ -202,10 +214,23 @@ def sample(candidate: Candidate, phased: bool, device: torch.device, flush: Tens
         finish.synchronize()
         candidate.samples.append(begin.elapsed_time(finish) / 1e3)
         return
-    start = time.perf_counter()
-    for _ in range(candidate.repeats):
-        call(none)
-    candidate.samples.append((time.perf_counter() - start) / candidate.repeats)
+    # A sample during which the system took a core away says how busy the machine is, not how fast the call: once more.
+    for _ in range(_TRIES):
+        before = preemptions()
+        start = time.perf_counter()
+        for _ in range(candidate.repeats):
+            call(none)
+        seconds = (time.perf_counter() - start) / candidate.repeats
+        if preemptions() == before:
+            break
+    else:
+        candidate.disturbed += 1
+    candidate.samples.append(seconds)
+
+
+def preemptions() -> int:
+    """How often the system has taken a core away from this process so far (0 where it does not tell)."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw if resource is not None else 0
 
 
 def _numbers(candidate: Candidate, baseline: Candidate, device: torch.device) -> dict[str, Any]:
@@ -216,6 +241,7 @@ def _numbers(candidate: Candidate, baseline: Candidate, device: torch.device) ->
         "p80": summary.p80,
         "samples": candidate.samples,
         "cold_cache": device.type == "cuda",
+        "disturbed": candidate.disturbed,
     }
     if candidate is not baseline:
         paired = len(baseline.samples) == len(candidate.samples)

@@ -171,7 +171,11 @@ def _memory(run: Run) -> Painter:
             axes.barh(ys, [chosen[case] for case in cases if case in chosen], height=height, color=colour, label=name)
         axes.set_yticks(range(len(cases)), cases, fontsize=7)
         axes.invert_yaxis()
-        axes.set(title="Peak memory of a call beyond the weights", xlabel="MB", xscale="log")
+        axes.set(title="Peak memory of a call beyond the weights", xlabel="MB")
+        sizes = [r["peak_bytes"] / 1e6 for r in records]
+        if max(sizes) > 20 * min(sizes):
+            axes.set_xscale("log")
+            axes.set_xlim(left=min(sizes) / 2)
         axes.legend()
 
     return (9.0, 1.6 + 0.4 * len(cases)), paint

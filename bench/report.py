@@ -113,6 +113,7 @@ def _devices(runs: Sequence[Run]) -> str:
 def _section(run: Run, drawn: Sequence[Path], base: Path) -> str:
     parts = [f"## {run.device}\n", "Commands: " + "; ".join(f"`{c}`" for c in dict.fromkeys(run.commands)) + "\n"]
     parts.append(_ceilings(run))
+    parts.append(_disturbance(run))
     parts += ["### Training step\n", _steps(run), "### Inference, with NMS\n", _inference(run)]
     parts += ["### Where the time goes\n", _places(run)]
     parts += ["### Operators\n", _operators(run), "### Blocks, forward and backward\n", _plain(run, "blocks")]
@@ -132,6 +133,16 @@ def _ceilings(run: Run) -> str:
     speeds = ", ".join(f"{speed / 1e9:.0f} GB/s over {_bytes(size)}" for size, speed in run.ceilings["bandwidth"])
     products = ", ".join(f"{name} {value / 1e9:,.0f} GFLOP/s" for name, value in run.ceilings["matrix"].items())
     return f"Ceilings measured in the run: bandwidth {speeds}; products {products}.\n"
+
+
+def _disturbance(run: Run) -> str:
+    """How far other processes got in the way."""
+    timed = [r for r in run.measures if "samples" in r]
+    busy = [r for r in timed if r.get("disturbed", 0) > len(r["samples"]) / 4]
+    text = f"{len(busy)} of {len(timed)} measurements had more than a quarter of their samples disturbed by other processes"
+    if busy:
+        text += f"; they tell little: {', '.join(sorted({r['case'] for r in busy})[:8])}"
+    return f"{text}.\n"
 
 
 # Cells ----------------------------------------------------------------------------------------------------------------

@@ -139,7 +139,7 @@ def _disturbance(run: Run) -> str:
     """How far other processes got in the way."""
     timed = [r for r in run.measures if "samples" in r]
     busy = [r for r in timed if r.get("disturbed", 0) > len(r["samples"]) / 4]
-    text = f"{len(busy)} of {len(timed)} measurements had more than a quarter of their samples disturbed by other processes"
+    text = f"{len(busy)} of {len(timed)} measurements had over a quarter of their samples disturbed by other processes"
     if busy:
         text += f"; they tell little: {', '.join(sorted({r['case'] for r in busy})[:8])}"
     return f"{text}.\n"

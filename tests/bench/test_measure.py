@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from yolov9_fast.bench import measure as measuring
 from yolov9_fast.bench import suite
 from yolov9_fast.bench.cases import Absent, Case, OpenCase, Runner, Settings, Traffic
 from yolov9_fast.bench.check import judge, relative_error
@@ -131,3 +132,12 @@ def test_a_short_budget_has_something_of_every_operator() -> None:
 
 def test_devices_have_names_for_folders() -> None:
     assert device_slug(CPU).startswith("cpu-") and device_slug(CPU) == device_slug(CPU).lower()
+
+
+def test_samples_that_lost_a_core_are_taken_again_and_counted_when_all_did(monkeypatch: pytest.MonkeyPatch) -> None:
+    counter = iter(range(10**6))
+    monkeypatch.setattr(measuring, "preemptions", lambda: next(counter))
+    record = by_provider(case_of(runner("eager")))["eager"]
+    assert record["disturbed"] == len(record["samples"])
+    monkeypatch.setattr(measuring, "preemptions", lambda: 7)
+    assert by_provider(case_of(runner("eager")))["eager"]["disturbed"] == 0

@@ -1,7 +1,7 @@
 """bn_silu, forward and backward, at the sizes of yolov9-t (320 px, batch 8): eager in both layouts, compiled, C++.
 
-OMP_NUM_THREADS=2 .venv/bin/python -m pytest bench/test_bn_silu.py --benchmark-group-by=param:shape --benchmark-columns=median,iqr
-OMP_NUM_THREADS=2 .venv/bin/python bench/test_bn_silu.py    (a table: interleaved, microseconds, weighted by how often a size occurs)
+.venv/bin/python -m pytest bench/test_bn_silu.py --benchmark-group-by=param:shape --benchmark-columns=median,iqr
+.venv/bin/python bench/test_bn_silu.py      a table: interleaved, microseconds, summed over the network's units
 """
 
 from __future__ import annotations

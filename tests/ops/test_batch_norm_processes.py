@@ -46,6 +46,7 @@ def _work(rank: int, folder: str, branches: int, backend: str, split: int) -> No
         results |= {f"dweight{i}": unit.vectors[2 * i].grad, f"dbias{i}": unit.vectors[2 * i + 1].grad}
         results |= {f"running_mean{i}": unit.running[2 * i], f"running_var{i}": unit.running[2 * i + 1]}
     torch.save(results, f"{folder}/{rank}.pt")
+    dist.barrier()  # neither leaves while the other still waits for it
     dist.destroy_process_group()
 
 

@@ -286,7 +286,8 @@ def synchronised(
     """Mean and rstd [C] of the batches of all processes, and the count; updates running mean and variance."""
     dtype = computed_in(x.dtype)
     with torch.no_grad():
-        mean, m2, total = global_statistics(*raw.stats(x), x.numel() // x.shape[1], group)
+        mean, m2 = raw.stats(x)
+        mean, m2, total = global_statistics(mean, m2, x.numel() // x.shape[1], group)
         if norm[0] is not None and norm[1] is not None:
             norm[0].lerp_(mean.to(norm[0].dtype), momentum)
             norm[1].lerp_((m2 / (total - 1).clamp_min(1)).to(norm[1].dtype), momentum)

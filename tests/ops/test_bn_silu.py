@@ -17,6 +17,7 @@ from batch_norm_cases import (
     laid_out,
     make_case,
     run,
+    skip_without_triton,
     truth,
 )
 from hypothesis import given, settings
@@ -67,6 +68,16 @@ def test_every_mode(layout: str, training: bool, affine: bool, activation: bool,
     assert_no_worse_than_eager(make_case(1, layout=layout, **options), "cpu")
     if training:
         assert_no_worse_than_eager(make_case(1, layout=layout, running=False, **options), "cpu")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"layout": "planes_slice"}, {"training": False}, {"dtype": torch.bfloat16, "residual": True}],
+    ids=str,
+)
+def test_interpreted_triton(options: dict[str, Any]) -> None:
+    skip_without_triton("bn_silu")
+    assert_no_worse_than_eager(make_case(1, **options), "triton")
 
 
 @needs_cpu

@@ -17,6 +17,7 @@ from batch_norm_cases import (
     laid_out,
     make_case,
     run,
+    skip_without_triton,
     truth,
 )
 from torch import Tensor
@@ -50,6 +51,16 @@ def test_every_dtype_layout_and_odd_size(dtype: torch.dtype, layout: str, shape:
 def test_every_mode(layout: str, training: bool, affine: bool, activation: bool, residual: bool) -> None:
     options = {"training": training, "affine": affine, "activation": activation, "residual": residual}
     assert_no_worse_than_eager(make_case(2, layout=layout, **options), "cpu")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"layout": "planes_slice"}, {"training": False}, {"dtype": torch.bfloat16, "residual": True}],
+    ids=str,
+)
+def test_interpreted_triton(options: dict[str, Any]) -> None:
+    skip_without_triton("rep_bn_silu")
+    assert_no_worse_than_eager(make_case(2, **options), "triton")
 
 
 @needs_cpu

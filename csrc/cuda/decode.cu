@@ -24,7 +24,7 @@ __global__ void __launch_bounds__(kThreads) decode_kernel(const __grid_constant_
 }
 
 template <class T, class Real>
-__global__ void __launch_bounds__(kThreads) assignment_kernel(const __grid_constant__ Problem<T, Real> p) {
+__global__ void __launch_bounds__(kThreads, 1) assignment_kernel(const __grid_constant__ Problem<T, Real> p) {
   __shared__ Shared<Real> shared;
   assignment_block(DeviceBlock{}, shared, p, blockIdx.x);
 }

@@ -23,7 +23,7 @@ __global__ void __launch_bounds__(kThreads) classes_kernel(const __grid_constant
 }
 
 template <class T, class Real, bool kGradient>
-__global__ void __launch_bounds__(kThreads) anchors_kernel(const __grid_constant__ Problem<T, Real> p) {
+__global__ void __launch_bounds__(kThreads, 1) anchors_kernel(const __grid_constant__ Problem<T, Real> p) {
   __shared__ SumShared<Real> shared;
   anchors<T, Real, kGradient>(DeviceBlock{}, shared, p, blockIdx.x);
 }

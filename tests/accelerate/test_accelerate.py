@@ -333,7 +333,7 @@ def test_the_package_itself_can_be_called() -> None:
 def test_two_processes_under_ddp_and_synchronised_norms_equal_one() -> None:
     script = Path(__file__).parent / "two_processes.py"
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0", str(script)]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("equal") == 4

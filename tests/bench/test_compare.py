@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
@@ -67,6 +68,10 @@ def test_the_command_says_what_is_slower_and_fails(tmp_path: Path, capsys: pytes
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(
+    os.environ.get("YOLOV9_FAST_TEST_TIMING") != "1",
+    reason="compares times, for a machine with nothing else to do: YOLOV9_FAST_TEST_TIMING=1",
+)
 def test_planted_work_of_ten_percent_is_caught_between_two_trees_and_nothing_else(tmp_path: Path) -> None:
     """One tree's eager `box_iou` computes a tenth of its rows twice; two real processes take turns."""
     trees = [tmp_path / "old", tmp_path / "new"]

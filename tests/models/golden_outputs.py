@@ -1,7 +1,8 @@
 """Run as a script: a network's outputs for the golden weights and image, written to an .npz file.
 
 The golden numbers were computed with 256-bit vector units. Batch statistics over few values, and logits of 1e7, amplify
-the order of summation, so the caller sets ONEDNN_MAX_CPU_ISA=AVX2: then the same order is taken, bit for bit.
+the order of summation, so the caller sets ONEDNN_MAX_CPU_ISA=AVX2 and the eager backend runs: then the same order is
+taken, bit for bit. How the fused blocks compare with eager is for tests/nn/test_functional.py.
 
     python golden_outputs.py SHARED NAME OUT.npz
 """
@@ -15,12 +16,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
+import yolov9_fast as yf
 from yolov9_fast.models import create_model
 from yolov9_fast.ops.decode import decode
 
 
 def main(shared: str, name: str, out: str) -> None:
     torch.set_num_threads(2)
+    yf.set_backend("eager")
     spec = importlib.util.spec_from_file_location("deterministic", Path(shared) / "golden" / "deterministic.py")
     assert spec is not None and spec.loader is not None
     rules = importlib.util.module_from_spec(spec)

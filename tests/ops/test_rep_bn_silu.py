@@ -206,3 +206,23 @@ def test_a_wrong_argument_is_named() -> None:
         yf.ops.rep_bn_silu(x, norm, x.half(), norm, **OPTIONS)
     with pytest.raises(ValueError, match=r"rep_bn_silu: bias2 must have shape \[5\], got \[4\]"):
         yf.ops.rep_bn_silu(x, norm, x, Norm(None, torch.zeros(4)), **OPTIONS)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_gradients_that_accumulate_stay_apart(training: bool) -> None:
+    """The biases' gradients are equal, and must not be one tensor: the second backward adds to each."""
+    torch.manual_seed(0)
+    maps = [torch.randn(2, 5, 4, 3) for _ in range(2)]
+    norms = [
+        Norm(torch.rand(5).requires_grad_(), torch.rand(5).requires_grad_(), torch.zeros(5), torch.ones(5))
+        for _ in range(2)
+    ]
+
+    def backward() -> list[torch.Tensor]:
+        z = yf.ops.rep_bn_silu(maps[0], norms[0], maps[1], norms[1], training=training, momentum=0.0, eps=1e-3)
+        z.square().sum().backward()
+        return [vector.grad.clone() for norm in norms for vector in norm[:2]]
+
+    once, twice = backward(), backward()
+    for first, second in zip(once, twice, strict=True):
+        torch.testing.assert_close(second, 2 * first)

@@ -303,7 +303,6 @@ class Trainer:
             accumulate = self.schedule.apply(state.optimizer, iteration, epoch)
             will_step = iteration - state.last_step >= accumulate
             images = self._rescaled(prepare_images(batch, device, channels_last=config.channels_last), iteration)
-            targets = batch.targets.to(device, non_blocking=True)
             if epoch == 0 and index < 3 and self.world.is_main and config.plots:
                 report.write_batch_picture(batch, self.data.names, self.run_folder, index, self.events)
             marks = [mark, time.perf_counter()]
@@ -312,7 +311,7 @@ class Trainer:
                 with autocast(device, self.amp):
                     output = self.network(images)
                 marks.append(time.perf_counter())
-                loss = self.criterion(output, targets, (images.shape[2], images.shape[3]))
+                loss = self.criterion(output, batch.targets, (images.shape[2], images.shape[3]))
                 marks.append(time.perf_counter())
                 # Processes average their gradients; the published loss sums over the images of all of them.
                 state.scaler.scale(loss.total * self.world.size).backward()

@@ -259,7 +259,8 @@ class _Given(torch.autograd.Function):
         sums = ctx.raw.backward_sums(dz, *given, ctx.silu)
         means = bn.means_of(sums, total, ctx.group)
         dx1, dx2 = ctx.raw.backward_apply(dz, *given, means[0], means[1], means[2], ctx.silu)
-        gradients = (dx1, sums[1], sums[0], dx2, sums[2], sums[0], dz)
+        # Each bias owns its gradient: autograd keeps what it is given, and later adds to it in place.
+        gradients = (dx1, sums[1], sums[0], dx2, sums[2], sums[0].clone(), dz)
         return (*_needed(ctx, gradients), *(None,) * 9)
 
 

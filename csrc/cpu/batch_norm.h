@@ -41,12 +41,25 @@ struct Factors {
     }
   }
 
+  // K registers of each from column c.
+  template <int K>
+  void take(int64_t c, Vector<A> (&means)[B][K], Vector<A> (&scales)[B][K], Vector<A> (&shifts)[K]) const {
+    for (int k = 0; k < K; ++k) {
+      const int64_t i = c + k * kLanes<A>;
+      shifts[k] = load(shift + i, AllLanes{});
+      for (int b = 0; b < B; ++b) means[b][k] = load(mean[b] + i, AllLanes{}), scales[b][k] = load(scale[b] + i, AllLanes{});
+    }
+  }
+
   std::array<A*, B> mean, scale;
   A* shift;
 
  private:
   std::vector<A> values;
 };
+
+template <int K>
+using Registers = std::integral_constant<int, K>;
 
 // Calls body(lanes, i) for the registers of a run of `length` values.
 // Inlined, so that what the body captured lies in CPU registers: stores might otherwise change it, for all GCC knows.
@@ -55,6 +68,23 @@ template <typename A, typename Body>
   int64_t i = 0;
   for (; i + kLanes<A> <= length; i += kLanes<A>) body(AllLanes{}, i);
   if (i < length) body(FirstLanes{static_cast<int>(length - i)}, i);
+}
+
+// Calls body(lanes, registers, c) for blocks of up to four registers of a row: what belongs to the columns of a block
+// stays in CPU registers while the body goes down all rows of a tile.
+template <typename A, typename Body>
+[[gnu::always_inline]] inline void over_columns(int64_t width, const Body& body) {
+  constexpr int L = kLanes<A>;
+  int64_t c = 0;
+  for (; c + 4 * L <= width; c += 4 * L) body(AllLanes{}, Registers<4>{}, c);
+  if (c + 3 * L <= width) {
+    body(AllLanes{}, Registers<3>{}, c), c += 3 * L;
+  } else if (c + 2 * L <= width) {
+    body(AllLanes{}, Registers<2>{}, c), c += 2 * L;
+  } else if (c + L <= width) {
+    body(AllLanes{}, Registers<1>{}, c), c += L;
+  }
+  if (c < width) body(FirstLanes{static_cast<int>(width - c)}, Registers<1>{}, c);
 }
 
 // Runs rows_body(first row, rows, table row) or plane_body(n, c, first value, values, entry) for every tile.
@@ -110,31 +140,36 @@ struct Statistics {
  private:
   static void sum_rows(const T* x, int64_t row, int64_t rows, int64_t width, A* centre, A* sum, A* square) {
     const int64_t step = rows >= 8 ? rows / 8 * row : 0;
-    over_run<A>(width, [=](auto lanes, int64_t c) {
-      Vector<A> sample[8];
-      for (int i = 0; i < 8; ++i) sample[i] = load(x + i * step + c, lanes);
-      store(centre + c, mean_of_8(sample), lanes);
-      store(sum + c, Vector<A>{}, lanes);
-      store(square + c, Vector<A>{}, lanes);
+    over_columns<A>(width, [=](auto lanes, auto registers, int64_t c) {
+      constexpr int K = registers.value, L = kLanes<A>;
+      Vector<A> middle[K], s[K]{}, q[K]{};
+      for (int k = 0; k < K; ++k) {
+        Vector<A> sample[8];
+        for (int i = 0; i < 8; ++i) sample[i] = load(x + i * step + c + k * L, lanes);
+        middle[k] = mean_of_8(sample);
+      }
+      const T* place = x + c;
+      int64_t r = 0;
+      for (; r + 2 <= rows; r += 2, place += 2 * row) {
+        for (int k = 0; k < K; ++k) {
+          const Vector<A> d = load(place + k * L, lanes) - middle[k], e = load(place + row + k * L, lanes) - middle[k];
+          s[k] += d + e;
+          q[k] = multiply_add(d, d, multiply_add(e, e, q[k]));
+        }
+      }
+      if (r < rows) {
+        for (int k = 0; k < K; ++k) {
+          const Vector<A> d = load(place + k * L, lanes) - middle[k];
+          s[k] += d;
+          q[k] = multiply_add(d, d, q[k]);
+        }
+      }
+      for (int k = 0; k < K; ++k) {
+        store(centre + c + k * L, middle[k], lanes);
+        store(sum + c + k * L, s[k], lanes);
+        store(square + c + k * L, q[k], lanes);
+      }
     });
-    int64_t r = 0;
-    for (; r + 2 <= rows; r += 2) {
-      const T* place = x + r * row;
-      over_run<A>(width, [=](auto lanes, int64_t c) {
-        const Vector<A> middle = load(centre + c, lanes);
-        const Vector<A> d = load(place + c, lanes) - middle, e = load(place + row + c, lanes) - middle;
-        store(sum + c, load(sum + c, lanes) + (d + e), lanes);
-        store(square + c, multiply_add(d, d, multiply_add(e, e, load(square + c, lanes))), lanes);
-      });
-    }
-    if (r < rows) {
-      const T* place = x + r * row;
-      over_run<A>(width, [=](auto lanes, int64_t c) {
-        const Vector<A> d = load(place + c, lanes) - load(centre + c, lanes);
-        store(sum + c, load(sum + c, lanes) + d, lanes);
-        store(square + c, multiply_add(d, d, load(square + c, lanes)), lanes);
-      });
-    }
   }
 
   static void sum_run(const T* x, int64_t length, A* centre, A* sum, A* square) {
@@ -224,23 +259,25 @@ void apply(const FeatureMap& map, const Inputs<T, B>& x, const std::array<Norm<C
   over_tiles(
       tiling,
       [&](int64_t first, int64_t rows, int64_t) {
-        const std::array<A*, B> mean = factors.mean, scale = factors.scale;
-        const A* shift = factors.shift;
-        for (int64_t r = first * tiling.fold; r < (first + rows) * tiling.fold; r += tiling.fold) {
-          const std::array<const T*, B> source = places<T, B>(x, r);
-          const T* added = residual.data ? residual.data + r * residual.row : nullptr;
-          T* target = out.data + r * out.row;
-          over_run<A>(tiling.width, [=](auto lanes, int64_t c) {
-            V y = load(shift + c, AllLanes{});
-            for (int b = 0; b < B; ++b) {
-              const V apart = load(source[b] + c, lanes) - load(mean[b] + c, AllLanes{});
-              y = multiply_add(apart, load(scale[b] + c, AllLanes{}), y);
+        const int64_t begin = first * tiling.fold, end = (first + rows) * tiling.fold, step = tiling.fold;
+        over_columns<A>(tiling.width, [&](auto lanes, auto registers, int64_t c) {
+          constexpr int K = registers.value;
+          V mean[B][K], scale[B][K], shift[K];
+          factors.template take<K>(c, mean, scale, shift);
+          for (int64_t r = begin; r < end; r += step) {
+            const std::array<const T*, B> source = places<T, B>(x, r);
+            const T* added = residual.data ? residual.data + r * residual.row : nullptr;
+            T* target = out.data + r * out.row;
+            for (int k = 0; k < K; ++k) {
+              const int64_t i = c + k * L;
+              V y = shift[k];
+              for (int b = 0; b < B; ++b) y = multiply_add(load(source[b] + i, lanes) - mean[b][k], scale[b][k], y);
+              V z = activated<Silu>(y);
+              if (added) z += load(added + i, lanes);
+              store(target + i, z, lanes);
             }
-            V z = activated<Silu>(y);
-            if (added) z += load(added + c, lanes);
-            store(target + c, z, lanes);
-          });
-        }
+          }
+        });
       },
       [&](int64_t n, int64_t c, int64_t first, int64_t length, int64_t) {
         std::array<V, B> mean, scale;
@@ -277,30 +314,35 @@ void gradient_sums(const FeatureMap& map, Access<const T> dz, const Inputs<T, B>
   over_tiles(
       tiling,
       [&](int64_t first, int64_t rows, int64_t entry) {
-        const std::array<A*, B> mean = factors.mean, scale = factors.scale;
-        const A* shift = factors.shift;
+        const int64_t begin = first * tiling.fold, end = (first + rows) * tiling.fold, step = tiling.fold;
         A* sums_of = table.get() + entry * channels;
-        for (int k = 0; k <= B; ++k) std::fill_n(sums_of + k * size, tiling.width, A(0));
-        for (int64_t r = first * tiling.fold; r < (first + rows) * tiling.fold; r += tiling.fold) {
-          const std::array<const T*, B> source = places<T, B>(x, r);
-          const T* gradient = dz.data + r * dz.row;
-          T* target = Keep ? kept.data + r * kept.row : nullptr;
-          over_run<A>(tiling.width, [=](auto lanes, int64_t c) {
-            V dy = load(gradient + c, lanes), y = load(shift + c, AllLanes{});
-            std::array<V, B> apart;
-            for (int b = 0; b < B; ++b) {
-              apart[b] = load(source[b] + c, lanes) - load(mean[b] + c, AllLanes{});
-              y = multiply_add(apart[b], load(scale[b] + c, AllLanes{}), y);
+        over_columns<A>(tiling.width, [&](auto lanes, auto registers, int64_t c) {
+          constexpr int K = registers.value;
+          V mean[B][K], scale[B][K], shift[K], sum[K]{}, product[B][K]{};
+          factors.template take<K>(c, mean, scale, shift);
+          for (int64_t r = begin; r < end; r += step) {
+            const std::array<const T*, B> source = places<T, B>(x, r);
+            const T* gradient = dz.data + r * dz.row;
+            T* target = Keep ? kept.data + r * kept.row : nullptr;
+            for (int k = 0; k < K; ++k) {
+              const int64_t i = c + k * L;
+              V dy = load(gradient + i, lanes), y = shift[k];
+              std::array<V, B> apart;
+              for (int b = 0; b < B; ++b) {
+                apart[b] = load(source[b] + i, lanes) - mean[b][k];
+                y = multiply_add(apart[b], scale[b][k], y);
+              }
+              if constexpr (Silu) dy *= silu_slope(y);
+              if constexpr (Keep) store(target + i, dy, lanes);
+              sum[k] += dy;
+              for (int b = 0; b < B; ++b) product[b][k] = multiply_add(dy, apart[b], product[b][k]);
             }
-            if constexpr (Silu) dy *= silu_slope(y);
-            if constexpr (Keep) store(target + c, dy, lanes);
-            store(sums_of + c, load(sums_of + c, lanes) + dy, lanes);
-            for (int b = 0; b < B; ++b) {
-              A* product = sums_of + (1 + b) * size + c;
-              store(product, multiply_add(dy, apart[b], load(product, lanes)), lanes);
-            }
-          });
-        }
+          }
+          for (int k = 0; k < K; ++k) {
+            store(sums_of + c + k * L, sum[k], lanes);
+            for (int b = 0; b < B; ++b) store(sums_of + (1 + b) * size + c + k * L, product[b][k], lanes);
+          }
+        });
       },
       [&](int64_t n, int64_t c, int64_t first, int64_t length, int64_t entry) {
         std::array<V, B> mean, scale, product;
@@ -370,28 +412,36 @@ void input_gradient(const FeatureMap& map, Access<const T> dz, const Inputs<T, B
   over_tiles(
       tiling,
       [&](int64_t first, int64_t rows, int64_t) {
-        const std::array<A*, B> mean = factors.mean, scale = factors.scale;
-        const A *shift = factors.shift, *lines = more.data();
-        for (int64_t r = first * tiling.fold; r < (first + rows) * tiling.fold; r += tiling.fold) {
-          const std::array<const T*, B> source = places<T, B>(x, r);
-          const std::array<T*, B> target = places<T, B>(dx, r);
-          const T* gradient = dz.data + r * dz.row;
-          over_run<A>(tiling.width, [=](auto lanes, int64_t c) {
-            V dy = load(gradient + c, lanes), y = load(shift + c, AllLanes{});
-            std::array<V, B> apart, steep;
-            for (int b = 0; b < B; ++b) {
-              apart[b] = load(source[b] + c, lanes) - load(mean[b] + c, AllLanes{});
-              steep[b] = load(scale[b] + c, AllLanes{});
-              if constexpr (Silu && !Kept) y = multiply_add(apart[b], steep[b], y);
+        const int64_t begin = first * tiling.fold, end = (first + rows) * tiling.fold, step = tiling.fold;
+        over_columns<A>(tiling.width, [&](auto lanes, auto registers, int64_t c) {
+          constexpr int K = registers.value;
+          V mean[B][K], scale[B][K], shift[K], steep[B][K], apart_by[B][K];
+          factors.template take<K>(c, mean, scale, shift);
+          for (int b = 0; b < B; ++b) {
+            for (int k = 0; k < K; ++k) {
+              steep[b][k] = load(slope(b, c + k * L), AllLanes{}), apart_by[b][k] = load(offset(b, c + k * L), AllLanes{});
             }
-            if constexpr (Silu && !Kept) dy *= silu_slope(y);
-            for (int b = 0; b < B; ++b) {
-              const A* line = lines + 2 * b * padded + c;
-              const V shifted = multiply_add(apart[b], load(line, AllLanes{}), load(line + padded, AllLanes{}));
-              store(target[b] + c, multiply_add(dy, steep[b], shifted), lanes);
+          }
+          for (int64_t r = begin; r < end; r += step) {
+            const std::array<const T*, B> source = places<T, B>(x, r);
+            const std::array<T*, B> target = places<T, B>(dx, r);
+            const T* gradient = dz.data + r * dz.row;
+            for (int k = 0; k < K; ++k) {
+              const int64_t i = c + k * L;
+              V dy = load(gradient + i, lanes), y = shift[k];
+              std::array<V, B> apart;
+              for (int b = 0; b < B; ++b) {
+                apart[b] = load(source[b] + i, lanes) - mean[b][k];
+                if constexpr (Silu && !Kept) y = multiply_add(apart[b], scale[b][k], y);
+              }
+              if constexpr (Silu && !Kept) dy *= silu_slope(y);
+              for (int b = 0; b < B; ++b) {
+                const V shifted = multiply_add(apart[b], steep[b][k], apart_by[b][k]);
+                store(target[b] + i, multiply_add(dy, scale[b][k], shifted), lanes);
+              }
             }
-          });
-        }
+          }
+        });
       },
       [&](int64_t n, int64_t c, int64_t first, int64_t length, int64_t) {
         std::array<V, B> mean, scale, steep, apart_by;

@@ -2,7 +2,8 @@
 //
 // out = act(sum_b (x_b - mean_b) scale_b + shift) (+ residual), scale = weight * rstd. Forward: every x is read twice,
 // out written once. Backward: dz and every x are read twice and dx is written; in float32 and float64 the first pass
-// leaves act' dz in dx, so that the second needs no e^x (measured faster than recomputing it up to 13 MB a tensor).
+// leaves act' dz in dx, so that the second needs no e^x. Measured for 8 x 128 x 40 x 40 on two cores, float32,
+// channels_last: 248 us for the first pass, 88 us for the second.
 #pragma once
 
 #include "cpu/feature_map.h"
@@ -87,10 +88,13 @@ template <typename A, typename Body>
   if (c < width) body(FirstLanes{static_cast<int>(width - c)}, Registers<1>{}, c);
 }
 
+// The least values worth waking a thread for: passes that compute e^x, and those that only read and add.
+constexpr int64_t kWithExponential = 32768, kWithout = 131072;
+
 // Runs rows_body(first row, rows, table row) or plane_body(n, c, first value, values, entry) for every tile.
 template <typename RowsBody, typename PlaneBody>
-void over_tiles(const Tiling& tiling, const RowsBody& rows_body, const PlaneBody& plane_body) {
-  torch::stable::parallel_for(0, tiling.tiles, tiling.grain, [&](int64_t begin, int64_t end) {
+void over_tiles(const Tiling& tiling, int64_t least, const RowsBody& rows_body, const PlaneBody& plane_body) {
+  torch::stable::parallel_for(0, tiling.tiles, tiling.grain(least), [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; ++t) {
       const int64_t segment = t % tiling.segments;
       if (tiling.rows) {
@@ -122,7 +126,7 @@ struct Statistics {
     const std::unique_ptr<A[]> table(new A[3 * size + kLanes<A>]);
     A *centre = table.get(), *sum = centre + size, *square = sum + size;
     over_tiles(
-        tiling,
+        tiling, kWithout,
         [&](int64_t first, int64_t rows, int64_t entry) {
           const int64_t at = entry * channels, row = tiling.fold * input.row;
           sum_rows(input.data + first * row, row, rows, tiling.width, centre + at, sum + at, square + at);
@@ -183,6 +187,10 @@ struct Statistics {
       const Vector<A> d = load(x + i, AllLanes{}) - middle, d1 = load(x + i + L, AllLanes{}) - middle;
       s += d, s1 += d1;
       q = multiply_add(d, d, q), q1 = multiply_add(d1, d1, q1);
+    }
+    if (i + L <= length) {
+      const Vector<A> d = load(x + i, AllLanes{}) - middle;
+      s += d, q = multiply_add(d, d, q), i += L;
     }
     s += s1, q += q1;
     A rest_sum = 0, rest_square = 0;
@@ -257,7 +265,7 @@ void apply(const FeatureMap& map, const Inputs<T, B>& x, const std::array<Norm<C
   const Tiling tiling(map, dense, L);
   const Factors<A, B> factors(norms, tiling);
   over_tiles(
-      tiling,
+      tiling, Silu ? kWithExponential : kWithout,
       [&](int64_t first, int64_t rows, int64_t) {
         const int64_t begin = first * tiling.fold, end = (first + rows) * tiling.fold, step = tiling.fold;
         over_columns<A>(tiling.width, [&](auto lanes, auto registers, int64_t c) {
@@ -312,7 +320,7 @@ void gradient_sums(const FeatureMap& map, Access<const T> dz, const Inputs<T, B>
   const int64_t size = tiling.entries * channels;
   const std::unique_ptr<A[]> table(new A[(1 + B) * size + L]);
   over_tiles(
-      tiling,
+      tiling, Silu ? kWithExponential : kWithout,
       [&](int64_t first, int64_t rows, int64_t entry) {
         const int64_t begin = first * tiling.fold, end = (first + rows) * tiling.fold, step = tiling.fold;
         A* sums_of = table.get() + entry * channels;
@@ -410,7 +418,7 @@ void input_gradient(const FeatureMap& map, Access<const T> dz, const Inputs<T, B
   const auto slope = [&](int b, int64_t i) { return more.data() + 2 * b * padded + i; };
   const auto offset = [&](int b, int64_t i) { return more.data() + (2 * b + 1) * padded + i; };
   over_tiles(
-      tiling,
+      tiling, Silu && !Kept ? kWithExponential : kWithout,
       [&](int64_t first, int64_t rows, int64_t) {
         const int64_t begin = first * tiling.fold, end = (first + rows) * tiling.fold, step = tiling.fold;
         over_columns<A>(tiling.width, [&](auto lanes, auto registers, int64_t c) {

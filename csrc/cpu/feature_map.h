@@ -90,7 +90,7 @@ Access<T> writing(const FeatureMap& map, const Tensor& x) {
 // Rows: blocks of whole rows. Planes: segments of one plane. Sums over a tile go into a table [entries, channels]; the
 // entries are added up in their order.
 //
-// Where rows lie dense, `fold` of them count as one wide row of whole registers: 24 channels become 96 columns, six
+// Where rows lie dense, `fold` of them count as one wide row of whole registers: 24 channels become 48 columns, three
 // registers of float32. In the table that is `fold` entries side by side.
 struct Tiling {
   Tiling(const FeatureMap& map, bool dense, int lanes) {
@@ -111,15 +111,17 @@ struct Tiling {
       tiles = map.batch * channels * segments;
       entries = map.batch * segments;
     }
-    const int64_t values_per_tile = std::max<int64_t>(1, values / std::max<int64_t>(tiles, 1));
-    grain = 1 + 8192 / values_per_tile;
+    values_per_tile = std::max<int64_t>(1, values / std::max<int64_t>(tiles, 1));
   }
 
-  // The most rows that make at most 128 columns in whole registers; 1 where none divide the count.
+  // Tiles that make up the least share of a thread.
+  int64_t grain(int64_t least_values) const { return 1 + least_values / values_per_tile; }
+
+  // The most rows that make at most 64 columns in whole registers; 1 where none divide the count.
   int64_t folded_rows(int64_t count, int lanes) const {
     const int64_t least = lanes / std::gcd<int64_t>(channels, lanes);
     for (int64_t rows = least * 16; rows >= least; rows -= least) {
-      if ((rows * channels <= 128 || rows == least) && count % rows == 0) return rows;
+      if ((rows * channels <= 64 || rows == least) && count % rows == 0) return rows;
     }
     return 1;
   }
@@ -129,7 +131,7 @@ struct Tiling {
   // How many values of each channel entry `e` sums up.
   int64_t values_of_entry(int64_t e) const { return extent(e / fold % segments); }
 
-  int64_t channels, width, length, size, segments, tiles, entries, grain;
+  int64_t channels, width, length, size, segments, tiles, entries, values_per_tile;
   int64_t fold = 1;
   bool rows;
 };

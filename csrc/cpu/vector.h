@@ -152,6 +152,10 @@ Vector<A> broadcast(A value) {
 
 template <typename A>
 A sum_of_lanes(Vector<A> values) {
+#if defined(__AVX512F__)
+  if constexpr (std::is_same_v<A, float>) return _mm512_reduce_add_ps((__m512)values);
+  if constexpr (std::is_same_v<A, double>) return _mm512_reduce_add_pd((__m512d)values);
+#endif
   A sum = 0;
   for (int i = 0; i < kLanes<A>; ++i) sum += values[i];
   return sum;

@@ -1,6 +1,6 @@
 """bn_silu, forward and backward, at the sizes of yolov9-t (320 px, batch 8): eager in both layouts, compiled, C++.
 
-.venv/bin/python -m pytest bench/test_bn_silu.py --benchmark-group-by=param:shape --benchmark-columns=median,iqr
+.venv/bin/python -m pytest bench/test_bn_silu.py --benchmark-group-by=param:shape --benchmark-columns=median
 .venv/bin/python bench/test_bn_silu.py      a table: interleaved, microseconds, summed over the network's units
 """
 

@@ -357,6 +357,20 @@ def test_a_folded_unit_is_bias_and_silu_in_place_where_nothing_is_recorded(name:
         assert bias.grad is not None
 
 
+@pytest.mark.parametrize("name", BACKENDS)
+def test_a_folded_unit_adds_a_residual(name: str) -> None:
+    x, bias, residual = torch.randn(2, 5, 4, 3), torch.randn(5), torch.randn(2, 5, 4, 3, requires_grad=True)
+    expected = F.silu(x + bias.view(1, -1, 1, 1)) + residual
+    with yf.backend(name):
+        z = yf.ops.bias_silu(x, bias, residual=residual)
+        (grad,) = torch.autograd.grad(z.sum(), residual)
+        alone = yf.ops.bias_silu(x, bias, residual=residual.detach())
+    torch.testing.assert_close(z, expected)
+    assert torch.equal(grad, torch.ones_like(grad)) and z.data_ptr() != x.data_ptr()
+    assert alone.data_ptr() == x.data_ptr()
+    torch.testing.assert_close(alone, expected.detach())
+
+
 @pytest.mark.parametrize(
     ("change", "kind", "words"),
     [

@@ -15,12 +15,14 @@ Backward, from the x_b and two vectors each, everything else recomputed:
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.function import once_differentiable as torch_once_differentiable
 
 from yolov9_fast.ops import library
 from yolov9_fast.ops.interpreted import triton_launcher
@@ -70,7 +72,7 @@ def check_map(op: str, name: str, x: Tensor) -> None:
 
 
 def check_vector(op: str, name: str, vector: Tensor | None, x: Tensor) -> None:
-    if vector is not None and (vector.ndim != 1 or vector.shape[0] != x.shape[1]):
+    if vector is not None and vector.shape != x.shape[1:2]:
         raise ValueError(f"{op}: {name} must have shape [{x.shape[1]}], got {list(vector.shape)}")
 
 
@@ -126,6 +128,13 @@ def has_rows(x: Tensor) -> bool:
 def empty_dense(x: Tensor) -> Tensor:
     """Uninitialised, of x's shape, dense in x's layout: what the kernels return for gradients."""
     return torch.empty_like(x, memory_format=torch.channels_last if has_rows(x) else torch.contiguous_format)
+
+
+def empty_output(x: Tensor) -> Tensor:
+    """As `empty_dense`, sooner for a dense x: small maps take less time than a look at all strides here."""
+    if x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last):
+        return torch.empty_like(x)
+    return empty_dense(x)
 
 
 def returned(out: Tensor) -> Tensor:
@@ -230,6 +239,20 @@ def input_gradients_reference(
         dx = (dy - _column(means[0]) - _normalised(branch) * _column(mean_dy_xhat)) * _column(scale)
         gradients.append(empty_dense(branches[0].x).copy_(dx))
     return gradients
+
+
+# ---- autograd
+
+
+def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """torch's decorator of that name, whose work is only needed where a graph of the backward is recorded."""
+    refusing_a_second = torch_once_differentiable(backward)
+
+    @functools.wraps(backward)
+    def wrapper(ctx: Any, dz: Tensor) -> Any:
+        return refusing_a_second(ctx, dz) if torch.is_grad_enabled() else backward(ctx, dz)
+
+    return wrapper
 
 
 # ---- registration

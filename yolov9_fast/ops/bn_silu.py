@@ -11,7 +11,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from yolov9_fast.ops import batch_norm as bn
 from yolov9_fast.ops import library
@@ -55,13 +54,14 @@ def bn_silu(
     Raises `ValueError` or `TypeError` that names the argument.
     """
     bn.check_map("bn_silu", "x", x)
+    channels = x.shape[1:2]
     for name, vector in (
         ("weight", weight),
         ("bias", bias),
         ("running_mean", running_mean),
         ("running_var", running_var),
     ):
-        if vector is not None:
+        if vector is not None and vector.shape != channels:
             bn.check_vector("bn_silu", name, vector, x)
     bn.check_statistics("bn_silu", x, training, running_mean, running_var, group is None)
     if residual is not None:
@@ -81,30 +81,22 @@ def bias_silu(
     out: Tensor | None = None,
     activation: bool = True,
 ) -> Tensor:
-    """silu(x + bias), for units whose BatchNorm is folded into the convolution: γ = rstd = 1, mean = 0.
+    """silu(x + bias) + residual, for units whose BatchNorm is folded into the convolution: γ = rstd = 1, mean = 0.
 
     Written into `out`; without one, into x itself where autograd records nothing, else into a new tensor.
     """
     bn.check_map("bias_silu", "x", x)
     if bias is not None:
         bn.check_vector("bias_silu", "bias", bias, x)
-    if out is None and not (torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))):
+    recorded = torch.is_grad_enabled() and any(
+        tensor is not None and tensor.requires_grad for tensor in (x, bias, residual)
+    )
+    if out is None and not recorded:
         out = x.detach()
     zeros = torch.zeros(x.shape[1], dtype=bn.computed_in(x.dtype), device=x.device)
     # eps is 0: rstd is exactly 1.
-    return bn_silu(
-        x,
-        None,
-        bias,
-        zeros,
-        zeros + 1,
-        training=False,
-        momentum=0.0,
-        eps=0.0,
-        residual=residual,
-        out=out,
-        activation=activation,
-    )
+    options: dict[str, Any] = {"training": False, "momentum": 0.0, "eps": 0.0}
+    return bn_silu(x, None, bias, zeros, zeros + 1, **options, residual=residual, out=out, activation=activation)
 
 
 def bn_silu_reference(
@@ -272,14 +264,14 @@ class _OfBatch(torch.autograd.Function):
         silu: bool,
         raw: Raw,
     ) -> Tensor:
-        target = bn.empty_dense(x) if out is None else out
+        target = bn.empty_output(x) if out is None else out
         mean, rstd = raw.forward(x, weight, bias, running_mean, running_var, momentum, eps, residual, target, silu)
         ctx.save_for_backward(x, weight, bias, mean, rstd)
         ctx.silu, ctx.raw = silu, raw
         return target if out is None else bn.returned(out)
 
     @staticmethod
-    @once_differentiable
+    @bn.once_differentiable
     def backward(ctx: Any, dz: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias, mean, rstd = ctx.saved_tensors
         need = ctx.needs_input_grad
@@ -313,14 +305,14 @@ class _Given(torch.autograd.Function):
         silu: bool,
         raw: Raw,
     ) -> Tensor:
-        target = bn.empty_dense(x) if out is None else out
+        target = bn.empty_output(x) if out is None else out
         raw.apply(x, weight, bias, mean, rstd, residual, target, silu)
         ctx.save_for_backward(x, weight, bias, mean, rstd, total)
         ctx.silu, ctx.raw, ctx.group = silu, raw, group
         return target if out is None else bn.returned(out)
 
     @staticmethod
-    @once_differentiable
+    @bn.once_differentiable
     def backward(ctx: Any, dz: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias, mean, rstd, total = ctx.saved_tensors
         given = (dz, x, weight, bias, mean, rstd)
@@ -384,7 +376,7 @@ OPERATOR = register(
             "cpu": Implementation(
                 _compiled,
                 library.missing("bn_silu_forward", "cpu"),
-                lambda x, running: not_on("cpu", x) or bn.why_not_kernel(x, running),
+                lambda x, running: (None if x.is_cpu else not_on("cpu", x)) or bn.why_not_kernel(x, running),
             ),
             "triton": Implementation(
                 _triton,

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from yolov9_fast.ops import batch_norm as bn
 from yolov9_fast.ops import library
@@ -206,7 +205,7 @@ class _OfBatch(torch.autograd.Function):
         silu: bool,
         raw: Raw,
     ) -> Tensor:
-        target = bn.empty_dense(x1) if out is None else out
+        target = bn.empty_output(x1) if out is None else out
         mean1, rstd1, mean2, rstd2 = raw.forward(
             x1, weight1, bias1, *running[:2], x2, weight2, bias2, *running[2:], momentum, eps, residual, target, silu
         )
@@ -215,7 +214,7 @@ class _OfBatch(torch.autograd.Function):
         return target if out is None else bn.returned(out)
 
     @staticmethod
-    @once_differentiable
+    @bn.once_differentiable
     def backward(ctx: Any, dz: Tensor) -> tuple[Tensor | None, ...]:
         dx1, dx2, dweight1, dbias1, dweight2, dbias2 = ctx.raw.backward(dz, *ctx.saved_tensors, ctx.silu)
         gradients = (dx1, dweight1, dbias1, dx2, dweight2, dbias2, dz)
@@ -245,7 +244,7 @@ class _Given(torch.autograd.Function):
         silu: bool,
         raw: Raw,
     ) -> Tensor:
-        target = bn.empty_dense(x1) if out is None else out
+        target = bn.empty_output(x1) if out is None else out
         given = (x1, weight1, bias1, mean1, rstd1, x2, weight2, bias2, mean2, rstd2)
         raw.apply(*given, residual, target, silu)
         ctx.save_for_backward(*given, total)
@@ -253,7 +252,7 @@ class _Given(torch.autograd.Function):
         return target if out is None else bn.returned(out)
 
     @staticmethod
-    @once_differentiable
+    @bn.once_differentiable
     def backward(ctx: Any, dz: Tensor) -> tuple[Tensor | None, ...]:
         *given, total = ctx.saved_tensors
         sums = ctx.raw.backward_sums(dz, *given, ctx.silu)
@@ -320,7 +319,7 @@ OPERATOR = register(
             "cpu": Implementation(
                 _compiled,
                 library.missing("rep_bn_silu_forward", "cpu"),
-                lambda x, norm1, norm2: not_on("cpu", x) or _why_not_kernel(x, norm1, norm2),
+                lambda x, norm1, norm2: (None if x.is_cpu else not_on("cpu", x)) or _why_not_kernel(x, norm1, norm2),
             ),
             "triton": Implementation(
                 _triton,

@@ -92,7 +92,7 @@ def step(name: str, shape: Shape) -> Callable[[], Tensor]:
     return checked()
 
 
-@pytest.mark.parametrize("shape", sorted(shapes(), key=lambda s: -torch.Size(s).numel()), ids=str)
+@pytest.mark.parametrize("shape", sorted(shapes(), key=lambda s: -torch.Size(s).numel()), ids=str)  # type: ignore[arg-type]
 @pytest.mark.parametrize("name", PROVIDERS)
 def test_bn_silu(benchmark: Callable[..., Tensor], name: str, shape: Shape) -> None:
     keep_freed_memory()

@@ -106,7 +106,7 @@ def opencv_batched(one: Tensor, max_det: int) -> list[Tensor]:
     for image in one:
         boxes, score, label = candidates(image)
         sides = torch.cat((boxes[:, :2], boxes[:, 2:] - boxes[:, :2]), 1).double().numpy()
-        index = cv2.dnn.NMSBoxesBatched(sides, score.numpy(), label.int().numpy(), CONF, IOU)
+        index = cv2.dnn.NMSBoxesBatched(sides, score.numpy(), label.int().numpy(), CONF, IOU)  # type: ignore[arg-type]
         chosen = torch.from_numpy(np.asarray(index, dtype=np.int64).reshape(-1))[:max_det]
         kept.append(torch.cat((boxes[chosen], score[chosen, None], label[chosen, None].float()), 1))
     return kept
@@ -177,4 +177,5 @@ def test_nms(benchmark: Callable[..., Any], provider: str, max_det: int, pairs: 
     one = prediction(pairs)
     call = PROVIDERS[provider]
     same_survivors(rows(call(one, max_det)), rows(reference(one, max_det)))
-    benchmark.pedantic(call, (one, max_det), rounds=20 if provider == "cpu" else 3, warmup_rounds=1)
+    rounds = 20 if provider == "cpu" else 3
+    benchmark.pedantic(call, (one, max_det), rounds=rounds, warmup_rounds=1)  # type: ignore[attr-defined]

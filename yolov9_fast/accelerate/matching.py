@@ -29,14 +29,14 @@ class Kind:
     operators: frozenset[str]
 
 
-def _unit(module: nn.Module | None, name: str) -> str | None:
+def _unit(module: Any, name: str) -> str | None:
     if not isinstance(module, nn.Module):
         return f"no child {name}"
     reason = f.unit_reason(module)
     return reason and f"{name}: {reason}"
 
 
-def _units(block: nn.Module, *numbers: int) -> str | None:
+def _units(block: Any, *numbers: int) -> str | None:
     for number in numbers:
         reason = _unit(f.child(block, number), f"child {number}")
         if reason:
@@ -44,20 +44,20 @@ def _units(block: nn.Module, *numbers: int) -> str | None:
     return None
 
 
-def _only_children(module: nn.Module, allowed: set[str]) -> str | None:
+def _only_children(module: Any, allowed: set[str]) -> str | None:
     other = sorted({name for name, _ in module.named_children()} - allowed)
     return f"unknown children {', '.join(other)}" if other else None
 
 
-def _conv_reason(module: nn.Module) -> str | None:
+def _conv_reason(module: Any) -> str | None:
     return _only_children(module, {"conv", "bn", "act"}) or f.unit_reason(module)
 
 
-def _rep_reason(module: nn.Module) -> str | None:
+def _rep_reason(module: Any) -> str | None:
     return _only_children(module, {"conv1", "conv2", "conv", "act", "bn"}) or f.rep_reason(module)
 
 
-def _bottleneck_reason(module: nn.Module) -> str | None:
+def _bottleneck_reason(module: Any) -> str | None:
     known = {"cv1", "cv2", "conv1", "conv2"}
     if not any(hasattr(module, name) for name in ("add", "residual")):
         return "no attribute add or residual says whether it is residual"
@@ -66,7 +66,7 @@ def _bottleneck_reason(module: nn.Module) -> str | None:
     return _only_children(module, known) or _units(module, 2)
 
 
-def _csp_reason(module: nn.Module) -> str | None:
+def _csp_reason(module: Any) -> str | None:
     known = {"cv1", "cv2", "cv3", "conv1", "conv2", "conv3", "m", "bottleneck"}
     reason = _only_children(module, known) or _units(module, 1, 2, 3)
     if reason:
@@ -79,7 +79,7 @@ def _csp_reason(module: nn.Module) -> str | None:
     return _bottleneck_reason(inner[-1])
 
 
-def _elan_reason(module: nn.Module) -> str | None:
+def _elan_reason(module: Any) -> str | None:
     children = f.numbered(module)
     names = {name for name, child in module.named_children() if any(child is each for each in children)}
     reason = _only_children(module, names)
@@ -116,7 +116,7 @@ def _max_pool(module: Any) -> bool:
     )
 
 
-def _spp_reason(module: nn.Module) -> str | None:
+def _spp_reason(module: Any) -> str | None:
     reason = _units(module, 1, 5)
     if reason:
         return reason
@@ -131,7 +131,7 @@ def _spp_reason(module: nn.Module) -> str | None:
     return None
 
 
-def _is_average(module: nn.Module) -> str | None:
+def _is_average(module: Any) -> str | None:
     """A pool that is a child must be the one the operator computes; one called as a function cannot be seen."""
     for name, child in module.named_children():
         if isinstance(child, nn.AvgPool2d):
@@ -145,16 +145,16 @@ def _is_average(module: nn.Module) -> str | None:
     return None
 
 
-def _adown_reason(module: nn.Module) -> str | None:
+def _adown_reason(module: Any) -> str | None:
     return _units(module, 1, 2) or _is_average(module)
 
 
-def _aconv_reason(module: nn.Module) -> str | None:
+def _aconv_reason(module: Any) -> str | None:
     unit = f.a_conv_unit(module)
     return _unit(unit, "its convolution") or _is_average(module)
 
 
-def _cbfuse_reason(module: nn.Module) -> str | None:
+def _cbfuse_reason(module: Any) -> str | None:
     if f.cb_fuse_indices(module) is None:
         return "no attribute idx, index or indices"
     return _only_children(module, set())
@@ -187,7 +187,7 @@ KINDS = (
 OPERATORS = frozenset().union(*(kind.operators for kind in KINDS))
 
 
-def match(module: nn.Module) -> tuple[Kind | None, str | None]:
+def match(module: Any) -> tuple[Kind | None, str | None]:
     """The kind of `module`; or none and, where its class name promised one, the reason."""
     name = type(module).__name__
     for kind in KINDS:

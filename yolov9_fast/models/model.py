@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from yolov9_fast.models.graph import BLOCKS, HEADS, Graph, GraphError, load_graph
-from yolov9_fast.nn import Conv, DDetect, DetectionOutput, DualDDetect, RepConv
+from yolov9_fast.nn import Conv, DDetect, DetectionOutput, DualDDetect, RepConv, Upsample
 from yolov9_fast.nn.functional import fused, hooked
 from yolov9_fast.ops.conv_bn_silu import Upsampled
 from yolov9_fast.ops.decode import decode
@@ -163,7 +163,9 @@ class DetectionModel(nn.Module):
             inputs = [images if s < 0 else outputs[s] for s in layer.sources]
             module = self.model[index]
             if index in unjoined:
-                outputs.append(inputs if layer.block == "Concat" else Upsampled(inputs[0], module.factor))
+                outputs.append(
+                    inputs if layer.block == "Concat" else Upsampled(inputs[0], cast(Upsample, module).factor)
+                )
                 continue
             outputs.append(module(inputs) if layer.block in ("Concat", "CBFuse") else module(inputs[0]))
         sources = self.graph.head.sources if auxiliary else self.graph.main_sources

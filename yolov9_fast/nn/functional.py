@@ -81,7 +81,7 @@ class Slots:
         return self.buffer.join(*parts)
 
 
-def unit_reason(unit: nn.Module) -> str | None:
+def unit_reason(unit: Any) -> str | None:
     """Why `unit` is no convolution unit (children conv, bn and act, or conv with a bias and act); None when it is."""
     conv, norm, act = getattr(unit, "conv", None), getattr(unit, "bn", None), getattr(unit, "act", None)
     if type(conv) is not nn.Conv2d:
@@ -108,18 +108,18 @@ def hooked(*modules: Any) -> bool:
     )
 
 
-def _overridden(unit: nn.Module) -> bool:
+def _overridden(unit: Any) -> bool:
     """Whether the instance has a forward of its own that is neither ours nor the one of a folded unit."""
     forward = unit.__dict__.get("forward")
     name = getattr(getattr(forward, "func", forward), "__name__", "")
     return forward is not None and name not in ("accelerated_forward", "forward_fuse")
 
 
-def _fusible(unit: nn.Module) -> bool:
+def _fusible(unit: Any) -> bool:
     return unit_reason(unit) is None and not hooked(unit.conv, getattr(unit, "bn", None), unit.act)
 
 
-def conv_unit(unit: nn.Module, x: Sources, *, residual: Tensor | None = None, slot: Slot | None = None) -> Tensor:
+def conv_unit(unit: Any, x: Sources, *, residual: Tensor | None = None, slot: Slot | None = None) -> Tensor:
     """act(bn(conv(x))) (+ residual) of a unit; several inputs stand for their concatenation."""
     if not _fusible(unit):
         inner = unit.conv(joined(x))
@@ -135,7 +135,7 @@ def conv_unit(unit: nn.Module, x: Sources, *, residual: Tensor | None = None, sl
     )
 
 
-def _options(norm: nn.Module) -> dict[str, Any]:
+def _options(norm: Any) -> dict[str, Any]:
     """A BatchNorm's statistics and mode, as `bn_silu` takes them; counts the batch."""
     mean, var, training, momentum = statistics(norm)
     return {
@@ -152,7 +152,7 @@ def convolution(conv: nn.Conv2d) -> Convolution:
     return Convolution(conv.weight, conv.bias, conv.stride, conv.padding, conv.dilation, conv.groups)
 
 
-def statistics(norm: nn.Module) -> tuple[Tensor | None, Tensor | None, bool, float]:
+def statistics(norm: Any) -> tuple[Tensor | None, Tensor | None, bool, float]:
     """running_mean, running_var, whether to use the batch's own statistics, and momentum, as BatchNorm2d decides them.
 
     Counts the batch, as BatchNorm2d does.
@@ -169,7 +169,7 @@ def statistics(norm: nn.Module) -> tuple[Tensor | None, Tensor | None, bool, flo
     return mean, var, training, momentum
 
 
-def process_group(norm: nn.Module) -> Any:
+def process_group(norm: Any) -> Any:
     """The group whose batches a synchronised BatchNorm shares; None where it is alone or no such."""
     if type(norm) is nn.BatchNorm2d or not (dist.is_available() and dist.is_initialized()):
         return None
@@ -177,7 +177,7 @@ def process_group(norm: nn.Module) -> Any:
     return group if dist.get_world_size(group) > 1 else None
 
 
-def rep_reason(rep: nn.Module) -> str | None:
+def rep_reason(rep: Any) -> str | None:
     """Why `rep` is no RepConv of two branches (or one convolution, once fused); None when it is."""
     if type(getattr(rep, "act", None)) is not nn.SiLU:
         return f"act is {_kind(getattr(rep, 'act', None))}, not SiLU"
@@ -195,12 +195,12 @@ def rep_reason(rep: nn.Module) -> str | None:
     return None
 
 
-def _branches(rep: nn.Module) -> tuple[nn.Module, nn.Module] | None:
+def _branches(rep: Any) -> tuple[Any, Any] | None:
     first, second = getattr(rep, "conv1", None), getattr(rep, "conv2", None)
     return None if first is None or second is None else (first, second)
 
 
-def rep_conv(rep: nn.Module, x: Tensor, *, slot: Slot | None = None) -> Tensor:
+def rep_conv(rep: Any, x: Tensor, *, slot: Slot | None = None) -> Tensor:
     """SiLU(BN(conv 3×3) + BN(conv 1×1)), or the one convolution and SiLU of a fused one."""
     branches = _branches(rep)
     if branches is None:
@@ -238,28 +238,29 @@ def _same_mode(first: Any, second: Any) -> bool:
     )
 
 
-def child(block: nn.Module, number: int) -> Any:
+def child(block: Any, number: int) -> Any:
     """The numbered child, `cv1` here and in the official code, `conv1` elsewhere; None when there is none."""
     found = getattr(block, f"cv{number}", None)
     return getattr(block, f"conv{number}", None) if found is None else found
 
 
-def has_residual(block: nn.Module) -> bool:
+def has_residual(block: Any) -> bool:
     """Whether a bottleneck adds its input; the attribute has two names in the field."""
     return bool(getattr(block, "residual", getattr(block, "add", False)))
 
 
-def bottleneck(block: nn.Module, x: Tensor, *, slot: Slot | None = None) -> Tensor:
+def bottleneck(block: Any, x: Tensor, *, slot: Slot | None = None) -> Tensor:
     """Conv 3×3(RepConv(x)), plus x where it is residual: the sum is taken while the last unit is written."""
     return last_unit(child(block, 2), child(block, 1)(x), residual=x if has_residual(block) else None, slot=slot)
 
 
-def inner_blocks(block: nn.Module) -> list[nn.Module]:
+def inner_blocks(block: Any) -> list[Any]:
     """The bottlenecks of a CSP block."""
-    return list(getattr(block, "m", None) or getattr(block, "bottleneck", ()))
+    found: Any = getattr(block, "m", None) or getattr(block, "bottleneck", ())
+    return list(found)
 
 
-def csp(block: nn.Module, x: Tensor) -> Tensor:
+def csp(block: Any, x: Tensor) -> Tensor:
     """Cross-stage-partial block: 1×1 and bottlenecks beside a 1×1, then a 1×1 over both, all in one buffer."""
     first, second, last = (child(block, number) for number in (1, 2, 3))
     slots = Slots((_out_channels(first), _out_channels(second)))
@@ -278,7 +279,7 @@ def csp(block: nn.Module, x: Tensor) -> Tensor:
     return last_unit(last, slots.join((y, beside)))
 
 
-def _reads_once(unit: nn.Module) -> bool:
+def _reads_once(unit: Any) -> bool:
     """Whether `unit` is a plain 1×1 unit, so that it can read its input together with another."""
     if hooked(unit) or _overridden(unit) or not _fusible(unit):
         return False
@@ -286,14 +287,14 @@ def _reads_once(unit: nn.Module) -> bool:
     return conv.pointwise and conv.bias is None and type(getattr(unit, "bn", None)) in _NORMS
 
 
-def _normalised(unit: nn.Module, y: Tensor, slot: Slot | None) -> Tensor:
+def _normalised(unit: Any, y: Tensor, slot: Slot | None) -> Tensor:
     """What follows the convolution in a unit."""
     out = None if slot is None else slot.open(y)
     silu = type(unit.act) is nn.SiLU
     return bn_silu(y, unit.bn.weight, unit.bn.bias, **_options(unit.bn), out=out, activation=silu)
 
 
-def elan(block: nn.Module, x: Sources) -> Tensor:
+def elan(block: Any, x: Sources) -> Tensor:
     """ELAN and CSP-ELAN: split, stages in a chain on the second half, a 1×1 over everything, all in one buffer."""
     first, *stages, last = numbered(block)
     half = _out_channels(first) // 2
@@ -307,15 +308,15 @@ def elan(block: nn.Module, x: Sources) -> Tensor:
     return last_unit(last, slots.join(parts))
 
 
-def numbered(block: nn.Module) -> list[nn.Module]:
+def numbered(block: Any) -> list[Any]:
     """Children 1, 2, … as far as they go."""
-    found: list[nn.Module] = []
+    found: list[Any] = []
     while (module := child(block, len(found) + 1)) is not None:
         found.append(module)
     return found
 
 
-def _stage(stage: nn.Module, x: Tensor, slot: Slot) -> Tensor:
+def _stage(stage: Any, x: Tensor, slot: Slot) -> Tensor:
     if not isinstance(stage, nn.Sequential):
         return last_unit(stage, x, slot=slot)
     if hooked(stage):
@@ -326,15 +327,15 @@ def _stage(stage: nn.Module, x: Tensor, slot: Slot) -> Tensor:
     return last_unit(last, x, slot=slot)
 
 
-def tail_unit(stage: nn.Module) -> nn.Module:
+def tail_unit(stage: Any) -> Any:
     return stage[-1] if isinstance(stage, nn.Sequential) else stage
 
 
-def _out_channels(unit: nn.Module) -> int:
+def _out_channels(unit: Any) -> int:
     return unit.conv.out_channels
 
 
-def spp_elan(block: nn.Module, x: Tensor) -> Tensor:
+def spp_elan(block: Any, x: Tensor) -> Tensor:
     """SPP-ELAN: 1×1, three successive max pools 5×5, 1×1 over all four, in one buffer from the start."""
     first, last = child(block, 1), child(block, 5)
     slots = Slots((_out_channels(first),) * 4)
@@ -343,25 +344,26 @@ def spp_elan(block: nn.Module, x: Tensor) -> Tensor:
     return last_unit(last, slots.join(parts))
 
 
-def a_down(block: nn.Module, x: Tensor) -> Tensor:
+def a_down(block: Any, x: Tensor) -> Tensor:
     """ADown: average pool, then two halves (Conv 3×3 stride 2; max pool, Conv 1×1) written side by side."""
     first, second = child(block, 1), child(block, 2)
     slots = Slots((_out_channels(first), _out_channels(second)))
     left, right = adown_pool(x)
+    assert right is not None
     return slots.join((last_unit(first, left, slot=slots(0)), last_unit(second, right, slot=slots(1))))
 
 
-def a_conv(block: nn.Module, x: Tensor) -> Tensor:
+def a_conv(block: Any, x: Tensor) -> Tensor:
     """AConv: average pool, then Conv 3×3 stride 2."""
     return a_conv_unit(block)(adown_pool(x, split=False)[0])
 
 
-def a_conv_unit(block: nn.Module) -> Any:
+def a_conv_unit(block: Any) -> Any:
     """The convolution of an AConv, under either of its names."""
     return getattr(block, "cv1", None) or getattr(block, "conv", None)
 
 
-def cb_fuse(block: nn.Module, inputs: Sequence[Any]) -> Tensor:
+def cb_fuse(block: Any, inputs: Sequence[Any]) -> Tensor:
     """Sum of the chosen split of every CBLinear, nearest-resized to the last input, and the last input itself."""
     indices = cb_fuse_indices(block)
     assert indices is not None
@@ -370,12 +372,12 @@ def cb_fuse(block: nn.Module, inputs: Sequence[Any]) -> Tensor:
     return cbfuse(chosen, target) if chosen else target
 
 
-def cb_fuse_indices(block: nn.Module) -> Sequence[int] | None:
+def cb_fuse_indices(block: Any) -> Sequence[int] | None:
     """Which split of each CBLinear a CBFuse takes; the attribute has three names in the field."""
     return next((getattr(block, name) for name in ("indices", "idx", "index") if hasattr(block, name)), None)
 
 
-def last_unit(unit: nn.Module, x: Sources, *, residual: Tensor | None = None, slot: Slot | None = None) -> Tensor:
+def last_unit(unit: Any, x: Sources, *, residual: Tensor | None = None, slot: Slot | None = None) -> Tensor:
     """`unit` on x into `slot`, unless it has hooks of its own or is no unit: then as it is called anywhere."""
     if hooked(unit) or _overridden(unit) or unit_reason(unit) is not None:
         y = unit(joined(x))

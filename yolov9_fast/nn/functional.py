@@ -46,6 +46,7 @@ def fused(x: Any) -> bool:
 
 
 _NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm, SyncBatchNorm2d)
+_NORMS_OR_NONE = (*_NORMS, nn.Identity)
 _ACTIVATIONS = (nn.SiLU, nn.Identity)
 
 
@@ -101,11 +102,12 @@ def _kind(module: Any) -> str:
 
 def hooked(*modules: Any) -> bool:
     """Whether one of the modules (None and others are passed over) has hooks that a direct call would leave out."""
-    return any(
-        m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks
-        for m in modules
-        if isinstance(m, nn.Module)
-    )
+    for m in modules:
+        if isinstance(m, nn.Module) and (
+            m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks
+        ):
+            return True
+    return False
 
 
 def _overridden(unit: Any) -> bool:
@@ -116,7 +118,16 @@ def _overridden(unit: Any) -> bool:
 
 
 def _fusible(unit: Any) -> bool:
-    return unit_reason(unit) is None and not hooked(unit.conv, getattr(unit, "bn", None), unit.act)
+    """`unit_reason` is None and no child has hooks; asked at every call, so without detours."""
+    children = unit._modules
+    conv, norm, act = children.get("conv"), children.get("bn"), children.get("act")
+    return (
+        type(conv) is nn.Conv2d
+        and type(act) in _ACTIVATIONS
+        and (norm is None or type(norm) in _NORMS_OR_NONE)
+        and conv.padding_mode == "zeros"
+        and not hooked(conv, norm, act)
+    )
 
 
 def conv_unit(unit: Any, x: Sources, *, residual: Tensor | None = None, slot: Slot | None = None) -> Tensor:
@@ -126,13 +137,16 @@ def conv_unit(unit: Any, x: Sources, *, residual: Tensor | None = None, slot: Sl
         norm = getattr(unit, "bn", None)
         y = unit.act(inner if norm is None else norm(inner))
         return y if residual is None else y + residual
-    norm, silu = getattr(unit, "bn", None), type(unit.act) is nn.SiLU
+    return _fused_unit(unit, x, residual, slot)
+
+
+def _fused_unit(unit: Any, x: Sources, residual: Tensor | None, slot: Slot | None) -> Tensor:
+    children = unit._modules
+    conv, norm, silu = convolution(children["conv"]), children.get("bn"), type(children["act"]) is nn.SiLU
     out = None if slot is None else slot.open
     if norm is None or type(norm) is nn.Identity:
-        return conv_bias_silu(x, convolution(unit.conv), residual=residual, out=out, activation=silu)
-    return conv_bn_silu(
-        x, convolution(unit.conv), norm.weight, norm.bias, **_options(norm), residual=residual, out=out, activation=silu
-    )
+        return conv_bias_silu(x, conv, residual=residual, out=out, activation=silu)
+    return conv_bn_silu(x, conv, norm.weight, norm.bias, **_options(norm), residual=residual, out=out, activation=silu)
 
 
 def _options(norm: Any) -> dict[str, Any]:
@@ -379,7 +393,7 @@ def cb_fuse_indices(block: Any) -> Sequence[int] | None:
 
 def last_unit(unit: Any, x: Sources, *, residual: Tensor | None = None, slot: Slot | None = None) -> Tensor:
     """`unit` on x into `slot`, unless it has hooks of its own or is no unit: then as it is called anywhere."""
-    if hooked(unit) or _overridden(unit) or unit_reason(unit) is not None:
+    if hooked(unit) or _overridden(unit) or not _fusible(unit):
         y = unit(joined(x))
         return y if residual is None else y + residual
-    return conv_unit(unit, x, residual=residual, slot=slot)
+    return _fused_unit(unit, x, residual, slot)

@@ -156,10 +156,17 @@ def conv_bias_silu(
         y = convolve(x, conv)
         y = F.silu(y) if activation else y
         return y if residual is None else y + residual
-    later = None if conv.weight.device.type == "cpu" else conv.bias
-    y = convolve(x, conv if later is None else conv._replace(bias=None))
+    on_the_way = conv.weight.device.type == "cpu"
+    y = convolve(x, conv if on_the_way else conv._replace(bias=None))
     place = out(y) if callable(out) else out
-    return bias_silu(y, later, residual=residual, out=y if place is None else place, activation=activation)
+    place = y if place is None else place
+    if not on_the_way:
+        return bias_silu(y, conv.bias, residual=residual, out=place, activation=activation)
+    if activation:
+        torch.ops.aten.silu.out(y, out=place)
+    elif place is not y:
+        place.copy_(y)
+    return place if residual is None else place.add_(residual)
 
 
 def conv_bn_silu_reference(

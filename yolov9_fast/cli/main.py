@@ -23,6 +23,7 @@ COMMANDS = {
     "info": "what is installed and runs where; parameters and GFLOPs of networks; what a weights file holds",
     "kernels": "compile the Triton kernels for every GPU architecture, without a GPU, and report on them",
     "tune": "measure the Triton kernels' tiles on this GPU and keep the fastest",
+    "paper": "the tables and figures of the paper, rebuilt on your data: ablations, PGI variants, feature maps",
     "demo": "render a small data set, train on it, evaluate, predict: everything in a few minutes, without a download",
 }
 EXIT_ERROR = 2

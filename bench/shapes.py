@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from yolov9_fast.models import DetectionModel, create_model
 from yolov9_fast.nn import blocks
-from yolov9_fast.nn.blocks import SPPELAN, AConv, ADown, CBFuse, Conv, RepBottleneck, RepConv, RepCSP, _ELANBase
+from yolov9_fast.nn.blocks import SPPELAN, AConv, ADown, CBFuse, Conv, RepBottleneck, RepConv, RepCSP, ELANBase
 from yolov9_fast.ops.backend import backend
 
 NETWORKS = ("yolov9-t", "yolov9-s", "yolov9-m", "yolov9-c", "yolov9-e")
@@ -112,7 +112,7 @@ def _traced(name: str, image_size: int) -> tuple[DetectionModel, Seen]:
     return model, seen
 
 
-_WATCHED = (Conv, RepConv, RepCSP, RepBottleneck, _ELANBase, SPPELAN, ADown, AConv, CBFuse, blocks.CBLinear)
+_WATCHED = (Conv, RepConv, RepCSP, RepBottleneck, ELANBase, SPPELAN, ADown, AConv, CBFuse, blocks.CBLinear)
 
 
 def _flat(value: Any) -> list[Tensor]:
@@ -183,7 +183,7 @@ def _aggregations(key: str, module: nn.Module) -> Iterator[tuple[str, list[int]]
         yield f"{key}.cv3", [module.cv3.conv.in_channels // 2] * 2
     elif isinstance(module, SPPELAN):
         yield f"{key}.cv5", [module.cv5.conv.in_channels // 4] * 4
-    elif isinstance(module, _ELANBase):
+    elif isinstance(module, ELANBase):
         unit = f"cv{module.elan_depth + 2}"
         half = module.cv1.conv.out_channels // 2
         total = getattr(module, unit).conv.in_channels

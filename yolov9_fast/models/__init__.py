@@ -3,18 +3,23 @@
 from yolov9_fast.models.checkpoint import convert, load_checkpoint, save_weights, suggest_architecture
 from yolov9_fast.models.graph import Graph, GraphError, graph_names, load_graph
 from yolov9_fast.models.model import DetectionModel, create_model
+from yolov9_fast.models.pgi import BranchBuilder, attach, backbone_levels, branch_names, register_branch
 from yolov9_fast.models.profile import Cost, network_costs
 from yolov9_fast.models.reparameterize import calibrate_batch_norm, fuse, to_deploy, unfuse
 from yolov9_fast.models.transfer import TransferReport, load_pretrained, transfer_weights
 from yolov9_fast.nn.output import DetectionOutput
 
 __all__ = [
+    "BranchBuilder",
     "Cost",
     "DetectionModel",
     "DetectionOutput",
     "Graph",
     "GraphError",
     "TransferReport",
+    "attach",
+    "backbone_levels",
+    "branch_names",
     "calibrate_batch_norm",
     "convert",
     "create_model",
@@ -24,6 +29,7 @@ __all__ = [
     "load_graph",
     "load_pretrained",
     "network_costs",
+    "register_branch",
     "save_weights",
     "suggest_architecture",
     "to_deploy",

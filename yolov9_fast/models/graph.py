@@ -6,10 +6,13 @@ A graph is a list of layers `[from, block, arguments]`; a layer's place in the l
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
+
+from torch.nn import Module
 
 from yolov9_fast import nn as blocks
 from yolov9_fast._lazy import require
@@ -17,13 +20,15 @@ from yolov9_fast.errors import UserError
 
 GRAPH_FOLDER = Path(__file__).parent / "graphs"
 
-_SIZED = {name: getattr(blocks, name) for name in ("Conv", "ELAN", "CSPELAN", "AConv", "ADown", "SPPELAN")}
+_SIZED = {name: getattr(blocks, name) for name in ("Conv", "ELAN", "CSPELAN", "GELAN", "AConv", "ADown", "SPPELAN")}
 _UNSIZED = {name: getattr(blocks, name) for name in ("Concat", "Upsample", "Silence", "CBLinear", "CBFuse")}
 HEADS = {"DDetect": blocks.DDetect, "DualDDetect": blocks.DualDDetect}
 BLOCKS = {**_SIZED, **_UNSIZED, **HEADS}
 # Names that other implementations' graph files use for the same blocks.
 ALIASES = {"ELAN1": "ELAN", "RepNCSPELAN4": "CSPELAN", "nn.Upsample": "Upsample"}
 _MULTI_INPUT = ("Concat", "CBFuse", *HEADS)
+ATTACHED = "+"
+"""Between the name of a graph and the auxiliary branch attached to it: gelan-s+fpn, deployed as gelan-s."""
 
 
 class GraphError(UserError):
@@ -91,13 +96,24 @@ class Graph:
 
         layers = [Layer(moved(self.layers[k].sources), self.layers[k].block, self.layers[k].arguments) for k in kept]
         layers.append(Layer(moved(self.main_sources), "DDetect", self.head.arguments))
-        name = self.name.replace("yolov9", "gelan") if self.name.startswith("yolov9") else f"{self.name}-deploy"
+        if self.name.startswith("yolov9"):
+            name = self.name.replace("yolov9", "gelan")
+        else:
+            main, attached, _ = self.name.partition(ATTACHED)
+            name = main if attached else f"{self.name}-deploy"
         return Graph(name, tuple(layers)), (*kept, len(self.layers) - 1)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data that `graph_from_dict` reads back."""
         rows = [[list(layer.sources), layer.block, _plain(layer.arguments)] for layer in self.layers]
         return {"name": self.name, "absolute": True, "layers": rows}
+
+    def as_yaml(self) -> str:
+        """The text of a graph file, a layer a line, that `load_graph` reads back."""
+        data = self.as_dict()
+        rows = [f"  - {json.dumps(row)}  # {index}" for index, row in enumerate(data["layers"])]
+        head = f"name: {json.dumps(self.name)}\nabsolute: true  # `from` counts from the first layer; -1 is the image"
+        return "\n".join([head, "layers:", *rows, ""])
 
 
 def _plain(value: Any) -> Any:
@@ -140,6 +156,20 @@ def graph_from_dict(data: Any, origin: str) -> Graph:
     return graph
 
 
+def build_layer(layer: Layer, inputs: list[Any], head_options: dict[str, Any]) -> tuple[Module, Any]:
+    """One layer over inputs of so many channels, and the channels it returns: a number, or a list for CBLinear."""
+    block: Any = BLOCKS[layer.block]
+    if layer.block in HEADS:
+        return block(inputs, **head_options), None
+    if layer.block == "Concat":
+        return block(), sum(inputs)
+    if layer.block == "CBFuse":
+        return block(*layer.arguments), inputs[-1]
+    if layer.block in ("Upsample", "Silence"):
+        return block(*layer.arguments), inputs[0]
+    return block(inputs[0], *layer.arguments), _plain(layer.arguments[0])
+
+
 def graph_names() -> list[str]:
     """Names of the networks that come with the package."""
     return sorted(path.stem for path in GRAPH_FOLDER.glob("*.yaml"))
@@ -152,11 +182,18 @@ def _read(path: Path, modified: float) -> Graph:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise GraphError(f"{path}: not a YAML file: {error}") from error
-    return graph_from_dict(data, str(path))
+    graph = graph_from_dict(data, str(path))
+    for index, layer in enumerate(graph.layers):
+        if layer.block == "GELAN" and len(layer.arguments) > 3:
+            try:
+                blocks.load_block(str(layer.arguments[3]))
+            except ValueError as error:
+                raise GraphError(f"{path}: layer {index}: {error}") from error
+    return graph
 
 
 def load_graph(name: str | Path) -> Graph:
-    """Graph by name (`yolov9-c`) or from a YAML file.
+    """Graph by name (`yolov9-c`) or from a YAML file; modules that its GELAN layers name by import path are imported.
 
     Raises:
         GraphError: unknown name, missing file, or a file that describes no network.

@@ -12,29 +12,14 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from yolov9_fast.models.graph import BLOCKS, HEADS, Graph, GraphError, load_graph
+from yolov9_fast.models.graph import Graph, GraphError, build_layer, load_graph
+from yolov9_fast.models.pgi import attach
 from yolov9_fast.nn import Conv, DDetect, DetectionOutput, DualDDetect, RepConv, Upsample
 from yolov9_fast.nn.functional import fused, hooked
 from yolov9_fast.ops.conv_bn_silu import Upsampled
 from yolov9_fast.ops.decode import decode
 
 MAX_STRIDE = 32
-
-
-def _build_layer(graph: Graph, index: int, channels: list[Any], head_options: dict[str, Any]) -> tuple[nn.Module, Any]:
-    """One layer and the channels it returns: a number, or a list of them for CBLinear."""
-    layer = graph.layers[index]
-    inputs = [3 if s < 0 else channels[s] for s in layer.sources]
-    block = cast(Any, BLOCKS[layer.block])
-    if layer.block in HEADS:
-        return block(inputs, **head_options), None
-    if layer.block == "Concat":
-        return block(), sum(inputs)
-    if layer.block == "CBFuse":
-        return block(*layer.arguments), inputs[-1]
-    if layer.block in ("Upsample", "Silence"):
-        return block(*layer.arguments), inputs[0]
-    return block(inputs[0], *layer.arguments), _plain_channels(layer.arguments[0])
 
 
 def _unjoined_layers(graph: Graph) -> frozenset[int]:
@@ -53,7 +38,7 @@ def _unjoined_layers(graph: Graph) -> frozenset[int]:
         for index, layer in enumerate(graph.layers)
         if layer.block == "Concat"
         and blocks(index)
-        and blocks(index) <= {"CSPELAN", "ELAN"}
+        and blocks(index) <= {"CSPELAN", "ELAN", "GELAN"}
         and graph.layers[layer.sources[-1]].block != "Upsample"
     }
     upsamples = {
@@ -62,10 +47,6 @@ def _unjoined_layers(graph: Graph) -> frozenset[int]:
         if layer.block == "Upsample" and index in readers and set(readers[index]) <= concats
     }
     return frozenset(concats | upsamples)
-
-
-def _plain_channels(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
 
 
 class DetectionModel(nn.Module):
@@ -98,7 +79,8 @@ class DetectionModel(nn.Module):
         channels: list[Any] = []
         for index in range(len(graph.layers)):
             try:
-                module, out_channels = _build_layer(graph, index, channels, options)
+                inputs = [3 if s < 0 else channels[s] for s in graph.layers[index].sources]
+                module, out_channels = build_layer(graph.layers[index], inputs, options)
             except (TypeError, ValueError, RuntimeError) as error:
                 if index == len(graph.layers) - 1 and isinstance(error, ValueError):
                     raise
@@ -178,7 +160,7 @@ class DetectionModel(nn.Module):
 
 
 def create_model(
-    name: str | Path,
+    name: str | Path | Graph,
     num_classes: int = 80,
     *,
     class_tower: int | None = None,
@@ -188,12 +170,14 @@ def create_model(
     """Build a network with fresh weights.
 
     Args:
-        name: yolov9-{t,s,m,c,e}, gelan-{t,s,m,c,e}, or a path to a graph YAML.
+        name: yolov9-{t,s,m,c,e}, gelan-{t,s,m,c,e}, a path to a graph YAML, or a graph.
         num_classes: nc ≥ 1.
         class_tower: width of the class branch. None takes the published rule, max(channels, min(2·nc, 128)); weights of
             -t exist 80 and 128 wide.
         box_groups: 4 as published; 1 for a dense box branch, as Ultralytics builds it.
-        auxiliary: "default" keeps the graph's auxiliary branch, "none" builds the deployed graph.
+        auxiliary: "default" keeps the graph's auxiliary branch, "none" builds the deployed graph; "pfh", "fpn", "pan",
+            "icn" or a registered branch is attached to the deployed graph, to its backbone or, as "BACKBONE,NECK", to
+            both (`models.attach`).
 
     Raises:
         GraphError: unknown name or a graph that does not fit together.
@@ -203,11 +187,11 @@ def create_model(
         raise ValueError(f"num_classes must be an integer of at least 1, got {num_classes!r}")
     if class_tower is not None and class_tower < 1:
         raise ValueError(f"class_tower must be at least 1, got {class_tower!r}")
-    graph = load_graph(name)
-    if auxiliary in (None, "none"):
+    graph = name if isinstance(name, Graph) else load_graph(name)
+    if auxiliary != "default":
         graph, _ = graph.deploy()
-    elif auxiliary != "default":
-        raise ValueError(f"auxiliary must be 'default' or 'none', got {auxiliary!r}")
+        backbone, _, neck = (auxiliary or "none").partition(",")
+        graph = attach(graph, backbone.strip(), neck=neck.strip() or "none")
     return DetectionModel(graph, num_classes, class_tower=class_tower, box_groups=box_groups)
 
 

@@ -16,6 +16,7 @@ from yolov9_fast.nn.blocks import (
     Silence,
     Upsample,
 )
+from yolov9_fast.nn.gelan import GELAN, block_names, load_block, register_block
 from yolov9_fast.nn.heads import DFL, DDetect, DualDDetect
 from yolov9_fast.nn.output import DetectionOutput
 
@@ -23,6 +24,7 @@ __all__ = [
     "CSPELAN",
     "DFL",
     "ELAN",
+    "GELAN",
     "SPPELAN",
     "AConv",
     "ADown",
@@ -38,4 +40,7 @@ __all__ = [
     "RepConv",
     "Silence",
     "Upsample",
+    "block_names",
+    "load_block",
+    "register_block",
 ]

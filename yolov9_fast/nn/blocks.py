@@ -101,7 +101,7 @@ class RepCSP(nn.Module):
         return self.cv3(torch.cat((self.m(self.cv1(x)), self.cv2(x)), 1))
 
 
-class _ELANBase(nn.Module):
+class ELANBase(nn.Module):
     """Split after `cv1`, a chain of stages on the second half, aggregation of everything by the last 1×1.
 
     Stages are named cv2, cv3, …; the aggregation takes the next number (cv4 for the published depth of 2).
@@ -128,7 +128,7 @@ class _ELANBase(nn.Module):
         return getattr(self, f"cv{self.elan_depth + 2}")(torch.cat(parts, 1))
 
 
-class ELAN(_ELANBase):
+class ELAN(ELANBase):
     """ELAN with plain 3×3 convolutions as stages (ELAN1): args out, split width c3, stage width c4."""
 
     def __init__(
@@ -139,7 +139,7 @@ class ELAN(_ELANBase):
         super().__init__(in_channels, out_channels, split_channels, stage_channels, stages)
 
 
-class CSPELAN(_ELANBase):
+class CSPELAN(ELANBase):
     """CSP-ELAN (RepNCSPELAN4): each stage is RepCSP of depth `csp_depth` followed by a 3×3 convolution."""
 
     def __init__(

@@ -57,6 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(module: ModuleType, arguments: argparse.Namespace) -> int:
     debug = getattr(arguments, "debug", False)
     try:
+        import_modules(getattr(arguments, "imports", []))
         code = int(module.run(arguments))
         sys.stdout.flush()
         return code
@@ -76,11 +77,30 @@ def _run(module: ModuleType, arguments: argparse.Namespace) -> int:
         return 0
 
 
+def import_modules(names: Sequence[str]) -> None:
+    """Import a user's modules, from the working folder too."""
+    for name in names:
+        from yolov9_fast.nn.gelan import import_module
+
+        try:
+            import_module(name)
+        except ValueError as error:
+            raise UserError(f"--import: {error}") from error
+
+
 def _parser(words: Sequence[str]) -> tuple[argparse.ArgumentParser, ModuleType | None]:
     """The parser, and the module of the command named in `words`; only that one is imported, so that help is quick."""
     shared = argparse.ArgumentParser(add_help=False)
     shared.add_argument(
         "--debug", action="store_true", default=argparse.SUPPRESS, help="show the traceback of an error"
+    )
+    shared.add_argument(
+        "--import",
+        dest="imports",
+        action="append",
+        metavar="MODULE",
+        default=argparse.SUPPRESS,
+        help="import this module first: blocks and auxiliary branches of your own (again for several)",
     )
     parser = argparse.ArgumentParser(
         prog="yolov9-fast",

@@ -87,7 +87,7 @@ def _add_flag(group: Any, cls: type, field: dataclasses.Field[Any], text: str, c
 
 
 def run(arguments: argparse.Namespace) -> int:
-    given = {key: value for key, value in vars(arguments).items() if key not in ("command", "debug")}
+    given = {key: value for key, value in vars(arguments).items() if key not in ("command", "debug", "imports")}
     resumed = _run_to_resume(given) if "resume" in given else None
     config = _unchanged_config(resumed, given) if resumed else config_from_flags(given)
     device = given.get("device", config.device)

@@ -42,7 +42,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    values = {key: value for key, value in vars(arguments).items() if key not in ("command", "debug")}
+    values = {key: value for key, value in vars(arguments).items() if key not in ("command", "debug", "imports")}
     result, folder = evaluate(EvaluationOptions(**values))
     assert result.metrics is not None
     print(result.metrics.table())

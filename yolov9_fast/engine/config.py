@@ -31,6 +31,10 @@ class TrainConfig:
     """Everything that defines a run; written to `config.yaml` beside its results."""
 
     model: str = _option("yolov9-t", "network name or graph YAML")
+    auxiliary: str = _option(
+        "default",
+        "auxiliary branch: default (the graph's own), none, pfh, fpn, pan, icn, BACKBONE,NECK, module:function",
+    )
     data: str = _option("", "data file (YAML)")
     weights: str | None = _option(None, "weights to start from (ours or foreign)")
     epochs: int = _option(100, "epochs")

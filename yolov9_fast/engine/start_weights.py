@@ -48,7 +48,11 @@ def build_model(
     config.box_groups = config.box_groups or 4
     try:
         model = create_model(
-            config.model, data.num_classes, class_tower=config.class_tower, box_groups=config.box_groups
+            config.model,
+            data.num_classes,
+            class_tower=config.class_tower,
+            box_groups=config.box_groups,
+            auxiliary=config.auxiliary,
         )
     except ValueError as error:
         raise UserError(str(error)) from error

@@ -4,7 +4,7 @@ from yolov9_fast.models.checkpoint import convert, load_checkpoint, save_weights
 from yolov9_fast.models.graph import Graph, GraphError, graph_names, load_graph
 from yolov9_fast.models.model import DetectionModel, create_model
 from yolov9_fast.models.pgi import BranchBuilder, attach, backbone_levels, branch_names, register_branch
-from yolov9_fast.models.profile import Cost, network_costs
+from yolov9_fast.models.profile import Cost, graph_cost, network_costs
 from yolov9_fast.models.reparameterize import calibrate_batch_norm, fuse, to_deploy, unfuse
 from yolov9_fast.models.transfer import TransferReport, load_pretrained, transfer_weights
 from yolov9_fast.nn.output import DetectionOutput
@@ -24,6 +24,7 @@ __all__ = [
     "convert",
     "create_model",
     "fuse",
+    "graph_cost",
     "graph_names",
     "load_checkpoint",
     "load_graph",

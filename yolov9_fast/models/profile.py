@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
+from yolov9_fast.models.graph import Graph
 from yolov9_fast.models.model import DetectionModel, create_model
 from yolov9_fast.models.reparameterize import _fuse_in_place
 
@@ -50,25 +52,30 @@ def count_gflops(model: DetectionModel, image_size: int = 640, *, auxiliary: boo
     return operations / 1e9
 
 
-def network_costs(
-    name: str | Path,
+def graph_cost(
+    graph: str | Path | Graph,
     num_classes: int = 80,
     *,
+    deployed: bool = True,
+    fused: bool = True,
     class_tower: int | None = None,
     box_groups: int = 4,
     image_size: int = 640,
-) -> list[Cost]:
-    """Costs of a network's training graph and deployed graph, each unfused and fused (nothing is allocated)."""
-    costs = []
-    graphs = [("train", "default"), ("deploy", "none")]
+) -> Cost:
+    """Cost of a network, as trained or deployed, unfused or fused (nothing is allocated)."""
+    form, auxiliary = ("deploy", "none") if deployed else ("train", "default")
     with torch.device("meta"):
-        for form, auxiliary in graphs:
-            for fused in (False, True):
-                model = create_model(
-                    name, num_classes, class_tower=class_tower, box_groups=box_groups, auxiliary=auxiliary
-                )
-                if fused:
-                    _fuse_in_place(model)
-                label = f"{form}, {'fused' if fused else 'unfused'}"
-                costs.append(Cost(label, model.graph_name, count_parameters(model), count_gflops(model, image_size)))
-    return costs
+        model = create_model(graph, num_classes, class_tower=class_tower, box_groups=box_groups, auxiliary=auxiliary)
+        if fused:
+            _fuse_in_place(model)
+        label = f"{form}, {'fused' if fused else 'unfused'}"
+        return Cost(label, model.graph_name, count_parameters(model), count_gflops(model, image_size))
+
+
+def network_costs(name: str | Path | Graph, num_classes: int = 80, **options: Any) -> list[Cost]:
+    """Costs of a network's training graph and deployed graph, each unfused and fused; options as of `graph_cost`."""
+    return [
+        graph_cost(name, num_classes, deployed=deployed, fused=fused, **options)
+        for deployed in (False, True)
+        for fused in (False, True)
+    ]

@@ -16,4 +16,11 @@ class Target(NamedTuple):
     text: str
 
 
-TARGETS: dict[str, Target] = {}
+TARGETS: dict[str, Target] = {
+    "tables": Target("ablation", "tables 1 to 6: parameters and GFLOPs beside the published ones (--dry)"),
+    "table1": Target("ablation", "GELAN and YOLOv9 of every size"),
+    "table2": Target("ablation", "computational blocks in GELAN: Conv, Res, Dark, CSP, and your own"),
+    "table3": Target("ablation", "ELAN depth and CSP depth"),
+    "table4": Target("ablation", "auxiliary branches on backbone and neck: PFH, FPN, PAN, ICN, lead-head guided"),
+    "table5": Target("ablation", "GELAN, deep supervision, PGI"),
+}

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from types import ModuleType
 
 from yolov9_fast import __version__
-from yolov9_fast.cli.output import calm_progress_bars, is_main_process, set_up_logging, silence_stdout
+from yolov9_fast.cli.output import add_shared_flags, calm_progress_bars, is_main_process, set_up_logging, silence_stdout
 from yolov9_fast.errors import UserError
 
 COMMANDS = {
@@ -91,17 +91,7 @@ def import_modules(names: Sequence[str]) -> None:
 def _parser(words: Sequence[str]) -> tuple[argparse.ArgumentParser, ModuleType | None]:
     """The parser, and the module of the command named in `words`; only that one is imported, so that help is quick."""
     shared = argparse.ArgumentParser(add_help=False)
-    shared.add_argument(
-        "--debug", action="store_true", default=argparse.SUPPRESS, help="show the traceback of an error"
-    )
-    shared.add_argument(
-        "--import",
-        dest="imports",
-        action="append",
-        metavar="MODULE",
-        default=argparse.SUPPRESS,
-        help="import this module first: blocks and auxiliary branches of your own (again for several)",
-    )
+    add_shared_flags(shared)
     parser = argparse.ArgumentParser(
         prog="yolov9-fast",
         description="YOLOv9 with programmable gradient information: train, evaluate, predict.",

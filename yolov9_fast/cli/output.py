@@ -2,11 +2,27 @@
 
 from __future__ import annotations
 
+import argparse
 import logging
 import os
 import sys
 
 LOGGER = "yolov9_fast"
+
+
+def add_shared_flags(parser: argparse.ArgumentParser) -> None:
+    """Flags that every command has; they become attributes only where given."""
+    parser.add_argument(
+        "--debug", action="store_true", default=argparse.SUPPRESS, help="show the traceback of an error"
+    )
+    parser.add_argument(
+        "--import",
+        dest="imports",
+        action="append",
+        metavar="MODULE",
+        default=argparse.SUPPRESS,
+        help="import this module first: blocks and auxiliary branches of your own (again for several)",
+    )
 
 
 class _ConsoleHandler(logging.Handler):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 
+from yolov9_fast.cli.output import add_shared_flags
 from yolov9_fast.paper import TARGETS
 
 _EPILOG = """examples:
@@ -25,9 +26,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
             description=target.text[0].upper() + target.text[1:] + ".",
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
-        sub.add_argument(
-            "--debug", action="store_true", default=argparse.SUPPRESS, help="show the traceback of an error"
-        )
+        add_shared_flags(sub)
         importlib.import_module(f"yolov9_fast.paper.{target.room}").configure(sub, name)
 
 

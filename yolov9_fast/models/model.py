@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from yolov9_fast.models.graph import Graph, GraphError, build_layer, load_graph
-from yolov9_fast.models.pgi import attach
+from yolov9_fast.models.pgi import with_auxiliary
 from yolov9_fast.nn import Conv, DDetect, DetectionOutput, DualDDetect, RepConv, Upsample
 from yolov9_fast.nn.functional import fused, hooked
 from yolov9_fast.ops.conv_bn_silu import Upsampled
@@ -189,9 +189,7 @@ def create_model(
         raise ValueError(f"class_tower must be at least 1, got {class_tower!r}")
     graph = name if isinstance(name, Graph) else load_graph(name)
     if auxiliary != "default":
-        graph, _ = graph.deploy()
-        backbone, _, neck = (auxiliary or "none").partition(",")
-        graph = attach(graph, backbone.strip(), neck=neck.strip() or "none")
+        graph = with_auxiliary(graph, auxiliary)
     return DetectionModel(graph, num_classes, class_tower=class_tower, box_groups=box_groups)
 
 

@@ -208,6 +208,12 @@ def attach(graph: Graph, backbone: str = "none", *, neck: str = "none", levels: 
     return graph_from_dict(attached.as_dict(), name)
 
 
+def with_auxiliary(graph: Graph, text: str | None) -> Graph:
+    """The graph with another auxiliary branch than its own: "none", "BACKBONE" or "BACKBONE,NECK" (`attach`)."""
+    backbone, _, neck = (text or "none").partition(",")
+    return attach(graph.deploy()[0], backbone.strip(), neck=neck.strip() or "none")
+
+
 def _check_levels(builder: BranchBuilder, levels: Sequence[int], what: str) -> None:
     if len(levels) != len(STRIDES) or any(not 0 <= i < len(builder.layers) for i in levels):
         raise GraphError(f"{builder.main.name}: {what}: expected three layers, got {list(levels)}")
@@ -233,9 +239,11 @@ def _feature_pyramid(builder: BranchBuilder, levels: Sequence[int]) -> Sequence[
 @register_branch("pan")
 def _path_aggregation(builder: BranchBuilder, levels: Sequence[int]) -> Sequence[int]:
     a3, f4, f5 = _feature_pyramid(builder, levels)
-    p3, p4, p5 = builder.main.main_sources
-    a4 = _like(builder, p4, builder.add("Concat", (_like(builder, _halving(builder, p3), a3), f4)))
-    a5 = _like(builder, p5, builder.add("Concat", (_like(builder, _halving(builder, p4), a4), f5)))
+    p3, p4, _ = builder.main.main_sources
+    joined4 = builder.add("Concat", (_like(builder, _halving(builder, p3), a3), f4))
+    a4 = _like(builder, _joining(builder, 16, upwards=True), joined4)
+    joined5 = builder.add("Concat", (_like(builder, _halving(builder, p4), a4), f5))
+    a5 = _like(builder, _joining(builder, 32, upwards=True), joined5)
     return a3, a4, a5
 
 
@@ -286,14 +294,17 @@ def _pooling(builder: BranchBuilder) -> Any:
     return "Conv", (builder.channels(builder.main.main_sources[-1]), 1, 1)
 
 
-def _joining(builder: BranchBuilder, stride: int) -> Any:
-    """The block by which the main graph's top-down path takes up a level: the first that reads a Concat there."""
+def _joining(builder: BranchBuilder, stride: int, *, upwards: bool = False) -> Any:
+    """The block by which the main graph's top-down path takes up a level: the first that reads a Concat there. Of its
+    bottom-up path (`upwards`): the block that ends the level."""
     layers = builder.main.layers[:-1]
-    for index, layer in enumerate(layers):
-        joined = layers[layer.sources[0]].block == "Concat" and layer.sources[0] >= 0
+    end = builder.main.main_sources[STRIDES.index(stride)]
+    for index in (end,) if upwards else range(len(layers)):
+        layer = layers[index]
+        joined = layer.sources[0] >= 0 and layers[layer.sources[0]].block == "Concat"
         if joined and layer.block in ("CSPELAN", "ELAN", "GELAN") and builder.stride(index) == stride:
             return index
-    width = builder.channels(builder.main.main_sources[STRIDES.index(stride)])
+    width = builder.channels(end) // 4 * 4 or 4
     return "CSPELAN", (width, width, width // 2, 1)
 
 

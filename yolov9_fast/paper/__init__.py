@@ -17,6 +17,7 @@ class Target(NamedTuple):
 
 
 TARGETS: dict[str, Target] = {
+    "graph": Target("network", "a network with other blocks, depths or auxiliary branch, as a graph file to train"),
     "tables": Target("ablation", "tables 1 to 6: parameters and GFLOPs beside the published ones (--dry)"),
     "table1": Target("ablation", "GELAN and YOLOv9 of every size"),
     "table2": Target("ablation", "computational blocks in GELAN: Conv, Res, Dark, CSP, and your own"),

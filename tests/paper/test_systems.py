@@ -1,0 +1,77 @@
+"""Every system of the paper's tables 4 and 5: builds, trains a step, deploys without trace, and costs what GELAN costs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import yolov9_fast as yf
+from yolov9_fast.losses import DetectionLoss
+from yolov9_fast.models import DetectionModel, graph_cost, load_graph, to_deploy
+from yolov9_fast.paper.systems import BRANCH_ROWS, TABLES, System, table2, table4, table5
+
+SYSTEMS = {system.name: system for system in (*table4(), *table5(), *table4(["t", "s"]), *table5(["t"]))}
+
+
+def size_of(system: System) -> str:
+    return system.group.rpartition("-")[2].lower()
+
+
+@pytest.mark.parametrize("name", SYSTEMS)
+def test_it_trains_a_step_and_deploys_to_its_gelan(name: str) -> None:
+    system = SYSTEMS[name]
+    torch.manual_seed(0)
+    model = DetectionModel(system.graph, 2).train()
+    loss = DetectionLoss(2, lead_head_guided=system.options.get("lead_head_guided", False))
+    targets = torch.tensor([[0, 1, 0.5, 0.5, 0.6, 0.6]])
+    loss(model(torch.rand(2, 3, 32, 32)), targets, 32).total.backward()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.grad is not None:
+                assert parameter.grad.isfinite().all()
+                parameter -= 1e-4 * parameter.grad
+                parameter.grad = None
+    deployed = to_deploy(model)
+    assert deployed.graph == load_graph(f"gelan-{size_of(system)}")
+    image = torch.rand(1, 3, 64, 64)
+    with torch.no_grad(), yf.backend("eager"):
+        assert torch.equal(model.eval()(image), deployed.eval()(image))
+
+
+@pytest.mark.parametrize("size", ["t", "s", "m", "c", "e"])
+def test_inference_costs_exactly_what_gelan_costs(size: str) -> None:
+    plain = graph_cost(f"gelan-{size}")
+    for system in (*table4([size]), *table5([size])):
+        cost = graph_cost(system.graph)
+        assert (cost.parameters, cost.gflops) == (plain.parameters, plain.gflops), system.row
+
+
+def test_the_branches_themselves_cost_something_in_training() -> None:
+    plain = graph_cost("gelan-t", deployed=False).parameters
+    costs = {s.row: graph_cost(s.graph, deployed=False).parameters for s in table4(["t"], ["PFH", "FPN", "PAN", "ICN"])}
+    assert plain < costs["PFH"] < costs["FPN"] < costs["PAN"]
+    assert costs["ICN"] > costs["PFH"]
+
+
+def test_guidance_is_an_option_of_the_system_and_part_of_its_name() -> None:
+    guided, plain = table4(["t"], ["LHG-ICN", "ICN"])
+    assert guided.options == {"lead_head_guided": True} and plain.options == {}
+    assert guided.name != plain.name
+
+
+def test_other_sizes_than_the_papers_have_every_row() -> None:
+    assert [system.row for system in table4(["t"])] == list(BRANCH_ROWS)
+
+
+def test_a_block_of_ones_own_is_a_row_of_table_2() -> None:
+    *_, mine = table2(["t"], ["yolov9_fast.nn.gelan:ConvBlock"])
+    assert mine.row == "yolov9_fast.nn.gelan:ConvBlock"
+    conv = table2(["t"])[0]
+    assert graph_cost(mine.graph).parameters == graph_cost(conv.graph).parameters
+    assert mine.name != conv.name and not set(mine.name) & set(":/,")
+
+
+def test_names_are_unique_within_a_table() -> None:
+    for table in TABLES.values():
+        names = [(system.group, system.row) for system in table()]
+        assert len(names) == len(set(names))

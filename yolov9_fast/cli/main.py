@@ -101,7 +101,7 @@ def _parser(words: Sequence[str]) -> tuple[argparse.ArgumentParser, ModuleType |
     )
     parser.add_argument("--version", action="version", version=f"yolov9-fast {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
-    chosen = next((word for word in words if not word.startswith("-")), None)
+    chosen = next((word for word in words if word in COMMANDS), None)
     module = None
     for name, text in COMMANDS.items():
         sub = commands.add_parser(

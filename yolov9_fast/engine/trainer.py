@@ -398,7 +398,7 @@ class Trainer:
             assert result.metrics is not None and result.loss is not None
             metrics = result.metrics
             row |= dict(zip(("val/box", "val/cls", "val/dfl"), result.loss, strict=True))
-            for name in ("ap", "ap50", "ap75", "precision", "recall"):
+            for name in ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large", "precision", "recall"):
                 row[f"metrics/{name}"] = getattr(metrics, name)
             row["seconds/val"] = sum(result.seconds.values())
             row["seconds"] = sum(v for k, v in row.items() if k.startswith("seconds/"))

@@ -24,4 +24,5 @@ TARGETS: dict[str, Target] = {
     "table3": Target("ablation", "ELAN depth and CSP depth"),
     "table4": Target("ablation", "auxiliary branches on backbone and neck: PFH, FPN, PAN, ICN, lead-head guided"),
     "table5": Target("ablation", "GELAN, deep supervision, PGI"),
+    "table6": Target("ablation", "the chain from YOLOv7: anchor-free, GELAN, DHLC, PGI"),
 }

@@ -31,7 +31,8 @@ def configure(parser: argparse.ArgumentParser, target: str) -> None:
     parser.add_argument("--dry", action="store_true", help="only count parameters and GFLOPs, as deployed at 640 px")
     if target == "tables":
         return
-    parser.add_argument("--size", action="append", choices=sorted(PGI), help="only this size (again for several)")
+    if target != "table6":
+        parser.add_argument("--size", action="append", choices=sorted(PGI), help="only this size (again for several)")
     if target == "table4":
         parser.add_argument(
             "--row", action="append", choices=tuple(BRANCH_ROWS), help="only this row (again for several)"
@@ -65,6 +66,8 @@ def run(arguments: argparse.Namespace) -> int:
         if system.untrainable:
             log.info(f"{system.row} is not trained: {system.untrainable}")
     systems = [system for system in systems if not system.untrainable]
+    if not systems:
+        raise UserError("none of these rows can be trained")
     recipe = _recipe(arguments)
     cells = make_cells(systems, range(arguments.seeds), recipe, Path(arguments.project))
     run_cells(cells)
@@ -77,7 +80,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _systems(arguments: argparse.Namespace) -> list[System]:
-    options: dict[str, Any] = {"sizes": arguments.size}
+    options: dict[str, Any] = {"sizes": getattr(arguments, "size", None)}
     if getattr(arguments, "row", None):
         options["rows"] = arguments.row
     if getattr(arguments, "block", None):

@@ -12,6 +12,7 @@ import dataclasses
 import hashlib
 import json
 import logging
+import math
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -32,7 +33,7 @@ _NOT_PART_OF_A_CELL = (
     "model auxiliary data device workers project name cache save_period plots tensorboard seed rect".split()
 )
 """Options that say where or how a cell is computed, not what; or that its key names otherwise."""
-METRICS = ("ap", "ap50", "ap75")
+METRICS = ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large")
 
 
 @dataclass(frozen=True)
@@ -187,11 +188,17 @@ def _summary(cell: Cell, run: RunFolder) -> dict[str, Any]:
         "system": cell.system.name,
         "seed": cell.seed,
         "key": cell.key,
-        "last": {name: rows[-1][f"metrics/{name}"] for name in METRICS},
-        "best": {"epoch": int(best["epoch"]), **{name: best[f"metrics/{name}"] for name in METRICS}},
+        "last": _metrics(rows[-1]),
+        "best": {"epoch": int(best["epoch"]), **_metrics(best)},
         "curve": [row["metrics/ap"] for row in rows],
         "epochs": len(rows),
         "seconds": sum(row["seconds"] for row in rows),
         "recipe": {k: v for k, v in recipe.items() if k not in ("project", "name", "model", "data", "device")},
         "versions": {"yolov9_fast": __version__, "torch": torch.__version__},
     }
+
+
+def _metrics(row: dict[str, float]) -> dict[str, float | None]:
+    """Metrics of an epoch; None where the images hold no object of that size."""
+    found = {name: row[f"metrics/{name}"] for name in METRICS}
+    return {name: None if math.isnan(value) else value for name, value in found.items()}

@@ -15,10 +15,22 @@ from yolov9_fast.atomic import atomic_write
 from yolov9_fast.engine.config import TrainConfig
 from yolov9_fast.models import Graph, graph_cost
 from yolov9_fast.paper.cells import METRICS, Cell
+from yolov9_fast.paper.published import COLUMNS as LABELS
+from yolov9_fast.paper.published import PublishedRow
 from yolov9_fast.paper.systems import System
 from yolov9_fast.viz.figure import BLUE, FAINT, INK, ORANGE, save_figure
 
-_SPARES = 1e-9
+_ROUNDING = 1e-9
+_SIZES = ("ap_small", "ap_medium", "ap_large")
+COLUMNS = {
+    "table1": METRICS,
+    "table2": ("ap",),
+    "table3": ("ap",),
+    "table4": ("ap", *_SIZES),
+    "table5": ("ap", "ap50", "ap75"),
+    "table6": ("ap", *_SIZES),
+}
+"""The columns of accuracy that the paper prints."""
 
 
 @dataclass
@@ -32,8 +44,9 @@ class Row:
     results: list[dict[str, Any]] = field(default_factory=list)
 
     def metric(self, name: str = "ap") -> dict[int, float]:
-        """The metric after the last epoch, by seed."""
-        return {result["seed"]: result["last"][name] for result in self.results}
+        """The metric after the last epoch, by seed; seeds without it (no object of that size) are left out."""
+        found = {result["seed"]: result["last"].get(name) for result in self.results}
+        return {seed: value for seed, value in found.items() if value is not None}
 
 
 def mean_and_spread(values: Sequence[float]) -> tuple[float, float]:
@@ -75,9 +88,9 @@ def check_counts(rows: Sequence[Row]) -> list[str]:
     """Cells that differ from the published ones by more than one unit of the last digit; known exceptions say why."""
     found = []
     for row in rows:
-        for name, value in (("params", row.params), ("gflops", row.gflops)):
-            published = row.system.published.get(name)
-            if published is None or abs(round(value, 1) - published) <= 0.1 + _SPARES:
+        for name, value in (("parameters", row.params), ("gflops", row.gflops)):
+            published = getattr(row.system.published, name, None)
+            if published is None or abs(round(value, 1) - published) <= 0.1 + _ROUNDING:
                 continue
             reason = row.system.exception
             where = f"{row.system.group} {row.system.row}: {name} {value:.1f}, published {published:.1f}"
@@ -86,45 +99,54 @@ def check_counts(rows: Sequence[Row]) -> list[str]:
 
 
 def printed(table: str, rows: Sequence[Row]) -> str:
-    """The table as text: counted (published), the paper's AP, and where there are results the measured one."""
-    lines = [_header(table, any(row.results for row in rows))]
+    """The table as text: costs counted and published, the paper's columns, and measured ones where there are."""
+    columns = COLUMNS[table]
+    trained = any(row.results for row in rows)
+    lines = [_header(table, columns, trained)]
     base: Row | None = None
-    group = None
     for row in rows:
-        if row.system.group != group:
-            group, base = row.system.group, row
-        lines.append(_line(row, base if base is not row else None))
+        if base is None or row.system.group != base.system.group:
+            base = row
+        lines.append(_line(row, base, columns, trained))
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines)
 
 
-def _header(table: str, results: bool) -> list[str]:
-    columns = [table, "row", "params M (paper)", "GFLOPs (paper)", "params M in training", "paper's AP"]
-    return columns + ["measured AP ± sd (seeds)", "AP50 ± sd", "difference to the first row ± se"]
+def _header(table: str, columns: Sequence[str], trained: bool) -> list[str]:
+    cells = [table, "row", "params M (paper)", "GFLOPs (paper)", "in training M"]
+    for name in columns:
+        cells.append(f"{LABELS[name]} paper")
+        cells += [f"{LABELS[name]} ± sd"] if trained else []
+    return cells + (["seeds", "AP to first row ± se"] if trained else [])
 
 
-def _line(row: Row, base: Row | None) -> list[str]:
+def _line(row: Row, base: Row, columns: Sequence[str], trained: bool) -> list[str]:
     published = row.system.published
     cells = [row.system.group, row.system.row]
-    cells += [f"{row.params:.1f} ({_published(published, 'params')})"]
-    cells += [f"{row.gflops:.1f} ({_published(published, 'gflops')})"]
-    cells += [f"{row.train_params:.1f}", _published(published, "ap")]
-    if not row.results:
-        return [*cells, "–", "–", "–"]
-    cells.append(f"{_spread(row, 'ap')} ({len(row.results)})")
-    cells.append(_spread(row, "ap50"))
-    if base is None or not base.results:
+    cells += [f"{row.params:.1f} ({_published(published, 'parameters')})"]
+    cells += [f"{row.gflops:.1f} ({_published(published, 'gflops')})", f"{row.train_params:.1f}"]
+    for name in columns:
+        cells.append(_published(published, name))
+        cells += [_spread(row, name)] if trained else []
+    if not trained:
+        return cells
+    cells.append(str(len(row.results)))
+    if base is row or not base.metric().keys() & row.metric().keys():
         return [*cells, "–"]
     mean, error = paired_difference(row, base)
     return [*cells, f"{100 * mean:+.2f} ± {100 * error:.2f}"]
 
 
-def _published(published: dict[str, float], name: str) -> str:
-    return f"{published[name]:.1f}" if name in published else "–"
+def _published(row: PublishedRow | None, name: str) -> str:
+    value = getattr(row, name, None)
+    return "–" if value is None else f"{value:.1f}"
 
 
 def _spread(row: Row, name: str) -> str:
-    mean, deviation = mean_and_spread(list(row.metric(name).values()))
+    values = list(row.metric(name).values())
+    if not values:
+        return "–"
+    mean, deviation = mean_and_spread(values)
     return f"{100 * mean:.2f} ± {100 * deviation:.2f}"
 
 
@@ -134,7 +156,7 @@ def write_measured(path: Path, table: str, rows: Sequence[Row], recipe: TrainCon
     options["data"] = Path(recipe.data).name
     entries = []
     for row in rows:
-        spread = {name: mean_and_spread(list(row.metric(name).values())) for name in METRICS} if row.results else {}
+        spread = {name: mean_and_spread(list(row.metric(name).values())) for name in METRICS if row.metric(name)}
         entries.append(
             {
                 "group": row.system.group,
@@ -143,7 +165,7 @@ def write_measured(path: Path, table: str, rows: Sequence[Row], recipe: TrainCon
                 "params": row.params,
                 "gflops": row.gflops,
                 "params_in_training": row.train_params,
-                "published": row.system.published,
+                "published": _published_numbers(row.system.published),
                 "mean": {name: mean for name, (mean, _) in spread.items()},
                 "standard_deviation": {name: _or_none(deviation) for name, (_, deviation) in spread.items()},
                 "cells": [{k: v for k, v in result.items() if k != "recipe"} for result in row.results],
@@ -151,6 +173,11 @@ def write_measured(path: Path, table: str, rows: Sequence[Row], recipe: TrainCon
         )
     atomic_write(path, json.dumps({"table": table, "recipe": options, "rows": entries}, indent=1, ensure_ascii=False))
     plot(path.with_suffix(".png"), table, rows)
+
+
+def _published_numbers(row: PublishedRow | None) -> dict[str, float]:
+    names = ("parameters", "gflops", *METRICS)
+    return {name: value for name in names if (value := getattr(row, name, None)) is not None}
 
 
 def _or_none(value: float) -> float | None:
@@ -171,11 +198,9 @@ def plot(out: Path, table: str, rows: Sequence[Row]) -> None:
                     continue
                 axes.plot([place] * len(values), values, "o", color=BLUE, alpha=0.75, markeredgewidth=0)
                 axes.hlines(statistics.fmean(values), place - 0.3, place + 0.3, color=ORANGE, linewidth=2.5)
-                if "ap" in row.system.published:
-                    label = f"paper {row.system.published['ap']:.1f}"
-                    axes.annotate(
-                        label, (place, 1), xycoords=("data", "axes fraction"), ha="center", va="top", color=FAINT
-                    )
+                if row.system.published is not None:
+                    text, where = f"paper {_published(row.system.published, 'ap')}", ("data", "axes fraction")
+                    axes.annotate(text, (place, 1), xycoords=where, ha="center", va="top", color=FAINT)
             axes.set_xticks(range(len(own)), [row.system.row for row in own], color=INK)
             axes.set_xlim(-0.6, len(own) - 0.4)
             axes.margins(y=0.15)

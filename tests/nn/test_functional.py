@@ -11,7 +11,21 @@ from torch import Tensor, nn
 
 import yolov9_fast as yf
 from yolov9_fast.models import create_model
-from yolov9_fast.nn import CSPELAN, ELAN, SPPELAN, AConv, ADown, CBFuse, CBLinear, Conv, RepBottleneck, RepConv, RepCSP
+from yolov9_fast.nn import (
+    CSPELAN,
+    ELAN,
+    SPPCSPC,
+    SPPELAN,
+    AConv,
+    ADown,
+    CBFuse,
+    CBLinear,
+    Conv,
+    MPDown,
+    RepBottleneck,
+    RepConv,
+    RepCSP,
+)
 from yolov9_fast.ops.backend import fuses
 
 pytestmark = pytest.mark.skipif(not fuses("bn_silu", torch.zeros(1)), reason="no compiled bn_silu")
@@ -31,6 +45,8 @@ BLOCKS: dict[str, Callable[[], nn.Module]] = {
     "a_conv": lambda: AConv(12, 20),
     "a_down": lambda: ADown(12, 20),
     "spp_elan": lambda: SPPELAN(12, 20, 6),
+    "mp_down": lambda: MPDown(12, 20),
+    "sppcspc": lambda: SPPCSPC(12, 10),
 }
 LAYOUTS = [torch.channels_last, torch.contiguous_format]
 

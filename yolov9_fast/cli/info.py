@@ -24,7 +24,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--num-classes", type=int, default=80, metavar="N", help="classes (default %(default)s)")
     add("--class-tower", type=int, metavar="N", help="width of the class branch (default: the published rule)")
-    add("--box-groups", type=int, default=4, metavar="N", help="groups of the box branch (default %(default)s)")
+    add("--box-groups", type=int, metavar="N", help="groups of the box branch (default: the graph's; 4 as published)")
     add("--imgsz", type=int, default=640, metavar="N", help="image size for GFLOPs (default %(default)s)")
 
 
@@ -62,9 +62,10 @@ def _costs(names: Iterable[str], arguments: argparse.Namespace) -> list[tuple[st
         raise UserError(str(error)) from error
 
 
-def _by_size(name: str) -> tuple[bool, int]:
-    """The yolov9 networks before the gelan ones, small to large."""
-    return not name.startswith("yolov9"), "tsmce".find(name[-1])
+def _by_size(name: str) -> tuple[int, int]:
+    """The yolov9 networks before the gelan ones, small to large; then what else there is, by name."""
+    family, _, size = name.partition("-")
+    return {"yolov9": 0, "gelan": 1}.get(family, 2), "tsmce".find(size) if len(size) == 1 else 0
 
 
 def cost_table(costs: Iterable[tuple[str, Cost]]) -> str:

@@ -74,7 +74,7 @@ class TrainConfig:
     auxiliary_weight: float = _option(0.25, "weight of the auxiliary branch's loss")
     lead_head_guided: bool = _option(False, "assign the auxiliary branch by the main head")
     class_tower: int | None = _option(None, "width of the class branch")
-    box_groups: int | None = _option(None, "groups of the box branch: 4 as published, 1 dense")
+    box_groups: int | None = _option(None, "groups of the box branch: 4 as published, 1 dense (default: the graph's)")
 
     close_mosaic: int = _option(15, "last epochs without mosaic, mixup and copy-paste")
     rect: bool = _option(False, "rectangular batches in validation (less padding; AP differs a little)")

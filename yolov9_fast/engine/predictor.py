@@ -19,7 +19,6 @@ from yolov9_fast.engine.trainer import resolve_amp
 from yolov9_fast.engine.validator import autocast
 from yolov9_fast.errors import DataError, UserError
 from yolov9_fast.models import DetectionModel, load_checkpoint
-from yolov9_fast.ops.decode import decode
 from yolov9_fast.ops.nms import nms, warn_if_cut
 
 
@@ -154,7 +153,7 @@ class Predictor:
         with autocast(self.device, self.amp):
             maps = [level.float() for level in self.model.raw(batch, auxiliary=False).main]
         found = nms(
-            decode(maps, self.model.strides),
+            self.model.decode(maps),
             conf=self.conf,
             iou=self.iou,
             multi_label=False,

@@ -33,7 +33,7 @@ def build_model(
     that come fused are given BatchNorm again, whose statistics are measured on `images`.
 
     Args:
-        config: the options; `class_tower` and `box_groups` are filled in where the weights decide them.
+        config: the options; `class_tower` and `box_groups` are filled in where weights or graph decide them.
         images: makes batches [B, 3, H, W] in [0, 1]; called only for fused weights.
         announce: prints a line.
         load: False builds the network only (a resumed run brings its own weights, and the widths in its options).
@@ -45,7 +45,6 @@ def build_model(
         layout = suggest_architecture(config.weights)
         config.class_tower = config.class_tower or layout.class_tower
         config.box_groups = config.box_groups or layout.box_groups
-    config.box_groups = config.box_groups or 4
     try:
         model = create_model(
             config.model,
@@ -56,6 +55,8 @@ def build_model(
         )
     except ValueError as error:
         raise UserError(str(error)) from error
+    model.head.check_trainable()
+    config.box_groups = model.box_groups
     model.names = dict(data.names)
     if not (load and config.weights):
         return model

@@ -32,7 +32,6 @@ from yolov9_fast.losses import DetectionLoss
 from yolov9_fast.metrics import CocoMetrics, ConfusionMatrix, detections_to_coco, evaluate_coco
 from yolov9_fast.models import DetectionModel
 from yolov9_fast.nn import DetectionOutput
-from yolov9_fast.ops.decode import decode
 from yolov9_fast.ops.nms import nms, warn_if_cut
 
 
@@ -175,7 +174,7 @@ def validate(
                 loss = criterion.evaluate(DetectionOutput(maps), batch.targets.to(device), size)
                 items = torch.stack([loss.box, loss.cls, loss.dfl]).double()
                 losses += torch.cat((items * len(images), items.new_tensor([len(images)])))
-            prediction = decode(maps, model.strides)
+            prediction = model.decode(maps)
             forwarded = time.perf_counter()
             clock["forward"] += forwarded - started
             found = nms(prediction, conf=conf, iou=iou, max_det=max_det)

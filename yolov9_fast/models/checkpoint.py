@@ -163,6 +163,10 @@ def read_checkpoint(path: str | Path, *, graphs: tuple[Graph, ...] = ()) -> Chec
     return CheckpointContent(state, layout, parse_names(metadata.get("names"), layout.num_classes), metadata)
 
 
+def _count(value: Any) -> int | None:
+    return None if value is None else int(value)
+
+
 def _own(path: Path, state: dict[str, Tensor], text: str) -> CheckpointContent:
     try:
         header = json.loads(text)
@@ -173,8 +177,8 @@ def _own(path: Path, state: dict[str, Tensor], text: str) -> CheckpointContent:
             source="yolov9_fast",
             graph=graph_from_dict(header["graph"], str(path)),
             num_classes=int(header["num_classes"]),
-            class_tower=int(header["class_tower"]),
-            box_groups=int(header["box_groups"]),
+            class_tower=_count(header["class_tower"]),
+            box_groups=_count(header["box_groups"]),
             fused=bool(header["fused"]),
         )
         wanted = {key: tuple(value.shape) for key, value in layout.build().state_dict().items()}

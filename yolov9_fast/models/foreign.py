@@ -28,6 +28,7 @@ from yolov9_fast.models.graph import Graph, graph_names, load_graph
 from yolov9_fast.models.model import DetectionModel
 from yolov9_fast.models.reparameterize import fuse
 from yolov9_fast.models.restricted_pickle import Stub
+from yolov9_fast.nn.yolov7 import ANCHORS_PER_LEVEL
 
 __all__ = ["Layout", "identify", "read_state_dict", "restricted_load"]
 
@@ -45,8 +46,8 @@ class Layout:
         source: whose spelling or form it is: "official", "mit" or "ultralytics" (dense box towers).
         graph: the network's layers.
         num_classes: of the class convolutions.
-        class_tower: width of the main branch's class tower.
-        box_groups: groups of the box tower's convolutions.
+        class_tower: width of the main branch's class tower (None: the published rule, or an anchor-based head).
+        box_groups: groups of the box tower's convolutions (None: the graph's own, or an anchor-based head).
         fused: BatchNorm and RepConv are folded.
     """
 
@@ -54,7 +55,7 @@ class Layout:
     graph: Graph
     num_classes: int
     class_tower: int | None
-    box_groups: int
+    box_groups: int | None
     fused: bool
 
     @property
@@ -67,6 +68,8 @@ class Layout:
 
     def __str__(self) -> str:
         form = "fused" if self.fused else "not fused"
+        if self.graph.head.block == "AnchorDetect":
+            return f"{self.graph_name} ({self.num_classes} classes, anchor-based, {form})"
         return (
             f"{self.graph_name} ({self.num_classes} classes, class tower {self.class_tower or 'as published'}, "
             f"box groups {self.box_groups}, {form})"
@@ -282,6 +285,7 @@ def _candidates(shapes: Mapping[str, tuple[int, ...]], source: str, graphs: Iter
     indices = [key.split(".")[1] for key in shapes if key.startswith("model.")]
     last = max((int(index) for index in indices if index.isdigit()), default=-1)
     dual = any(k.startswith(f"model.{last}.cv5.") for k in shapes)
+    anchored = f"model.{last}.m.0.weight" in shapes
     box, classes = (f"model.{last}.cv{n}.0" for n in ((4, 5) if dual else (2, 3)))
     fused = not any(key.endswith(".running_var") for key in shapes)
     num_classes = _first(shapes.get(f"{classes}.2.weight")) or 80
@@ -290,12 +294,21 @@ def _candidates(shapes: Mapping[str, tuple[int, ...]], source: str, graphs: Iter
     grouped = shapes.get(f"{box}.1.conv.weight", ())
     if len(grouped) == 4 and grouped[1] and grouped[0] % grouped[1] == 0 and 64 % (grouped[0] // grouped[1]) == 0:
         groups = grouped[0] // grouped[1]
-    if source == "official" and groups == 1:
-        source = "ultralytics"
+
+    def layout(graph: Graph) -> Layout:
+        if graph.head.block == "AnchorDetect":
+            outputs = _first(shapes.get(f"model.{last}.m.0.weight"))
+            return Layout(source, graph, max(outputs // ANCHORS_PER_LEVEL - 5, 1), None, None, fused)
+        other = source == "official" and groups == 1 and graph.head.arguments != (1,)
+        return Layout("ultralytics" if other else source, graph, num_classes, tower, groups, fused)
+
+    def kind(graph: Graph) -> tuple[bool, bool, int]:
+        return graph.has_auxiliary, graph.head.block == "AnchorDetect", len(graph.layers)
+
     # A head of another kind or in another place means other keys: such graphs can at most be the nearest of a bad lot.
-    likely = [graph for graph in known if graph.has_auxiliary == dual and len(graph.layers) == last + 1]
+    likely = [graph for graph in known if kind(graph) == (dual, anchored, last + 1)]
     ordered = sorted(likely or known, key=lambda graph: _stem_differences(graph, shapes))
-    return [Layout(source, graph, num_classes, tower, groups, fused) for graph in ordered]
+    return [layout(graph) for graph in ordered]
 
 
 def _stem_differences(graph: Graph, shapes: Mapping[str, tuple[int, ...]]) -> int:

@@ -20,9 +20,12 @@ from yolov9_fast.errors import UserError
 
 GRAPH_FOLDER = Path(__file__).parent / "graphs"
 
-_SIZED = {name: getattr(blocks, name) for name in ("Conv", "ELAN", "CSPELAN", "GELAN", "AConv", "ADown", "SPPELAN")}
+_SIZED = {
+    name: getattr(blocks, name)
+    for name in ("Conv", "RepConv", "ELAN", "CSPELAN", "GELAN", "AConv", "ADown", "MPDown", "SPPELAN", "SPPCSPC")
+}
 _UNSIZED = {name: getattr(blocks, name) for name in ("Concat", "Upsample", "Silence", "CBLinear", "CBFuse")}
-HEADS = {"DDetect": blocks.DDetect, "DualDDetect": blocks.DualDDetect}
+HEADS = {name: getattr(blocks, name) for name in ("DDetect", "DualDDetect", "AnchorDetect")}
 BLOCKS = {**_SIZED, **_UNSIZED, **HEADS}
 # Names that other implementations' graph files use for the same blocks.
 ALIASES = {"ELAN1": "ELAN", "RepNCSPELAN4": "CSPELAN", "nn.Upsample": "Upsample"}
@@ -160,7 +163,7 @@ def build_layer(layer: Layer, inputs: list[Any], head_options: dict[str, Any]) -
     """One layer over inputs of so many channels, and the channels it returns: a number, or a list for CBLinear."""
     block: Any = BLOCKS[layer.block]
     if layer.block in HEADS:
-        return block(inputs, **head_options), None
+        return block(inputs, **_head_options(block, layer.arguments, head_options)), None
     if layer.block == "Concat":
         return block(), sum(inputs)
     if layer.block == "CBFuse":
@@ -168,6 +171,15 @@ def build_layer(layer: Layer, inputs: list[Any], head_options: dict[str, Any]) -
     if layer.block in ("Upsample", "Silence"):
         return block(*layer.arguments), inputs[0]
     return block(inputs[0], *layer.arguments), _plain(layer.arguments[0])
+
+
+def _head_options(head: Any, arguments: tuple[Any, ...], given: dict[str, Any]) -> dict[str, Any]:
+    """The options given (not None), and for the others what the head's layer lists."""
+    names = head.graph_arguments
+    if len(arguments) > len(names):
+        raise TypeError(f"it takes no arguments but {', '.join(names)}")
+    listed = dict(zip(names, arguments, strict=False))
+    return listed | {name: value for name, value in given.items() if value is not None}
 
 
 def graph_names() -> list[str]:

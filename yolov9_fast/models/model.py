@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,10 +14,9 @@ from torch import Tensor, nn
 
 from yolov9_fast.models.graph import Graph, GraphError, build_layer, load_graph
 from yolov9_fast.models.pgi import with_auxiliary
-from yolov9_fast.nn import Conv, DDetect, DetectionOutput, DualDDetect, RepConv, Upsample
+from yolov9_fast.nn import AnchorDetect, Conv, DDetect, DetectionOutput, DualDDetect, RepConv, Upsample
 from yolov9_fast.nn.functional import fused, hooked
 from yolov9_fast.ops.conv_bn_silu import Upsampled
-from yolov9_fast.ops.decode import decode
 
 MAX_STRIDE = 32
 
@@ -59,7 +58,7 @@ class DetectionModel(nn.Module):
         graph: the network.
         num_classes: nc.
         class_tower: width of the class branch (None: the published rule).
-        box_groups: groups of the box branch (4 as published, 1 dense).
+        box_groups: groups of the box branch: 4 as published, 1 dense (None: what the graph says, or 4).
 
     Attributes:
         names: class index → name.
@@ -67,12 +66,11 @@ class DetectionModel(nn.Module):
     """
 
     def __init__(
-        self, graph: Graph, num_classes: int = 80, *, class_tower: int | None = None, box_groups: int = 4
+        self, graph: Graph, num_classes: int = 80, *, class_tower: int | None = None, box_groups: int | None = None
     ) -> None:
         super().__init__()
         self.graph = graph
         self.num_classes = num_classes
-        self.box_groups = box_groups
         self.names = {i: str(i) for i in range(num_classes)}
         options = {"num_classes": num_classes, "class_tower": class_tower, "box_groups": box_groups}
         layers: list[nn.Module] = []
@@ -95,17 +93,22 @@ class DetectionModel(nn.Module):
         self._unjoined = _unjoined_layers(graph)
 
     @property
-    def head(self) -> DDetect | DualDDetect:
-        return cast("DDetect | DualDDetect", self.model[-1])
+    def head(self) -> DDetect | DualDDetect | AnchorDetect:
+        return cast("DDetect | DualDDetect | AnchorDetect", self.model[-1])
 
     @property
     def graph_name(self) -> str:
         return self.graph.name
 
     @property
-    def class_tower(self) -> int:
-        """Width of the main branch's class tower."""
+    def class_tower(self) -> int | None:
+        """Width of the main branch's class tower; None for a head without one."""
         return self.head.class_tower
+
+    @property
+    def box_groups(self) -> int | None:
+        """Groups of the box branch; None for a head without one."""
+        return self.head.box_groups
 
     @property
     def strides(self) -> tuple[int, ...]:
@@ -156,7 +159,11 @@ class DetectionModel(nn.Module):
     def forward(self, images: Tensor) -> DetectionOutput | Tensor:
         if self.training:
             return self.raw(images)
-        return decode(self.raw(images, auxiliary=False).main, self.strides)
+        return self.decode(self.raw(images, auxiliary=False).main)
+
+    def decode(self, maps: Sequence[Tensor]) -> Tensor:
+        """The main branch's raw maps as [B, 4 + nc, A]: xywh in pixels, scores."""
+        return self.head.decode(maps)
 
 
 def create_model(
@@ -164,17 +171,18 @@ def create_model(
     num_classes: int = 80,
     *,
     class_tower: int | None = None,
-    box_groups: int = 4,
+    box_groups: int | None = None,
     auxiliary: str | None = "default",
 ) -> DetectionModel:
     """Build a network with fresh weights.
 
     Args:
-        name: yolov9-{t,s,m,c,e}, gelan-{t,s,m,c,e}, a path to a graph YAML, or a graph.
+        name: yolov9-{t,s,m,c,e}, gelan-{t,s,m,c,e}, yolov7, yolov7-af, yolov7-af-gelan, a path to a graph YAML, or a
+            graph.
         num_classes: nc ≥ 1.
         class_tower: width of the class branch. None takes the published rule, max(channels, min(2·nc, 128)); weights of
             -t exist 80 and 128 wide.
-        box_groups: 4 as published; 1 for a dense box branch, as Ultralytics builds it.
+        box_groups: 4 as published; 1 for a dense box branch, as Ultralytics builds it. None takes what the graph says.
         auxiliary: "default" keeps the graph's auxiliary branch, "none" builds the deployed graph; "pfh", "fpn", "pan",
             "icn" or a registered branch is attached to the deployed graph, to its backbone or, as "BACKBONE,NECK", to
             both (`models.attach`).

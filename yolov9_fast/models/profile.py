@@ -29,15 +29,21 @@ def count_parameters(model: nn.Module) -> int:
 
 
 @torch.no_grad()
-def count_gflops(model: DetectionModel, image_size: int = 640, *, auxiliary: bool | None = None) -> float:
-    """GFLOPs of one image of `image_size` pixels square; the model may be on the meta device."""
+def count_gflops(
+    model: DetectionModel, image_size: int = 640, *, auxiliary: bool | None = None, biases: bool = False
+) -> float:
+    """GFLOPs of one image of `image_size` pixels square; the model may be on the meta device.
+
+    Args:
+        biases: count each bias as a multiply-add too, as the counters of 2022 did: YOLOv7's published figure.
+    """
     operations = 0
 
     def count(module: nn.Module, _: object, output: torch.Tensor) -> None:
         nonlocal operations
         assert isinstance(module, nn.Conv2d)
         per_output = module.in_channels // module.groups * module.kernel_size[0] * module.kernel_size[1]
-        operations += 2 * per_output * output.numel()
+        operations += 2 * (per_output + (biases and module.bias is not None)) * output.numel()
 
     hooks = [m.register_forward_hook(count) for m in model.modules() if isinstance(m, nn.Conv2d)]
     training = model.training
@@ -59,7 +65,7 @@ def graph_cost(
     deployed: bool = True,
     fused: bool = True,
     class_tower: int | None = None,
-    box_groups: int = 4,
+    box_groups: int | None = None,
     image_size: int = 640,
 ) -> Cost:
     """Cost of a network, as trained or deployed, unfused or fused (nothing is allocated)."""

@@ -19,15 +19,18 @@ from yolov9_fast.nn.blocks import (
 from yolov9_fast.nn.gelan import GELAN, block_names, load_block, register_block
 from yolov9_fast.nn.heads import DFL, DDetect, DualDDetect
 from yolov9_fast.nn.output import DetectionOutput
+from yolov9_fast.nn.yolov7 import SPPCSPC, AnchorDetect, MPDown
 
 __all__ = [
     "CSPELAN",
     "DFL",
     "ELAN",
     "GELAN",
+    "SPPCSPC",
     "SPPELAN",
     "AConv",
     "ADown",
+    "AnchorDetect",
     "CBFuse",
     "CBLinear",
     "Concat",
@@ -35,6 +38,7 @@ __all__ = [
     "DDetect",
     "DetectionOutput",
     "DualDDetect",
+    "MPDown",
     "RepBottleneck",
     "RepCSP",
     "RepConv",

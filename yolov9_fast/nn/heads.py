@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from yolov9_fast.nn.blocks import Conv
 from yolov9_fast.nn.output import DetectionOutput
+from yolov9_fast.ops.decode import decode
 
 REG_MAX = 16
 STRIDES = (8, 16, 32)
@@ -51,15 +52,25 @@ def _class_tower(channels: int, width: int, num_classes: int) -> nn.Sequential:
 
 
 class _Head(nn.Module):
+    graph_arguments = ("box_groups",)
+    """What a graph's layer may list for the head, in order; the caller's own options win over it."""
+
     def __init__(self, num_classes: int, box_groups: int) -> None:
         super().__init__()
         if num_classes < 1:
             raise ValueError(f"num_classes must be at least 1, got {num_classes}")
-        if (4 * REG_MAX) % box_groups:
+        if not isinstance(box_groups, int) or box_groups < 1 or (4 * REG_MAX) % box_groups:
             raise ValueError(f"box_groups must divide {4 * REG_MAX}, got {box_groups}")
         self.num_classes = num_classes
         self.box_groups = box_groups
         self.strides = STRIDES
+
+    def decode(self, maps: Sequence[Tensor]) -> Tensor:
+        """The main branch's raw maps as boxes and scores, [B, 4 + nc, A]: xywh in pixels, scores in 0..1."""
+        return decode(maps, self.strides)
+
+    def check_trainable(self) -> None:
+        """Raises `UserError` where the library has no loss for this kind of head."""
 
     def _add_branch(self, names: tuple[str, str], channels: Sequence[int], class_width: int) -> None:
         box_width = box_tower_width(channels[0], self.box_groups)

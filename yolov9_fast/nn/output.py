@@ -12,6 +12,7 @@ class DetectionOutput(NamedTuple):
 
     `main` is the branch that stays at deployment; `auxiliary` belongs to PGI and is None for a graph without it.
     Channels 0..63 are 4 sides (left, top, right, bottom) × 16 DFL bins, side-major; the others are class logits.
+    An `AnchorDetect` head has its own channels instead, which it decodes itself.
     """
 
     main: list[Tensor]

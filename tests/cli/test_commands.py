@@ -108,6 +108,9 @@ def test_info_counts_a_network_as_published(capsys: pytest.CaptureFixture[str]) 
     assert main(["info", "--model", "yolov9-t", "--class-tower", "80"]) == 0
     rows = capsys.readouterr().out.splitlines()
     assert any("deploy, fused" in row and "2,001,840" in row and "7.71" in row for row in rows)
+    assert main(["info", "--model", "yolov7-af"]) == 0
+    rows = capsys.readouterr().out.splitlines()
+    assert any("deploy, fused" in row and "43,564,736" in row and "130.51" in row for row in rows)
     assert main(["info", "--model", "yolov9-q"]) == 2
     assert main(["info", "--model", "yolov9-t", "--num-classes", "0"]) == 2
 

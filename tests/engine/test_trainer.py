@@ -292,6 +292,7 @@ def test_fused_weights_are_unfused_and_calibrated(
         ({"device": "tpu"}, UserError, "unknown device 'tpu'"),
         ({"model": "yolov9-z"}, UserError, "unknown network"),
         ({"box_groups": 3}, UserError, "box_groups must divide 64, got 3"),
+        ({"model": "yolov7", "class_tower": None}, UserError, "anchor-based head cannot be trained here"),
     ],
 )
 def test_wrong_options_are_one_clear_error(

@@ -192,9 +192,10 @@ def test_foreign_safetensors_are_read(deployed: DetectionModel, tmp_path: Path) 
 @pytest.mark.parametrize("name", graph_names())
 def test_every_network_is_recognised_from_keys_and_shapes(name: str) -> None:
     with torch.device("meta"):
-        state = create_model(name, 7).state_dict()
-    layout = identify(state)
-    assert (layout.graph_name, layout.num_classes, layout.box_groups, layout.fused) == (name, 7, 4, False)
+        model = create_model(name, 7)
+    layout = identify(model.state_dict())
+    found = (layout.graph_name, layout.num_classes, layout.box_groups, layout.fused)
+    assert found == (name, 7, model.box_groups, False)
 
 
 @pytest.mark.parametrize(("tower", "classes", "groups"), [(80, 80, 4), (128, 80, 1), (64, 1, 2), (96, 1000, 1)])

@@ -87,6 +87,14 @@ def test_a_graph_says_how_many_groups_its_box_branch_has() -> None:
         assert create_model("yolov7-af").box_groups == 1
         assert create_model("yolov7-af", box_groups=4).box_groups == 4
         assert create_model("yolov7-af-gelan").box_groups == 4
+        attached = create_model("yolov7-af", auxiliary="pfh")
+    assert attached.box_groups == 1
+    assert attached.graph.deploy()[0].layers == load_graph("yolov7-af").layers
+
+
+def test_an_anchor_based_network_takes_no_auxiliary_branch() -> None:
+    with pytest.raises(GraphError, match="needs a graph whose head is DDetect, not AnchorDetect"):
+        create_model("yolov7", auxiliary="fpn")
 
 
 def test_evaluation_gives_boxes_that_nms_takes(network: DetectionModel) -> None:

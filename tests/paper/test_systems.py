@@ -8,8 +8,8 @@ import torch
 import yolov9_fast as yf
 from yolov9_fast.losses import DetectionLoss
 from yolov9_fast.models import DetectionModel, graph_cost, load_graph, to_deploy
+from yolov9_fast.paper.rows import counted
 from yolov9_fast.paper.systems import BRANCH_ROWS, TABLES, System, table2, table4, table5
-from yolov9_fast.paper.tables import counted
 
 SYSTEMS = {system.name: system for system in (*table4(), *table5(), *table4(["t", "s"]), *table5(["t"]))}
 

@@ -12,8 +12,8 @@ from typing import Any
 from yolov9_fast.engine.config import TrainConfig, read_config
 from yolov9_fast.errors import UserError
 from yolov9_fast.paper.cells import make_cells, run_cells
+from yolov9_fast.paper.rows import Row, check_counts, counted, measured, printed, write_measured
 from yolov9_fast.paper.systems import BRANCH_ROWS, PGI, TABLES, System
-from yolov9_fast.paper.tables import Row, check_counts, counted, measured, printed, write_measured
 
 log = logging.getLogger(__name__)
 _EPILOG = """examples:

@@ -1,0 +1,47 @@
+"""Where a figure and the numbers behind it go, and how they are written."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from yolov9_fast.atomic import atomic_write
+from yolov9_fast.errors import UserError
+
+SUFFIXES = (".png", ".svg", ".pdf", ".jpg")
+
+
+def add_out(parser: argparse.ArgumentParser, name: str, beside: str) -> None:
+    """`--out`, by default runs/paper/NAME.png; `beside` names the files that come with it."""
+    parser.add_argument(
+        "--out",
+        default=f"runs/paper/{name}.png",
+        metavar="FILE",
+        help=f"the figure: {', '.join(s.lstrip('.') for s in SUFFIXES)} by suffix (default %(default)s); "
+        f"beside it {beside}",
+    )
+
+
+def figure_path(text: str) -> Path:
+    """`--out` as a path; `UserError` for a suffix that no figure can have."""
+    path = Path(text)
+    if path.suffix.lower() not in SUFFIXES:
+        raise UserError(f"--out must end in {', '.join(SUFFIXES)}, got {text}")
+    return path
+
+
+def write_numbers(path: Path, numbers: dict[str, Any]) -> Path:
+    return atomic_write(path, json.dumps(numbers, indent=1, allow_nan=False) + "\n")
+
+
+def read_numbers(path: Path) -> dict[str, Any]:
+    """What `write_numbers` wrote; `UserError` where the file holds something else."""
+    try:
+        numbers = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read the numbers in {path}: {error}") from error
+    if not isinstance(numbers, dict):
+        raise UserError(f"{path} does not hold the numbers of a figure")
+    return numbers

@@ -30,6 +30,7 @@ Finished networks are kept in the JSON beside the figure; the same command goes 
 QUICK = Settings(depths=(0, 5, 10), seeds=1, width=28, crop=24, train=3, test=2)
 COLOURS = {"plainnet": INK, "resnet": ORANGE, "cspnet": GREEN, "elan": PURPLE, "gelan": BLUE}
 _FLOOR = 1e-4
+_SECONDS_BETWEEN_WRITES = 10
 _YARDSTICKS = (3, 9, 33)
 _NORMALISATION_TITLES = {
     "initial": "BatchNorm untrained\n(mean 0, variance 1)",
@@ -96,7 +97,7 @@ def _source(images: list[str]) -> str:
 
 
 def measure_all(settings: Settings, images: Tensor, path: Path, *, source: str = "") -> dict[str, Any]:
-    """Measure every network that `path` does not hold yet, writing it after each; returns all numbers.
+    """Measure every network that `path` does not hold yet and keep it there, also when interrupted; all numbers.
 
     Raises:
         UserError: `path` holds the numbers of other crops or settings.
@@ -114,19 +115,20 @@ def measure_all(settings: Settings, images: Tensor, path: Path, *, source: str =
     wanted = list(settings.cells())
     missing = [cell for cell in wanted if cell.key not in cells]
     log.info("%d networks, %d of them measured before", len(wanted), len(wanted) - len(missing))
-    numbers: dict[str, Any] = {}
-    last_said = time.perf_counter()
-    for count, cell in enumerate(missing, start=1):
-        began = time.perf_counter()
-        found = readout.measure(cell, images, settings)
-        cells[cell.key] = {str(side): dataclasses.asdict(one) for side, one in found.items()}
-        seconds += time.perf_counter() - began
-        if time.perf_counter() - last_said > 10 or count == len(missing):
-            last_said = time.perf_counter()
-            log.info("%d of %d: %s", count, len(missing), cell.key)
-            write_numbers(path, _numbers(settings, fixed, cells, seconds, images, source))
-    numbers = _numbers(settings, fixed, cells, seconds, images, source)
-    write_numbers(path, numbers)
+    written = time.perf_counter()
+    try:
+        for count, cell in enumerate(missing, start=1):
+            began = time.perf_counter()
+            found = readout.measure(cell, images, settings)
+            cells[cell.key] = {str(side): dataclasses.asdict(one) for side, one in found.items()}
+            seconds += time.perf_counter() - began
+            if time.perf_counter() - written > _SECONDS_BETWEEN_WRITES:
+                written = time.perf_counter()
+                log.info("%d of %d: %s", count, len(missing), cell.key)
+                write_numbers(path, _numbers(settings, fixed, cells, seconds, images, source))
+    finally:
+        numbers = _numbers(settings, fixed, cells, seconds, images, source)
+        write_numbers(path, numbers)
     return numbers
 
 

@@ -50,7 +50,7 @@ _TITLES = {
     "fig5": "COCO val AP against size and cost",
 }
 _NAMED = ("YOLOv9", "GELAN")
-# GELAN lies just below YOLOv9; a user's results are named on the same height.
+# GELAN lies just below YOLOv9; a user's results are named above their stars.
 _NAME_PLACES = {"YOLOv9": ((-4, 7), "right"), "GELAN": ((5, -11), "left")}
 _MINE_COLOURS = (INK, "#E69F00", "#009E73", "#CC79A7")
 
@@ -186,7 +186,7 @@ def _points(
     for x, y, name in points:
         if " " in name and family in _NAMED:
             continue  # The variants of YOLOv9-E between its neighbours: no room for their names.
-        place, side = _NAME_PLACES.get(family, ((-10, -3), "right"))
+        place, side = _NAME_PLACES.get(family, ((0, 9), "center"))
         axes.annotate(
             name, (x, y), xytext=place, textcoords="offset points", ha=side, fontsize=8, color=colour,
             fontweight="bold", zorder=4,

@@ -149,7 +149,7 @@ def test_auxiliary_none_builds_the_deployed_graph() -> None:
         (("gelan-t", 2.5), {}, ValueError, "num_classes"),
         (("gelan-t",), {"class_tower": 0}, ValueError, "class_tower must be at least 1"),
         (("gelan-t",), {"box_groups": 3}, ValueError, "box_groups must divide 64"),
-        (("gelan-t",), {"auxiliary": "pan"}, ValueError, "auxiliary must be"),
+        (("gelan-t",), {"auxiliary": "nothing"}, ValueError, "unknown auxiliary branch"),
     ],
 )
 def test_wrong_arguments_are_named(

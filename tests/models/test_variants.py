@@ -43,8 +43,8 @@ def test_depths_that_are_there_already_change_nothing() -> None:
 
 def test_variants_of_variants() -> None:
     dark = gelan("gelan-t", block="dark", depth=1)
-    assert gelan(dark, block="conv") == gelan("gelan-t", block="conv", depth=1)
-    assert [layer for layer in gelan(dark, depth=3).layers] == list(load_graph("gelan-t").layers)
+    assert gelan(dark, block="conv").layers == gelan("gelan-t", block="conv", depth=1).layers
+    assert gelan(dark, depth=3).layers == load_graph("gelan-t").layers
 
 
 def test_wrong_variants_are_named() -> None:

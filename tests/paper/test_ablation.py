@@ -7,11 +7,11 @@ import math
 from pathlib import Path
 
 import pytest
-from yolov9_fast.paper.published import PublishedRow
 
 from yolov9_fast.cli.main import main
 from yolov9_fast.models import load_graph
 from yolov9_fast.paper import ablation
+from yolov9_fast.paper.published import PublishedRow
 from yolov9_fast.paper.rows import Row, check_counts, mean_and_spread, paired_difference, printed
 from yolov9_fast.paper.systems import System
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -42,10 +43,8 @@ class BranchBuilder:
 
     def __init__(self, graph: Graph) -> None:
         self.main = graph
-        self.layers: list[Layer] = []
-        self._outputs: list[Any] = []
-        for layer in graph.layers[:-1]:
-            self._append(layer)
+        self.layers: list[Layer] = list(graph.layers[:-1])
+        self._outputs: list[Any] = list(_outputs(graph))
 
     def add(self, block: str, source: int | Sequence[int], *arguments: Any) -> int:
         """Append a layer and return its index.
@@ -76,22 +75,32 @@ class BranchBuilder:
         first = found[0] if isinstance(found, list) else found
         return 1 if first is None else _PROBE_SIZE // int(first.shape[2])
 
-    @torch.no_grad()
     def _append(self, layer: Layer) -> None:
-        with torch.device("meta"):
-            inputs = [
-                self._outputs[s] if s >= 0 else torch.empty(1, 3, _PROBE_SIZE, _PROBE_SIZE) for s in layer.sources
-            ]
-            widths = [[m.shape[1] for m in x] if isinstance(x, list) else x.shape[1] for x in inputs]
-            try:
-                module, _ = build_layer(layer, widths, {})
-                several = layer.block in ("Concat", "CBFuse")
-                output = module.eval()(inputs if several else inputs[0])
-            except (TypeError, ValueError, RuntimeError, KeyError, AssertionError) as error:
-                where = f"layer {len(self.layers)}, {layer.block}{list(layer.arguments)}"
-                raise GraphError(f"{self.main.name}: {where}: {error}") from error
+        self._outputs.append(_output(self.main.name, layer, len(self.layers), self._outputs))
         self.layers.append(layer)
-        self._outputs.append(output)
+
+
+@lru_cache(maxsize=64)
+def _outputs(graph: Graph) -> tuple[Any, ...]:
+    """What every layer but the head returns for a probe image; tensors without memory."""
+    outputs: list[Any] = []
+    for index, layer in enumerate(graph.layers[:-1]):
+        outputs.append(_output(graph.name, layer, index, outputs))
+    return tuple(outputs)
+
+
+@torch.no_grad()
+def _output(name: str, layer: Layer, index: int, outputs: Sequence[Any]) -> Any:
+    with torch.device("meta"):
+        inputs = [outputs[s] if s >= 0 else torch.empty(1, 3, _PROBE_SIZE, _PROBE_SIZE) for s in layer.sources]
+        widths = [[m.shape[1] for m in x] if isinstance(x, list) else x.shape[1] for x in inputs]
+        try:
+            module, _ = build_layer(layer, widths, {})
+            several = layer.block in ("Concat", "CBFuse")
+            return module.eval()(inputs if several else inputs[0])
+        except (TypeError, ValueError, RuntimeError, KeyError, AssertionError) as error:
+            where = f"layer {index}, {layer.block}{list(layer.arguments)}"
+            raise GraphError(f"{name}: {where}: {error}") from error
 
 
 Branch = Callable[[BranchBuilder, Sequence[int]], Sequence[int]]

@@ -8,12 +8,13 @@ import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from yolov9_fast.atomic import atomic_write
 from yolov9_fast.engine.config import TrainConfig
-from yolov9_fast.models import Graph, graph_cost
+from yolov9_fast.models import Cost, Graph, graph_cost
 from yolov9_fast.paper.cells import METRICS, Cell
 from yolov9_fast.paper.published import COLUMNS as LABELS
 from yolov9_fast.paper.published import PublishedRow
@@ -63,16 +64,17 @@ def paired_difference(row: Row, base: Row, name: str = "ap") -> tuple[float, flo
 
 def counted(systems: Sequence[System]) -> list[Row]:
     """Rows with their costs; nothing is trained or allocated."""
-    costs: dict[Graph, tuple[float, float]] = {}
     rows = []
     for system in systems:
-        deployed, _ = system.graph.deploy()
-        if deployed not in costs:
-            cost = graph_cost(deployed)
-            costs[deployed] = cost.parameters / 1e6, cost.gflops
-        train = graph_cost(system.graph, deployed=False, fused=False).parameters / 1e6
-        rows.append(Row(system, *costs[deployed], train))
+        deployed = _cost(system.graph.deploy()[0], fused=True)
+        trained = _cost(system.graph, fused=False)
+        rows.append(Row(system, deployed.parameters / 1e6, deployed.gflops, trained.parameters / 1e6))
     return rows
+
+
+@lru_cache(maxsize=256)
+def _cost(graph: Graph, *, fused: bool) -> Cost:
+    return graph_cost(graph, deployed=False, fused=fused)
 
 
 def measured(systems: Sequence[System], cells: Sequence[Cell]) -> list[Row]:

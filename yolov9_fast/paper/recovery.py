@@ -176,7 +176,7 @@ def draw(numbers: dict[str, Any], out: Path) -> None:
         grid = figure.subplots(len(sides), len(normalisations), sharex=True, sharey=True, squeeze=False)
         for axes_row, side in zip(grid, sides, strict=True):
             for axes, normalisation in zip(axes_row, normalisations, strict=True):
-                _curves(axes, numbers, normalisation, side)
+                _curves(axes, numbers, normalisation, side, named=normalisation == normalisations[0])
             axes_row[0].set_ylabel(f"1 − R², read from {side}×{side} features")
         for axes, normalisation in zip(grid[0], normalisations, strict=True):
             axes.set_title(_NORMALISATION_TITLES[normalisation], fontsize=10)
@@ -189,7 +189,8 @@ def draw(numbers: dict[str, Any], out: Path) -> None:
     save_figure(out, (1.6 + 3.3 * len(normalisations), 1.5 + 2.7 * len(sides)), paint)
 
 
-def _curves(axes: Any, numbers: dict[str, Any], normalisation: str, side: int) -> None:
+def _curves(axes: Any, numbers: dict[str, Any], normalisation: str, side: int, *, named: bool) -> None:
+    """Errors below 1e-4 are drawn there; `named`: say what the yardsticks are."""
     depths = numbers["settings"]["depths"]
     for architecture in numbers["settings"]["architectures"]:
         rows = _rows(numbers, architecture, normalisation, side)
@@ -200,10 +201,11 @@ def _curves(axes: Any, numbers: dict[str, Any], normalisation: str, side: int) -
         axes.plot(shown, mean, "o-", color=colour, markersize=3.5, linewidth=1.6, label=TITLES[architecture])
     for size, error in numbers["blur_error"].items():
         axes.axhline(error, color=VERMILION, linewidth=0.8, linestyle=":", zorder=0)
-        axes.annotate(
-            f"blur of {size} px", (1, error), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=7,
-            color=VERMILION,
-        )  # fmt: skip
+        if named:
+            axes.annotate(
+                f"blur of {size} px", (1, error), xycoords=("axes fraction", "data"), ha="right", va="bottom",
+                fontsize=7, color=VERMILION,
+            )  # fmt: skip
     axes.axhline(1, color=FAINT, linewidth=0.8, zorder=0)
     axes.set_yscale("log")
     axes.set_ylim(_FLOOR / 1.3, 2.0)

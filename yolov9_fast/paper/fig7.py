@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from yolov9_fast._lazy import require
 from yolov9_fast.atomic import atomic_write
 from yolov9_fast.errors import DataError, UserError
 from yolov9_fast.paper.files import add_out, figure_path, write_numbers
@@ -226,11 +227,10 @@ def draw(sample: Any, maps: dict[str, list[Any]], out: Path) -> None:
     picture = sample.image.permute(1, 2, 0).numpy()
 
     def boxes(axes: Any, scale: tuple[float, float], offset: float, colour: str) -> None:
-        from matplotlib.patches import Rectangle
-
+        rectangle = require("matplotlib.patches").Rectangle
         for cx, cy, w, h in sample.targets[:, 1:].tolist():
             corner = ((cx - w / 2) * scale[0] + offset, (cy - h / 2) * scale[1] + offset)
-            axes.add_patch(Rectangle(corner, w * scale[0], h * scale[1], fill=False, edgecolor=colour, linewidth=1.0))
+            axes.add_patch(rectangle(corner, w * scale[0], h * scale[1], fill=False, edgecolor=colour, linewidth=1.0))
 
     def paint(figure: Any) -> None:
         grid = figure.subplots(len(maps), 1 + len(LEVELS), squeeze=False)

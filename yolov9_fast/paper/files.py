@@ -33,7 +33,7 @@ def figure_path(text: str) -> Path:
 
 
 def write_numbers(path: Path, numbers: dict[str, Any]) -> Path:
-    return atomic_write(path, json.dumps(numbers, indent=1, allow_nan=False) + "\n")
+    return atomic_write(path, json.dumps(numbers, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def read_numbers(path: Path) -> dict[str, Any]:

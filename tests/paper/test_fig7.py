@@ -95,9 +95,9 @@ def test_the_pair_is_trained_once_and_used_again(
     assert out.read_bytes().startswith(b"\x89PNG")
     first = json.loads(out.with_suffix(".json").read_text())
     assert {(r["network"], r["level"]) for r in first["rows"]} == {
-        (n, level) for n in ("gelan", "yolov9") for level in ("P3", "P4", "P5")
+        (n, level) for n in ("untrained", "gelan", "yolov9") for level in ("P3", "P4", "P5")
     }
-    assert len(first["rows"]) == 6 and all(0 <= r["auc"] <= 1 for r in first["rows"])
+    assert len(first["rows"]) == 9 and all(0 <= r["auc"] <= 1 for r in first["rows"])
     with np.load(out.with_suffix(".npz")) as arrays:
         assert arrays["gelan_P3"].shape == (8, 8) and arrays["image"].shape == (3, 64, 64)
 

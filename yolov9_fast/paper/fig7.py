@@ -25,7 +25,7 @@ from yolov9_fast.viz.figure import save_figure
 
 log = logging.getLogger(__name__)
 NETWORKS = ("gelan", "yolov9")
-TITLES = {"gelan": "GELAN", "yolov9": "YOLOv9 (GELAN + PGI)"}
+TITLES = {"untrained": "GELAN, untrained", "gelan": "GELAN", "yolov9": "YOLOv9 (GELAN + PGI)"}
 SIZES = ("t", "s", "m", "c", "e")
 RENDERED_VAL = 32
 _EPILOG = """examples:
@@ -82,6 +82,9 @@ def run(arguments: argparse.Namespace) -> int:
     shown_maps: dict[str, list[Any]] = {}
     rows = []
     for seed in range(arguments.seeds):
+        rows += _measured(
+            _untrained(arguments.size, len(load_data_config(data).names), seed), "untrained", seed, samples
+        )
         for network in NETWORKS:
             model = trained(f"{network}-{arguments.size}", data, arguments, size, seed)
             if seed == 0:
@@ -168,6 +171,17 @@ def trained(network: str, data: Path, arguments: argparse.Namespace, size: int, 
     trainer = Trainer(config)
     trainer.run()
     return load_checkpoint(trainer.run_folder.last)
+
+
+def _untrained(size: str, num_classes: int, seed: int) -> Any:
+    """GELAN as `trained` starts it: what the numbers are before any training."""
+    import torch
+
+    from yolov9_fast.models import create_model
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return create_model(f"gelan-{size}", num_classes)
 
 
 def _digest(config: Any) -> str:

@@ -398,8 +398,10 @@ class Trainer:
             assert result.metrics is not None and result.loss is not None
             metrics = result.metrics
             row |= dict(zip(("val/box", "val/cls", "val/dfl"), result.loss, strict=True))
-            for name in ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large", "precision", "recall"):
+            for name in ("ap", "ap50", "ap75", "precision", "recall"):
                 row[f"metrics/{name}"] = getattr(metrics, name)
+            sizes = {f"metrics/ap_{size}": getattr(metrics, f"ap_{size}") for size in ("small", "medium", "large")}
+            row |= {name: value for name, value in sizes.items() if not np.isnan(value)}
             row["seconds/val"] = sum(result.seconds.values())
             row["seconds"] = sum(v for k, v in row.items() if k.startswith("seconds/"))
             fitness = float(np.nan_to_num(0.1 * metrics.ap50 + 0.9 * metrics.ap))

@@ -200,5 +200,5 @@ def _summary(cell: Cell, run: RunFolder) -> dict[str, Any]:
 
 def _metrics(row: dict[str, float]) -> dict[str, float | None]:
     """Metrics of an epoch; None where the images hold no object of that size."""
-    found = {name: row[f"metrics/{name}"] for name in METRICS}
+    found = {name: row.get(f"metrics/{name}", math.nan) for name in METRICS}
     return {name: None if math.isnan(value) else value for name, value in found.items()}

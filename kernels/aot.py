@@ -1,7 +1,7 @@
 """Ahead-of-time builds without a GPU: every variant of every kernel that the launchers choose, compiled and examined.
 
 `python -m yolov9_fast.kernels.aot [--all] [--arch 90]` prints one table. The list is what the launchers themselves
-launch for `cases`, noted instead of run; so it follows their tables and records of tuning.
+launch for `cases`, noted instead of run, and what the tuner may make them launch; so it follows their tables.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 import triton
-from yolov9_fast.kernels import cases
+from yolov9_fast.kernels import cases, config, tune
 from yolov9_fast.kernels.launch import INTERPRETED, Launch, kernels, recording
 
 ARCHITECTURES = (80, 90, 100)
@@ -42,9 +42,14 @@ class Build:
 
     @property
     def must_be_wide(self) -> bool:
-        """Whether 16-byte accesses are expected: a streaming kernel, aligned, channels side by side."""
+        """Whether 16-byte accesses are expected: a streaming kernel where addresses and strides allow them.
+
+        Not of the one-launch kernels on planes: their rows run through all images, and the division that finds a row's
+        image hides from the compiler that pixels lie side by side.
+        """
         constants = dict(self.launch.constants)
-        return kernels[self.launch.kernel].streams and constants.get("VEC", 1) > 1 and bool(constants.get("LAST"))
+        side_by_side = constants.get("LAST") or "_whole_" not in self.launch.kernel
+        return kernels[self.launch.kernel].streams and constants.get("VEC", 1) > 1 and bool(side_by_side)
 
     def faults(self) -> list[str]:
         found = []
@@ -75,9 +80,27 @@ def launches(
     return {key(launch): launch for launch in reversed(seen)}
 
 
+def tuned(architecture: int) -> dict[tuple[object, ...], Launch]:
+    """What the launchers launch under every record that the tuner may write, for the maps that it times."""
+    with recording(architecture) as seen:
+        for dtype in tune.DTYPES:
+            for shape in tune.SHAPES:
+                for name, call in tune.calls(shape, dtype, "meta").items():
+                    for choice in config.candidates(name):
+                        with config.forced(name, tune.bucket_of(shape, dtype), choice):
+                            call()
+    return {key(launch): launch for launch in reversed(seen)}
+
+
+def everything(architecture: int) -> list[Launch]:
+    """Every variant that a launcher can choose, by kernel."""
+    found = launches(architecture, (*cases.TYPICAL, *cases.EVERY)) | tuned(architecture)
+    return sorted(found.values(), key=lambda launch: launch.kernel)
+
+
 def key(launch: Launch) -> tuple[object, ...]:
     """What makes a variant; not which pointers happen to be aligned (VEC says what the kernel relies on)."""
-    return launch.kernel, launch.signature, launch.constants, launch.warps, launch.stages
+    return launch.kernel, launch.signature, launch.constants, launch.warps, launch.stages, launch.registers
 
 
 def build(launch: Launch, architecture: int) -> Build:
@@ -92,7 +115,7 @@ def build(launch: Launch, architecture: int) -> Build:
     attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in launch.aligned}
     source = ASTSource(wrapped.function, dict(launch.signature), dict(launch.constants), attributes)
     target = GPUTarget("cuda", architecture, 32)
-    options = {"num_warps": launch.warps, "num_stages": launch.stages}
+    options = {"num_warps": launch.warps, "num_stages": launch.stages, "maxnreg": launch.registers}
     compiled = triton.compile(source, target=target, options=options)
     ptx = compiled.asm["ptx"]
     registers, spilled = _resources(compiled.asm["cubin"], ptx, architecture)
@@ -108,7 +131,10 @@ def build(launch: Launch, architecture: int) -> Build:
 
 
 def _resources(cubin: bytes, ptx: str, architecture: int) -> tuple[int, int]:
-    """Registers of a thread, and bytes that it spills; ptxas is asked for the latter only where there is a stack."""
+    """Registers of a thread, and bytes that it spills: ptxas is asked for them only where there is a stack.
+
+    A kernel of ours has nothing else to put there, so the stack is what counts if ptxas has another view.
+    """
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
@@ -121,8 +147,11 @@ def _resources(cubin: bytes, ptx: str, architecture: int) -> tuple[int, int]:
         name = re.search(r"\.target (sm_\w+)", ptx)
         assert name is not None
         ptxas = tools / ("ptxas-blackwell" if architecture >= 100 else "ptxas")
-        text = _output([ptxas, "-v", f"-arch={name.group(1)}", source, "-o", path])
-        return int(found["REG"]), sum(map(int, re.findall(r"(\d+) bytes spill", text)))
+        # As Triton calls it: other options would assemble another kernel.
+        options = ["-v", "-lineinfo", "--regAllocOptLevel=2"]
+        text = _output([ptxas, *options, f"-arch={name.group(1)}", source, "-o", path])
+        spilled = sum(map(int, re.findall(r"(\d+) bytes spill", text)))
+        return int(found["REG"]), spilled or int(found["STACK"]) + int(found["LOCAL"])
 
 
 def _output(command: list[str | Path]) -> str:
@@ -145,6 +174,30 @@ def table(builds: Iterable[Build]) -> Iterator[str]:
         yield line + (f"  FAULT: {'; '.join(faults)}" if faults else "")
 
 
+def summary(builds: Iterable[Build]) -> Iterator[str]:
+    """Lines of text: one a kernel, from its least to its most demanding variant, and the total.
+
+    `16-byte`: the fewest such accesses in the code of a variant of which they are expected.
+    """
+    by_kernel: dict[str, list[Build]] = {}
+    for made in builds:
+        by_kernel.setdefault(made.launch.kernel, []).append(made)
+    yield (
+        f"{'kernel':36}{'variants':>9}{'registers':>11}{'spilled':>9}{'shared':>15}{'expected wide':>15}{'16-byte':>9}"
+        f"{'faults':>8}"
+    )
+    for name, ours in by_kernel.items():
+        wide = [made.wide for made in ours if made.must_be_wide]
+        registers = f"{min(made.registers for made in ours)}-{max(made.registers for made in ours)}"
+        shared = f"{min(made.shared for made in ours)}-{max(made.shared for made in ours)}"
+        yield (
+            f"{name:36}{len(ours):9}{registers:>11}{max(made.spilled for made in ours):9}{shared:>15}{len(wide):15}"
+            f"{min(wide) if wide else '-':>9}{sum(bool(made.faults()) for made in ours):8}"
+        )
+    total = [made for ours in by_kernel.values() for made in ours]
+    yield f"{len(total)} variants, {sum(bool(made.faults()) for made in total)} faults"
+
+
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--all", action="store_true", help="every variant, not only what most layers choose (long)")
     parser.add_argument("--arch", type=int, action="append", choices=ARCHITECTURES, help="default: all of them")
@@ -152,24 +205,23 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Build and print; 1 when a variant has a fault."""
-    faulty = total = 0
+    """Build, print each and the summary; 1 when a variant has a fault."""
+    done: list[Build] = []
 
     def builds() -> Iterator[Build]:
-        nonlocal faulty, total
         for architecture in arguments.arch or ARCHITECTURES:
-            wanted = launches(architecture, (*cases.TYPICAL, *(cases.EVERY if arguments.all else ())))
-            for launch in sorted(wanted.values(), key=lambda one: one.kernel):
+            typical = launches(architecture, cases.TYPICAL)
+            wanted = everything(architecture) if arguments.all else list(typical.values())
+            for launch in sorted(wanted, key=lambda one: one.kernel):
                 if arguments.kernel in launch.kernel:
-                    made = build(launch, architecture)
-                    faulty += bool(made.faults())
-                    total += 1
-                    yield made
+                    done.append(build(launch, architecture))
+                    yield done[-1]
 
     for line in table(builds()):
         print(line, flush=True)
-    print(f"{total} variants built, {faulty} with faults")
-    return 1 if faulty else 0
+    print()
+    print("\n".join(summary(done)))
+    return 1 if any(made.faults() for made in done) else 0
 
 
 def main() -> int:

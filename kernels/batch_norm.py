@@ -27,9 +27,13 @@ from yolov9_fast.kernels.launch import (
 
 PROGRAMS = 1024
 """Programs of a first stage: about eight for each of 132 multiprocessors; fixed: every GPU gives the same bits."""
-WHOLE_ELEMENTS = {2: 32768, 4: 16384}
-"""Elements that one program holds in registers in the one-launch form, by element size: 64 KiB of the 256 KiB of a
-multiprocessor, at 16 warps 64 or 32 values a thread."""
+WHOLE_VALUES, WHOLE_VALUES_APART, WHOLE_WARPS = 32, 16, 16
+"""What a thread of the one-launch form holds of all tensors, in float32, and the most warps of its program.
+
+16 warps leave 128 registers a thread. 32 of them are the values, as many again what is computed from them while those
+are still needed (deviations, exponentials, the residual), the rest addresses, one of 64 bits and a mask per 16-byte
+access, and the vectors of the channels. 64 values a thread spill in most variants. Where no 16-byte access is possible
+every value has an address of its own: two registers more for each, so half as many."""
 FINISH_BLOCKS, FINISH_CHANNELS = 64, 16
 
 
@@ -108,19 +112,20 @@ def per_tile(name: str, view: View, vector: int) -> tuple[Plan, tuple[int, int]]
     return Plan(shape, blocks, 1, view.images * blocks, columns), (view.images * blocks, columns)
 
 
-def whole_block(view: View, tensors: int) -> tuple[int, int] | None:
-    """Rows (a power of two) and channels of a program that holds all rows of `tensors` tensors; None if too many."""
+def whole_tile(view: View, vector: int, tensors: int) -> Tile | None:
+    """The tile of a program that holds all rows of `tensors` tensors like `view`; None if they are too many."""
     rows = view.images * view.pixels
-    size = view.data.element_size()
-    block = 16 // size
+    channels = 16 // view.data.element_size()
     held = max(triton.next_power_of_2(rows), 256)
-    return (held, block) if 0 < rows and held * block * tensors <= WHOLE_ELEMENTS[size] else None
+    values = WHOLE_VALUES if vector > 1 else WHOLE_VALUES_APART
+    warps = max(4, triton.next_power_of_2(triton.cdiv(held * channels * tensors, 32 * values)))
+    return Tile(held, channels, warps) if 0 < rows and warps <= WHOLE_WARPS else None
 
 
-def whole_constants(view: View, vector: int, block: tuple[int, int], tensors: int) -> dict[str, Any]:
-    """Constants of a one-launch kernel; up to 16 warps, from 32 values a thread on."""
-    warps = max(4, min(16, triton.next_power_of_2(block[0] * block[1] * tensors // (32 * 32))))
-    return {"LAST": view.last, "VEC": vector, "warps": warps, "BLOCK_P": block[0], "BLOCK_C": block[1]}
+def whole_constants(view: View, vector: int, shape: Tile) -> dict[str, Any]:
+    """Constants of a one-launch kernel."""
+    blocks = {"BLOCK_P": shape.pixels, "BLOCK_C": shape.channels}
+    return {"LAST": view.last, "VEC": vector, "warps": shape.warps} | blocks
 
 
 @triton.jit

@@ -25,7 +25,7 @@ from yolov9_fast.kernels.batch_norm import (
     silu_of,
     statistics,
     strides,
-    whole_block,
+    whole_tile,
 )
 from yolov9_fast.kernels.bn_silu_whole import whole_backward, whole_forward
 from yolov9_fast.kernels.launch import (
@@ -52,7 +52,7 @@ __all__ = [
 
 
 # Reads x (and residual), writes out: 4 (6) bytes an element of bf16. Grid: tiles of pixels × blocks of channels.
-@kernel()
+@kernel(roomy=True)
 def bn_silu_apply_kernel(
     x_ptr,
     residual_ptr,
@@ -163,7 +163,7 @@ def bn_silu_sums_kernel(
 
 
 # Reads dz and x, writes dx: 6 bytes an element of bf16. Grid: tiles of pixels × blocks of channels.
-@kernel()
+@kernel(roomy=True)
 def bn_silu_dx_kernel(
     dz_ptr,
     x_ptr,
@@ -233,7 +233,7 @@ def bn_silu_forward(
     """Training: batch statistics, running statistics, `out`; returns mean and rstd, float32 [C]."""
     source, extra, target = forward_views([x], residual, out)
     weight, bias = affine(weight, bias, x.shape[1], x.device)
-    block = whole_block(source, 1)
+    block = whole_tile(source, vector_of(source, extra, target), 1)
     if block is None:
         mean, rstd = statistics(source, True, eps, momentum, running_mean, running_var)
         _apply(Norm(source, weight, bias, mean, rstd), extra, target, silu)
@@ -266,8 +266,7 @@ def bn_silu_backward(
     norm = given(source, weight, bias, mean, rstd)
     dx = dense_like(source)
     dweight, dbias = channel_vectors(source, 2)
-    # As if there were three: two tensors and their x̂ and dy at 2,048 rows do not fit 128 registers a thread.
-    block = whole_block(source, 3)
+    block = whole_tile(source, vector_of(source, gradient, dx), 2)
     if block is None:
         _sums(gradient, norm, (dbias, dweight), silu)
         _dx(gradient, norm, dx, dbias, dweight, 1.0 / max(source.images * source.pixels, 1), silu)

@@ -15,11 +15,12 @@ from yolov9_fast.kernels.batch_norm import (
     whole_offsets,
     whole_statistics,
 )
+from yolov9_fast.kernels.config import Tile
 from yolov9_fast.kernels.launch import View, as_stored, kernel, vector_of
 
 
 # Statistics and apply: reads x (and residual) once, writes out. Grid: blocks of channels, all rows in one program.
-@kernel()
+@kernel(roomy=True)
 def bn_silu_whole_kernel(
     x_ptr,
     residual_ptr,
@@ -134,12 +135,12 @@ def whole_forward(
     momentum: float,
     eps: float,
     silu: bool,
-    block: tuple[int, int],
+    block: Tile,
 ) -> None:
     """Batch statistics into `norm.mean` and `norm.rstd`, and the output."""
     vector = vector_of(norm.x, extra, target)
     bn_silu_whole_kernel(
-        (triton.cdiv(norm.x.channels, block[1]),),
+        (triton.cdiv(norm.x.channels, block.channels),),
         norm.x.data,
         extra.data if extra else None,
         target.data,
@@ -152,16 +153,16 @@ def whole_forward(
         *extent(norm.x, vector),
         norm.x.images * norm.x.pixels,
         SILU=silu,
-        **whole_constants(norm.x, vector, block, 1),
+        **whole_constants(norm.x, vector, block),
     )
 
 
 def whole_backward(
-    gradient: View, norm: Norm, dx: View, dweight: Tensor, dbias: Tensor, silu: bool, block: tuple[int, int]
+    gradient: View, norm: Norm, dx: View, dweight: Tensor, dbias: Tensor, silu: bool, block: Tile
 ) -> None:
     vector = vector_of(gradient, norm.x, dx)
     bn_silu_whole_backward_kernel(
-        (triton.cdiv(norm.x.channels, block[1]),),
+        (triton.cdiv(norm.x.channels, block.channels),),
         gradient.data,
         norm.x.data,
         dx.data,
@@ -172,5 +173,5 @@ def whole_backward(
         *extent(norm.x, vector),
         norm.x.images * norm.x.pixels,
         SILU=silu,
-        **whole_constants(norm.x, vector, block, 2),
+        **whole_constants(norm.x, vector, block),
     )

@@ -19,11 +19,16 @@ import torch
 from yolov9_fast.kernels.launch import View, capability_of
 
 FOLDER = Path(__file__).resolve().parent / "configs"
-ELEMENTS = (1024, 2048, 4096, 8192)
-"""Elements of a tile that the tuner tries; with WARPS all that a record may hold."""
-WARPS = (2, 4, 8)
+ELEMENTS, WARPS = (1024, 2048, 4096, 8192), (2, 4, 8)
+"""Elements and warps of a tile; `candidates` are the pairs that the tuner tries and a record may hold."""
 _CHANNEL_BLOCKS = (64, 32, 16, 8)
 _PIXEL_BLOCKS = (1024, 256, 64)
+APART = {"elements": ELEMENTS[0], "warps": WARPS[-1]}
+"""The tile of tensors whose elements are read one by one, since no 16-byte access is possible. Each element has an
+address of 64 bits and a mask in registers, in each tensor and for each neighbour: four of them a thread, not 32."""
+APART_PRODUCT = (64, 32, 64)
+"""The largest product, pixels × k × outputs, of such tensors: 16 elements a thread. 128 × 64 and 64 × 128 are 64, and
+their addresses alone take 128 of a thread's 255 registers."""
 SMALL = 2**20
 """Tensors of up to this many elements get the tile for small ones: one wave of 132 × 8 programs of 1,024 elements."""
 
@@ -48,11 +53,18 @@ class Product:
     stages: int
 
 
-def product(size: int, outputs: int, device: torch.device) -> Product:
-    """Tiles for elements of `size` bytes; the block of outputs is 32, 64 or 128, as the outputs need."""
+def product(size: int, outputs: int, device: torch.device, vector: int) -> Product:
+    """Tiles for elements of `size` bytes; the block of outputs is 32, 64 or 128, as the outputs need.
+
+    At most APART_PRODUCT, by the most warps, where no 16-byte access is possible (`vector` 1).
+    """
     record = _products(size, _device_key(device))
     block = next((b for b in (32, 64) if outputs <= b), 128)
-    return Product(record["pixels"], record["k"], min(block, record["outputs"]), record["warps"], record["stages"])
+    pixels, k, outputs = record["pixels"], record["k"], min(block, record["outputs"])
+    if vector == 1:
+        pixels, k, outputs = (min(a, b) for a, b in zip((pixels, k, outputs), APART_PRODUCT, strict=True))
+        return Product(pixels, k, outputs, WARPS[-1], record["stages"])
+    return Product(pixels, k, outputs, record["warps"], record["stages"])
 
 
 @cache
@@ -74,17 +86,33 @@ def pixel_block(pixels: int) -> int:
     return next((block for block in _PIXEL_BLOCKS if 2 * pixels >= block), _PIXEL_BLOCKS[-1])
 
 
-def tile(kernel: str, view: View, vector: int, limit: int = ELEMENTS[-1]) -> Tile:
-    """The tile of `kernel` for tensors like `view`, of at most `limit` elements."""
+def tile(kernel: str, view: View, vector: int) -> Tile:
+    """The tile of `kernel` for tensors like `view`, in accesses of `vector` elements."""
     size = "small" if view.images * view.pixels * view.channels <= SMALL else "large"
     block = channel_block(view.channels) if view.last else pixel_block(view.pixels)
     block = max(block, vector)
     layout = "last" if view.last else "planes"
-    record = _record(kernel, f"{layout}/{view.data.element_size()}/{block}/{size}", _device_key(view.data.device))
-    if vector == 1:  # each element then has an address of its own, in registers
-        limit = min(limit, ELEMENTS[0])
-    other = max(1, min(record["elements"], limit) // block)
+    bucket = f"{layout}/{view.data.element_size()}/{block}/{size}"
+    record = APART if vector == 1 else _record(kernel, bucket, _device_key(view.data.device))
+    other = max(1, record["elements"] // block)
     return Tile(other, block, record["warps"]) if view.last else Tile(block, other, record["warps"])
+
+
+def candidates(kernel: str) -> list[dict[str, int]]:
+    """The tiles of `kernel` that its registers can hold, and of no less than one 16-byte access of bf16 a thread.
+
+    Registers follow from the elements of a thread: at most those of the default tile, which is chosen for them.
+    """
+    most = _default(kernel, "large")
+    pairs = [(elements, warps) for elements in ELEMENTS for warps in WARPS]
+    limit = most["elements"] // most["warps"]
+    return [{"elements": e, "warps": w} for e, w in pairs if 32 * 8 <= e // w <= limit]
+
+
+def _default(kernel: str, size: str) -> dict[str, int]:
+    default = load("default")
+    record: dict[str, int] = default["sizes"][size] | default["kernels"].get(kernel, {})
+    return record
 
 
 def _device_key(device: torch.device) -> tuple[str, int | None]:
@@ -105,11 +133,9 @@ def slug(name: str) -> str:
 def _record(kernel: str, bucket: str, device: tuple[str, int | None]) -> dict[str, int]:
     """{"elements": …, "warps": …} for a bucket "layout/bytes/block/size"; the most specific record wins."""
     name, capability = device
-    default = load("default")
     if (kernel, bucket) in _forced:
         return _forced[kernel, bucket]
-    found: dict[str, int] = dict(default["sizes"][bucket.rsplit("/", 1)[1]])
-    found.update(default["kernels"].get(kernel, {}))
+    found = _default(kernel, bucket.rsplit("/", 1)[1])
     for file in (f"sm{capability}" if capability else "", name):
         found.update(load(file)["kernels"].get(kernel, {}).get(bucket, {}) if file else {})
     return found
@@ -134,22 +160,31 @@ def forced(kernel: str, bucket: str, record: dict[str, int]) -> Iterator[None]:
 def load(name: str) -> dict[str, Any]:
     """One file of records, from YOLOV9_FAST_TUNING (a folder) when it has it, else from the package; empty if absent.
 
-    Raises `ValueError` naming the file for records outside what the tuner tries: the list of ahead-of-time builds
-    would not cover them.
+    Raises `ValueError` naming the file for records outside what the tuner tries: the ahead-of-time builds do not cover
+    them, and those with more elements a thread would spill.
     """
     folders = [Path(folder) for folder in (os.environ.get("YOLOV9_FAST_TUNING"),) if folder] + [FOLDER]
     for path in (folder / f"{name}.json" for folder in folders):
         if path.is_file():
             content: dict[str, Any] = json.loads(path.read_text())
-            _check(content, path)
+            if name == "default":
+                _check_default(content, path)
+            else:
+                _check(content, path)
             return content
     return {"kernels": {}}
 
 
-def _check(content: dict[str, Any], path: Path) -> None:
-    records = list(content.get("sizes", {}).values())
-    for entry in content["kernels"].values():
-        records.extend([entry] if "warps" in entry or "elements" in entry else entry.values())
-    for record in records:
+def _check_default(content: dict[str, Any], path: Path) -> None:
+    for record in (*content["sizes"].values(), *content["kernels"].values()):
         if record.get("elements", ELEMENTS[0]) not in ELEMENTS or record.get("warps", WARPS[0]) not in WARPS:
             raise ValueError(f"{path}: elements must be among {ELEMENTS} and warps among {WARPS}, got {record}")
+
+
+def _check(content: dict[str, Any], path: Path) -> None:
+    for kernel, buckets in content["kernels"].items():
+        for bucket, record in buckets.items():
+            full = _default(kernel, bucket.rsplit("/", 1)[1]) | record
+            if full not in candidates(kernel):
+                allowed = ", ".join("{elements} by {warps}".format(**one) for one in candidates(kernel))
+                raise ValueError(f"{path}: {kernel} {bucket}: elements by warps must be among {allowed}, got {record}")

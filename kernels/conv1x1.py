@@ -63,7 +63,7 @@ def multiply(
 
 # Reads every input once per block of outputs (from the L2 but once), writes out: 2 (Σ C + O) bytes a pixel of bf16.
 # Grid: tiles of pixels × blocks of outputs, the latter fastest so that programs beside each other share their inputs.
-@kernel()
+@kernel(roomy=True)
 def conv1x1_kernel(
     x0_ptr,
     x1_ptr,
@@ -201,7 +201,7 @@ def conv1x1_kernel(
 
 # Reads dy once per block of channels (from the L2 but once), writes every gradient: 2 (O + Σ C) bytes a pixel of bf16.
 # Grid: tiles of pixels × blocks of channels of all inputs, the latter fastest.
-@kernel()
+@kernel(roomy=True)
 def conv1x1_input_gradient_kernel(
     dy_ptr,
     weight_ptr,
@@ -293,7 +293,7 @@ def conv1x1_input_gradient_kernel(
 
 # Reads dy and one input once per block of the other's channels, writes 4 bytes per weight and split.
 # Grid: blocks of outputs × blocks of channels × splits of the pixels.
-@kernel()
+@kernel(roomy=True)
 def conv1x1_weight_gradient_kernel(
     dy_ptr,
     x_ptr,
@@ -350,7 +350,7 @@ def conv1x1_forward(inputs: Sequence[Tensor], weight: Tensor, bias: Tensor | Non
     *sources, target = views(*_at_most(list(inputs)), written=[out])
     matrix, row_major = _matrix(weight)
     vector = _vector([*sources, target], matrix, [view.channels for view in (*sources, target)])
-    block = product(out.element_size(), target.channels, out.device)
+    block = product(out.element_size(), target.channels, out.device, vector)
     tiles = triton.cdiv(target.pixels, block.pixels)
     slots: list[View | None] = [*sources, *[None] * MOST][:MOST]
     conv1x1_kernel(
@@ -379,7 +379,7 @@ def conv1x1_input_grad(dy: Tensor, weight: Tensor, channels: Sequence[int]) -> l
     targets = [dense_like(gradient, (n, count, h, w)) for count in merged]
     matrix, row_major = _matrix(weight)
     vector = _vector([gradient, *targets], matrix, [gradient.channels, *merged])
-    block = product(dy.element_size(), max(merged, default=1), dy.device)
+    block = product(dy.element_size(), max(merged, default=1), dy.device, vector)
     tiles = triton.cdiv(gradient.pixels, block.pixels)
     slots = [*(view.data for view in targets), *[None] * MOST][:MOST]
     conv1x1_input_gradient_kernel(
@@ -409,7 +409,7 @@ def conv1x1_weight_grad(dy: Tensor, inputs: Sequence[Tensor]) -> Tensor:
     outputs = gradient.channels
     columns = sum(view.channels for view in sources)
     vector = _vector([gradient, *sources], None, [view.channels for view in (gradient, *sources)])
-    block = product(dy.element_size(), outputs, dy.device)
+    block = product(dy.element_size(), outputs, dy.device, vector)
     per_image = triton.cdiv(gradient.pixels, block.pixels)
     wide = triton.cdiv(outputs, block.outputs)
     programs = wide * sum(triton.cdiv(view.channels, block.k) for view in sources)

@@ -44,6 +44,7 @@ class Launch:
     aligned: tuple[str, ...]
     warps: int
     stages: int
+    registers: int | None
 
 
 _record: list[Launch] | None = None
@@ -81,12 +82,15 @@ class Kernel:
     """A Triton function whose pointers are named `…_ptr`, and which specialises nothing but its constants.
 
     `streams`: its time is that of moving whole tensors, so that 16-byte accesses are expected of it.
+    `roomy`: a thread may take all registers. Left alone ptxas aims at as many threads on a multiprocessor as it thinks
+    best, and puts a few values into memory to get there: in some variants of these kernels, and where VEC is 1.
     """
 
-    def __init__(self, function: Callable[..., Any], streams: bool) -> None:
+    def __init__(self, function: Callable[..., Any], streams: bool, roomy: bool) -> None:
         parameters = inspect.signature(function).parameters
         self.name = function.__name__
         self.streams = streams
+        self.roomy = roomy
         self.constants = [name for name, p in parameters.items() if p.annotation is tl.constexpr]
         self.arguments = [name for name in parameters if name not in self.constants]
         unspecialised = [name for name in self.arguments if not name.endswith("_ptr")]
@@ -103,7 +107,8 @@ class Kernel:
         device = next(value.device for value in arguments if isinstance(value, Tensor))
         if device.type == "cuda":
             with torch.cuda.device(device):
-                self.function[tuple(grid)](*arguments, **constants, num_warps=warps, num_stages=stages)
+                room = self.registers(warps, constants)
+                self.function[tuple(grid)](*arguments, **constants, num_warps=warps, num_stages=stages, maxnreg=room)
         elif INTERPRETED:
             self.function[tuple(grid)](*arguments, **constants)
         else:
@@ -111,6 +116,11 @@ class Kernel:
                 f"{self.name}: Triton kernels take CUDA tensors, or CPU tensors when TRITON_INTERPRET=1 is set "
                 f"before triton is imported; got a tensor on {device.type}"
             )
+
+    def registers(self, warps: int, constants: dict[str, Any]) -> int | None:
+        """The most registers of a thread; from 16 warps on a program's share is less than 255, and ptxas knows it."""
+        roomy = self.roomy or constants.get("VEC") == 1
+        return 255 if roomy and warps <= 8 else None
 
     def describe(self, arguments: Sequence[Any], constants: dict[str, Any], warps: int, stages: int) -> Launch:
         signature = dict.fromkeys([*self.arguments, *self.constants], "constexpr")
@@ -132,12 +142,13 @@ class Kernel:
             tuple(aligned),
             warps,
             stages,
+            self.registers(warps, constants),
         )
 
 
-def kernel(streams: bool = True) -> Callable[[Callable[..., Any]], Kernel]:
+def kernel(streams: bool = True, roomy: bool = False) -> Callable[[Callable[..., Any]], Kernel]:
     """Decorator: make a function a `Kernel`; it is then in the list that ahead-of-time builds go through."""
-    return lambda function: Kernel(function, streams)
+    return lambda function: Kernel(function, streams, roomy)
 
 
 def address(x: Tensor) -> int:

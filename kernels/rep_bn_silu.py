@@ -23,7 +23,7 @@ from yolov9_fast.kernels.batch_norm import (
     silu_of,
     statistics,
     strides,
-    whole_block,
+    whole_tile,
 )
 from yolov9_fast.kernels.launch import (
     View,
@@ -278,7 +278,7 @@ def rep_bn_silu_forward(
     weight1, bias1 = affine(weight1, bias1, x1.shape[1], x1.device)
     weight2, bias2 = affine(weight2, bias2, x1.shape[1], x1.device)
     running = (running_mean1, running_var1, running_mean2, running_var2)
-    block = whole_block(first, 2)
+    block = whole_tile(first, vector_of(first, second, extra, target), 2)
     if block is None:
         mean1, rstd1 = statistics(first, True, eps, momentum, running_mean1, running_var1)
         mean2, rstd2 = statistics(second, True, eps, momentum, running_mean2, running_var2)
@@ -332,8 +332,7 @@ def rep_bn_silu_backward(
     one, two = given(first, weight1, bias1, mean1, rstd1), given(second, weight2, bias2, mean2, rstd2)
     dx1, dx2 = dense_like(first), dense_like(second)
     dbias1, dweight1, dweight2 = sums = channel_vectors(first, 3)
-    # As if there were five: three tensors, two x̂ and dy at 1,024 rows do not fit 128 registers a thread.
-    block = whole_block(first, 5)
+    block = whole_tile(first, vector_of(first, second, gradient, dx1, dx2), 3)
     if block is None:
         _sums(gradient, one, two, sums, silu)
         _dx(gradient, one, two, dx1, dx2, sums, 1.0 / max(first.images * first.pixels, 1), silu)

@@ -17,11 +17,12 @@ from yolov9_fast.kernels.batch_norm import (
     whole_offsets,
     whole_statistics,
 )
+from yolov9_fast.kernels.config import Tile
 from yolov9_fast.kernels.launch import View, as_stored, kernel, vector_of
 
 
 # Reads x1, x2 (and residual) once, writes out. Grid: blocks of channels, all rows in one program.
-@kernel()
+@kernel(roomy=True)
 def rep_bn_silu_whole_kernel(
     x1_ptr,
     x2_ptr,
@@ -116,7 +117,7 @@ def rep_bn_silu_whole_kernel(
 
 
 # Reads dz, x1 and x2 once, writes dx1 and dx2. Grid: blocks of channels, all rows in one program.
-@kernel()
+@kernel(roomy=True)
 def rep_bn_silu_whole_backward_kernel(
     dz_ptr,
     x1_ptr,
@@ -204,12 +205,12 @@ def whole_forward(
     momentum: float,
     eps: float,
     silu: bool,
-    block: tuple[int, int],
+    block: Tile,
 ) -> None:
     """Batch statistics into `mean` and `rstd` of both, and the output."""
     vector = vector_of(one.x, two.x, extra, target)
     rep_bn_silu_whole_kernel(
-        (triton.cdiv(one.x.channels, block[1]),),
+        (triton.cdiv(one.x.channels, block.channels),),
         one.x.data,
         two.x.data,
         extra.data if extra else None,
@@ -223,7 +224,7 @@ def whole_forward(
         *extent(one.x, vector),
         one.x.images * one.x.pixels,
         SILU=silu,
-        **whole_constants(one.x, vector, block, 2),
+        **whole_constants(one.x, vector, block),
     )
 
 
@@ -235,12 +236,12 @@ def whole_backward(
     dx2: View,
     sums: Sequence[Tensor],
     silu: bool,
-    block: tuple[int, int],
+    block: Tile,
 ) -> None:
     """Both dx, and into `sums`: dbias, dweight1, dweight2."""
     vector = vector_of(gradient, one.x, two.x, dx1, dx2)
     rep_bn_silu_whole_backward_kernel(
-        (triton.cdiv(one.x.channels, block[1]),),
+        (triton.cdiv(one.x.channels, block.channels),),
         gradient.data,
         one.x.data,
         two.x.data,
@@ -253,5 +254,5 @@ def whole_backward(
         *extent(one.x, vector),
         one.x.images * one.x.pixels,
         SILU=silu,
-        **whole_constants(one.x, vector, block, 3),
+        **whole_constants(one.x, vector, block),
     )

@@ -17,15 +17,13 @@ def tune(repeats: int, say: Callable[[str], object]) -> dict[str, Any]:
     kernels: dict[str, dict[str, Any]] = {}
     for dtype in DTYPES:
         for shape in SHAPES:
-            for name, call in _calls(shape, dtype).items():
-                bucket = _bucket(name, shape, dtype)
+            for name, call in calls(shape, dtype, "cuda").items():
+                bucket = bucket_of(shape, dtype)
                 if bucket in kernels.get(name, {}):
                     continue
                 timed = {}
-                for elements in config.ELEMENTS:
-                    for warps in config.WARPS:
-                        choice = {"elements": elements, "warps": warps}
-                        timed[_milliseconds(name, bucket, choice, call, repeats)] = choice
+                for choice in config.candidates(name):
+                    timed[_milliseconds(name, bucket, choice, call, repeats)] = choice
                 best = min(timed)
                 kernels.setdefault(name, {})[bucket] = timed[best]
                 say(f"{name} {bucket}: {timed[best]} {best:.4f} ms")
@@ -38,15 +36,15 @@ def tune(repeats: int, say: Callable[[str], object]) -> dict[str, Any]:
     }
 
 
-def _calls(shape: tuple[int, int, int, int], dtype: torch.dtype) -> dict[str, Callable[[], object]]:
+def calls(shape: tuple[int, int, int, int], dtype: torch.dtype, device: str) -> dict[str, Callable[[], object]]:
     """For each kernel a call whose time changes with its tile alone."""
 
     def new(*size: int) -> torch.Tensor:
-        return torch.randn(size or shape, device="cuda").to(dtype).contiguous(memory_format=torch.channels_last)
+        return torch.randn(size or shape, device=device).to(dtype).contiguous(memory_format=torch.channels_last)
 
     x, y, out = new(), new(), new()
-    vectors = [torch.rand(shape[1], device="cuda") for _ in range(8)]
-    means = [torch.zeros(shape[1], device="cuda") for _ in range(3)]
+    vectors = [torch.rand(shape[1], device=device) for _ in range(8)]
+    means = [torch.zeros(shape[1], device=device) for _ in range(3)]
     n, c, h, w = shape
     small = new(n, c, h // 2, w // 2)
 
@@ -73,7 +71,7 @@ def _calls(shape: tuple[int, int, int, int], dtype: torch.dtype) -> dict[str, Ca
     }
 
 
-def _bucket(name: str, shape: tuple[int, int, int, int], dtype: torch.dtype) -> str:
+def bucket_of(shape: tuple[int, int, int, int], dtype: torch.dtype) -> str:
     n, c, h, w = shape
     block = max(config.channel_block(c), 16 // dtype.itemsize)
     return f"last/{dtype.itemsize}/{block}/{'small' if n * c * h * w <= config.SMALL else 'large'}"

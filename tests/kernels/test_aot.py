@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import subprocess
 import sys
 
@@ -12,11 +13,11 @@ import torch
 
 pytest.importorskip("triton")
 
-from yolov9_fast.kernels import aot, cases  # noqa: E402
+from yolov9_fast.kernels import aot, bn_silu, cases, config  # noqa: E402
 from yolov9_fast.kernels.launch import kernels, recording  # noqa: E402
 
 CHILD = """
-import sys, torch
+import dataclasses, sys, torch
 from yolov9_fast.kernels import aot, cases
 for architecture in aot.ARCHITECTURES:
     wanted = aot.launches(architecture, cases.TYPICAL, [torch.bfloat16], [torch.channels_last]).values()
@@ -29,6 +30,10 @@ for architecture in aot.ARCHITECTURES:
         chosen |= {(launch.kernel, "plain"): launch for launch in plain}
     for line in aot.table(aot.build(launch, architecture) for launch in chosen.values()):
         print(line)
+small = aot.launches(90, [(1, 64, 32, 32)], [torch.bfloat16], [torch.channels_last]).values()
+launch = next(one for one in small if one.kernel == "bn_silu_whole_kernel")
+constants = tuple((dict(launch.constants) | {"BLOCK_P": 8192}).items())
+print("TOO LARGE", *aot.table([aot.build(dataclasses.replace(launch, constants=constants), 90)]), sep="\\n")
 """
 
 
@@ -36,10 +41,74 @@ def test_representative_variants_compile_for_every_architecture_without_a_fault(
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run([sys.executable, "-c", CHILD], env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
-    built = [line for line in done.stdout.splitlines() if "sm_" in line]
+    listed, too_large = done.stdout.split("TOO LARGE")
+    built = [line for line in listed.splitlines() if "sm_" in line]
     for architecture in aot.ARCHITECTURES:
         assert {line.split()[0] for line in built if f" sm_{architecture} " in line} == set(kernels)
     assert not [line for line in built if "FAULT" in line]
+    # A program that holds more rows than whole_tile allows does spill, and is reported.
+    assert re.search(r"BLOCK_P=8192 .*FAULT: spills [1-9]\d* bytes", too_large)
+
+
+@pytest.mark.skipif(
+    os.environ.get("YOLOV9_FAST_TEST_ALL_KERNELS", "0") != "1",
+    reason="compiles every variant for every architecture, an hour of one core: set YOLOV9_FAST_TEST_ALL_KERNELS=1",
+)
+def test_every_variant_compiles_for_every_architecture_without_a_fault() -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "yolov9_fast", "kernels", "--all"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert not [line for line in done.stdout.splitlines() if "FAULT" in line]
+    assert done.returncode == 0, done.stderr[-3000:]
+    expected = sum(len(aot.everything(architecture)) for architecture in aot.ARCHITECTURES)
+    assert done.stdout.splitlines()[-1] == f"{expected} variants, 0 faults"
+
+
+def test_the_list_holds_what_the_tuner_may_choose() -> None:
+    listed = set(map(aot.key, aot.everything(90)))
+    x = torch.empty((32, 64, 160, 160), dtype=torch.bfloat16, device="meta", memory_format=torch.channels_last)
+    for choice in config.candidates("bn_statistics_kernel"):
+        with config.forced("bn_statistics_kernel", "last/2/64/large", choice), recording(90) as seen:
+            bn_silu.bn_stats(x)
+        assert seen[0].warps == choice["warps"]
+        assert dict(seen[0].constants)["BLOCK_P"] * 64 == choice["elements"]
+        assert {aot.key(launch) for launch in seen} <= listed
+
+
+@pytest.mark.parametrize(
+    ("images", "side", "channels", "layout", "forward", "backward"),
+    [
+        (2, 32, 64, torch.channels_last, True, False),
+        (1, 32, 64, torch.channels_last, True, True),
+        (10, 20, 64, torch.channels_last, False, False),
+        (1, 32, 63, torch.channels_last, True, False),
+        (2, 32, 63, torch.channels_last, False, False),
+        (1, 31, 64, torch.contiguous_format, True, False),
+    ],
+)
+def test_the_one_launch_form_ends_where_its_rows_no_longer_fit_the_registers(
+    images: int, side: int, channels: int, layout: torch.memory_format, forward: bool, backward: bool
+) -> None:
+    shape = (images, channels, side, side)
+    x, dz, out = (torch.empty(shape, dtype=torch.bfloat16, device="meta", memory_format=layout) for _ in range(3))
+    mean, rstd = torch.empty(channels, device="meta"), torch.empty(channels, device="meta")
+    with recording(90) as seen:
+        bn_silu.bn_silu_forward(x, None, None, None, None, 0.03, 1e-3, None, out, True)
+        split = len(seen)
+        bn_silu.bn_silu_backward(dz, x, None, None, mean, rstd, True)
+    assert ("bn_silu_whole_kernel" in {launch.kernel for launch in seen[:split]}) == forward
+    assert ("bn_silu_whole_backward_kernel" in {launch.kernel for launch in seen[split:]}) == backward
+    if not forward:
+        assert {launch.kernel for launch in seen[:split]} >= {"bn_statistics_kernel", "bn_silu_apply_kernel"}
+
+
+def test_the_summary_counts_variants_and_faults() -> None:
+    listed = aot.launches(90, cases.TYPICAL[:1], [torch.bfloat16], [torch.channels_last]).values()
+    launch = next(one for one in listed if one.kernel == "bn_silu_apply_kernel")
+    builds = [aot.Build(launch, 90, 40, 0, 0, 4, 0), aot.Build(launch, 90, 72, 16, 128, 2, 0)]
+    header, line, total = aot.summary(builds)
+    assert line.split() == ["bn_silu_apply_kernel", "2", "40-72", "16", "0-128", "2", "2", "1"]
+    assert total == "2 variants, 1 faults"
 
 
 def test_no_launcher_leaves_the_list() -> None:
@@ -74,8 +143,6 @@ def test_a_spill_too_much_shared_memory_narrow_accesses_and_float64_are_faults()
 
 
 def test_recording_runs_nothing() -> None:
-    from yolov9_fast.kernels import bn_silu
-
     x = torch.randn(1, 8, 4, 4)
     out = torch.full_like(x, 7.0)
     with recording(90) as seen:

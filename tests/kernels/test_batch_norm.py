@@ -24,7 +24,7 @@ SHAPES = ((2, 24, 7, 5), (3, 5, 1, 3), (2, 16, 8, 8), (1, 1, 3, 2))
 def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     if request.param == "tiled":
         for module in (bn_silu, rep_bn_silu):
-            monkeypatch.setattr(module, "whole_block", lambda view, tensors: None)
+            monkeypatch.setattr(module, "whole_tile", lambda view, vector, tensors: None)
     return str(request.param)
 
 

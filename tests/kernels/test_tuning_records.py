@@ -48,7 +48,24 @@ def test_a_record_for_the_architecture_wins_over_the_default(records: Path) -> N
 
 
 def test_a_record_that_no_build_covers_is_refused(records: Path) -> None:
-    bucket = {"last/2/64/small": {"elements": 3000, "warps": 4}}
+    for record in ({"elements": 3000, "warps": 4}, {"elements": 8192, "warps": 4}, {"elements": 1024, "warps": 8}):
+        bucket = {"last/2/64/small": record}
+        (records / "sm90.json").write_text(json.dumps({"kernels": {"bn_silu_apply_kernel": bucket}}))
+        config.load.cache_clear()
+        with pytest.raises(ValueError, match="sm90.json: bn_silu_apply_kernel last/2/64/small: elements by warps must"):
+            tile_of(64)
+
+
+def test_no_candidate_gives_a_thread_more_elements_than_the_default_or_less_than_one_access() -> None:
+    pairs = [(one["elements"], one["warps"]) for one in config.candidates("bn_silu_apply_kernel")]
+    assert (4096, 4) in pairs and (8192, 8) in pairs and (2048, 2) in pairs
+    assert all(8 <= elements // (32 * warps) <= 32 for elements, warps in pairs)
+    assert config.candidates("spatial") == [{"elements": 1024, "warps": 4}, {"elements": 2048, "warps": 8}]
+
+
+def test_elements_read_one_by_one_take_four_a_thread_whatever_the_record(records: Path) -> None:
+    bucket = {"last/2/8/small": {"elements": 4096, "warps": 4}}
     (records / "sm90.json").write_text(json.dumps({"kernels": {"bn_silu_apply_kernel": bucket}}))
-    with pytest.raises(ValueError, match="sm90.json: elements must be among"):
-        tile_of(64)
+    config.load.cache_clear()
+    assert tile_of(24) == config.Tile(512, 8, 4)
+    assert tile_of(7) == config.Tile(128, 8, 8)

@@ -201,7 +201,7 @@ def plot(out: Path, table: str, rows: Sequence[Row]) -> None:
                 axes.plot([place] * len(values), values, "o", color=BLUE, alpha=0.75, markeredgewidth=0)
                 axes.hlines(statistics.fmean(values), place - 0.3, place + 0.3, color=ORANGE, linewidth=2.5)
                 if row.system.published is not None:
-                    text, where = f"paper {_published(row.system.published, 'ap')}", ("data", "axes fraction")
+                    text, where = f"paper (COCO) {_published(row.system.published, 'ap')}", ("data", "axes fraction")
                     axes.annotate(text, (place, 1), xycoords=where, ha="center", va="top", color=FAINT)
             axes.set_xticks(range(len(own)), [row.system.row for row in own], color=INK)
             axes.set_xlim(-0.6, len(own) - 0.4)

@@ -57,7 +57,7 @@ def test_a_table_is_trained_once_and_written(
 ) -> None:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("nominal_batch: 4\nclass_tower: 16\nworkers: 0\n")
-    words = ["paper", "table4", "--size", "t", "--row", "–", "--row", "PFH", "--seeds", "2", "--device", "cpu"]
+    words = ["paper", "table4", "--size", "t", "--row", "none", "--row", "pfh", "--seeds", "2", "--device", "cpu"]
     words += ["--data", str(few_pictures), "--epochs", "1", "--imgsz", "64", "--batch", "4"]
     words += ["--config", str(recipe), "--project", str(tmp_path / "out")]
     assert main(words) == 0

@@ -44,19 +44,19 @@ class System:
 PGI = {"t": "fpn", "s": "fpn", "m": "icn", "c": "icn", "e": "fpn"}
 """The auxiliary branch of each published YOLOv9."""
 BRANCH_ROWS = {
-    "–": ("none", "none", False),
-    "PFH": ("pfh", "none", False),
-    "FPN": ("fpn", "none", False),
-    "PAN": ("pan", "none", False),
-    "ICN": ("icn", "none", False),
-    "LHG-ICN": ("icn", "none", True),
-    "– / ICN": ("none", "icn", False),
-    "FPN / ICN": ("fpn", "icn", False),
+    "none": ("–", "none", "none", False),
+    "pfh": ("PFH", "pfh", "none", False),
+    "fpn": ("FPN", "fpn", "none", False),
+    "pan": ("PAN", "pan", "none", False),
+    "icn": ("ICN", "icn", "none", False),
+    "lhg-icn": ("LHG-ICN", "icn", "none", True),
+    "none,icn": ("– / ICN", "none", "icn", False),
+    "fpn,icn": ("FPN / ICN", "fpn", "icn", False),
 }
-"""Table 4's rows: branch on the backbone, on the neck, lead-head guided."""
+"""Table 4's rows: name in the table, branch on the backbone, on the neck, lead-head guided."""
 PUBLISHED_BRANCH_ROWS = {
-    "c": ("–", "PFH", "FPN", "– / ICN", "FPN / ICN", "ICN", "LHG-ICN"),
-    "e": ("–", "PFH", "FPN", "PAN", "FPN / ICN"),
+    "c": ("none", "pfh", "fpn", "none,icn", "fpn,icn", "icn", "lhg-icn"),
+    "e": ("none", "pfh", "fpn", "pan", "fpn,icn"),
 }
 
 
@@ -103,14 +103,14 @@ def table3(sizes: Sequence[str] | None = None) -> list[System]:
 def table4(sizes: Sequence[str] | None = None, rows: Sequence[str] | None = None) -> list[System]:
     """PGI on backbone and neck; for other sizes than the paper's C and E every row."""
     return [
-        _branch(size, row)
+        _branch(size, key)
         for size in sizes or ("c", "e")
-        for row in rows or PUBLISHED_BRANCH_ROWS.get(size, tuple(BRANCH_ROWS))
+        for key in rows or PUBLISHED_BRANCH_ROWS.get(size, tuple(BRANCH_ROWS))
     ]
 
 
-def _branch(size: str, row: str) -> System:
-    backbone, neck, guided = BRANCH_ROWS[row]
+def _branch(size: str, key: str) -> System:
+    row, backbone, neck, guided = BRANCH_ROWS[key]
     graph = attach(load_graph(f"gelan-{size}"), backbone, neck=neck)
     left, _, right = row.partition(" / ")
     names = {"backbone": None if left == "–" else left, "neck": right or None}

@@ -52,7 +52,7 @@ __all__ = [
 
 
 # Reads x (and residual), writes out: 4 (6) bytes an element of bf16. Grid: tiles of pixels × blocks of channels.
-@kernel(roomy=True)
+@kernel(roomy=8)
 def bn_silu_apply_kernel(
     x_ptr,
     residual_ptr,
@@ -103,7 +103,7 @@ def bn_silu_apply_kernel(
 
 
 # Reads dz and x (4 bytes an element of bf16), writes 8 bytes per channel and block. Grid: blocks of pixels × channels.
-@kernel()
+@kernel(roomy=8)
 def bn_silu_sums_kernel(
     dz_ptr,
     x_ptr,
@@ -163,7 +163,7 @@ def bn_silu_sums_kernel(
 
 
 # Reads dz and x, writes dx: 6 bytes an element of bf16. Grid: tiles of pixels × blocks of channels.
-@kernel(roomy=True)
+@kernel(roomy=8)
 def bn_silu_dx_kernel(
     dz_ptr,
     x_ptr,

@@ -20,7 +20,7 @@ from yolov9_fast.kernels.launch import View, as_stored, kernel, vector_of
 
 
 # Statistics and apply: reads x (and residual) once, writes out. Grid: blocks of channels, all rows in one program.
-@kernel(roomy=True)
+@kernel(roomy=8)
 def bn_silu_whole_kernel(
     x_ptr,
     residual_ptr,

@@ -63,7 +63,7 @@ def multiply(
 
 # Reads every input once per block of outputs (from the L2 but once), writes out: 2 (Σ C + O) bytes a pixel of bf16.
 # Grid: tiles of pixels × blocks of outputs, the latter fastest so that programs beside each other share their inputs.
-@kernel(roomy=True)
+@kernel(roomy=8)
 def conv1x1_kernel(
     x0_ptr,
     x1_ptr,
@@ -201,7 +201,7 @@ def conv1x1_kernel(
 
 # Reads dy once per block of channels (from the L2 but once), writes every gradient: 2 (O + Σ C) bytes a pixel of bf16.
 # Grid: tiles of pixels × blocks of channels of all inputs, the latter fastest.
-@kernel(roomy=True)
+@kernel(roomy=8)
 def conv1x1_input_gradient_kernel(
     dy_ptr,
     weight_ptr,
@@ -293,7 +293,7 @@ def conv1x1_input_gradient_kernel(
 
 # Reads dy and one input once per block of the other's channels, writes 4 bytes per weight and split.
 # Grid: blocks of outputs × blocks of channels × splits of the pixels.
-@kernel(roomy=True)
+@kernel(roomy=8)
 def conv1x1_weight_gradient_kernel(
     dy_ptr,
     x_ptr,

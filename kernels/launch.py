@@ -82,11 +82,11 @@ class Kernel:
     """A Triton function whose pointers are named `…_ptr`, and which specialises nothing but its constants.
 
     `streams`: its time is that of moving whole tensors, so that 16-byte accesses are expected of it.
-    `roomy`: a thread may take all registers. Left alone ptxas aims at as many threads on a multiprocessor as it thinks
-    best, and puts a few values into memory to get there: in some variants of these kernels, and where VEC is 1.
+    `roomy`: a thread of up to so many warps may take all registers. Left alone ptxas aims at as many threads on a
+    multiprocessor as it thinks best, and spills to get there: in some variants of these kernels, and where VEC is 1.
     """
 
-    def __init__(self, function: Callable[..., Any], streams: bool, roomy: bool) -> None:
+    def __init__(self, function: Callable[..., Any], streams: bool, roomy: int) -> None:
         parameters = inspect.signature(function).parameters
         self.name = function.__name__
         self.streams = streams
@@ -118,9 +118,9 @@ class Kernel:
             )
 
     def registers(self, warps: int, constants: dict[str, Any]) -> int | None:
-        """The most registers of a thread; from 16 warps on a program's share is less than 255, and ptxas knows it."""
-        roomy = self.roomy or constants.get("VEC") == 1
-        return 255 if roomy and warps <= 8 else None
+        """The most registers of a thread; None leaves it to ptxas."""
+        roomy = warps <= self.roomy or constants.get("VEC") == 1
+        return min(255, 65536 // (32 * warps)) if roomy else None
 
     def describe(self, arguments: Sequence[Any], constants: dict[str, Any], warps: int, stages: int) -> Launch:
         signature = dict.fromkeys([*self.arguments, *self.constants], "constexpr")
@@ -146,7 +146,7 @@ class Kernel:
         )
 
 
-def kernel(streams: bool = True, roomy: bool = False) -> Callable[[Callable[..., Any]], Kernel]:
+def kernel(streams: bool = True, roomy: int = 0) -> Callable[[Callable[..., Any]], Kernel]:
     """Decorator: make a function a `Kernel`; it is then in the list that ahead-of-time builds go through."""
     return lambda function: Kernel(function, streams, roomy)
 

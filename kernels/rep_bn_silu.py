@@ -105,7 +105,7 @@ def rep_bn_silu_apply_kernel(
 
 
 # Reads dz, x1 and x2 (6 bytes an element of bf16), writes 12 bytes per channel and block. Grid: blocks × channels.
-@kernel()
+@kernel(roomy=8)
 def rep_bn_silu_sums_kernel(
     dz_ptr,
     x1_ptr,

@@ -22,7 +22,7 @@ from yolov9_fast.kernels.launch import View, as_stored, kernel, vector_of
 
 
 # Reads x1, x2 (and residual) once, writes out. Grid: blocks of channels, all rows in one program.
-@kernel(roomy=True)
+@kernel(roomy=8)
 def rep_bn_silu_whole_kernel(
     x1_ptr,
     x2_ptr,
@@ -117,7 +117,7 @@ def rep_bn_silu_whole_kernel(
 
 
 # Reads dz, x1 and x2 once, writes dx1 and dx2. Grid: blocks of channels, all rows in one program.
-@kernel(roomy=True)
+@kernel(roomy=16)
 def rep_bn_silu_whole_backward_kernel(
     dz_ptr,
     x1_ptr,

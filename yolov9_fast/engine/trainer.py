@@ -25,6 +25,7 @@ from yolov9_fast.engine import report
 from yolov9_fast.engine.config import TrainConfig, read_config, write_config
 from yolov9_fast.engine.distributed import World, join_world, leave_world
 from yolov9_fast.engine.ema import ModelEMA
+from yolov9_fast.engine.interrupts import NotedInterrupt
 from yolov9_fast.engine.optimizer import Schedule, accumulation, build_optimizer, lr_factor
 from yolov9_fast.engine.run_files import EventLog, RunFolder, find_run, load_state, new_run, save_state, write_results
 from yolov9_fast.engine.start_weights import build_model
@@ -76,6 +77,7 @@ class Trainer:
         self.world = world or join_world(config.device)
         self._resuming = run is not None
         self._save_error: UserError | None = None
+        self._interrupt = NotedInterrupt()
         if config.imgsz % STRIDE:
             rounded = -(-config.imgsz // STRIDE) * STRIDE
             self._say(f"image size {config.imgsz} is not a multiple of {STRIDE}: training at {rounded}")
@@ -245,11 +247,12 @@ class Trainer:
                 report.write_label_plot(self.labels, self.data.names, folder)
         self._announce()
         try:
-            for epoch in range(start, config.epochs):
-                row = self._train_epoch(epoch)
-                result = self._validate(epoch)
-                if self._finish_epoch(epoch, row, result):
-                    break
+            with self._interrupt:
+                for epoch in range(start, config.epochs):
+                    row = self._train_epoch(epoch)
+                    result = self._validate(epoch)
+                    if self._finish_epoch(epoch, row, result):
+                        break
             if self._save_error is not None:
                 raise self._save_error
             return self._evaluate_best()
@@ -299,6 +302,7 @@ class Trainer:
         bar = tqdm(self.loader, desc=title, unit="batch", leave=False, disable=not self.world.is_main)
         mark = time.perf_counter()
         for index, batch in enumerate(bar):
+            self._interrupt.check()
             iteration = epoch * len(self.loader) + index
             accumulate = self.schedule.apply(state.optimizer, iteration, epoch)
             will_step = iteration - state.last_step >= accumulate

@@ -1,0 +1,85 @@
+"""Ctrl-C during training: one that Python drops still ends the run."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Callable
+
+import pytest
+
+from yolov9_fast.engine.config import TrainConfig
+from yolov9_fast.engine.interrupts import NotedInterrupt
+from yolov9_fast.engine.trainer import Trainer
+
+
+class InterruptedWhenDestroyed:
+    def __del__(self) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        for _ in range(1000):  # The handler runs between two instructions of this method.
+            pass
+
+
+def lose_an_interrupt() -> None:
+    """As `del` of an object whose destructor the interrupt hits: Python prints it and goes on."""
+    thing = InterruptedWhenDestroyed()
+    del thing
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_lost_interrupt_is_raised_at_the_next_check() -> None:
+    with NotedInterrupt() as interrupt:
+        interrupt.check()
+        lose_an_interrupt()
+        with pytest.raises(KeyboardInterrupt):
+            interrupt.check()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_an_interrupt_raises_at_once() -> None:
+    with pytest.raises(KeyboardInterrupt), NotedInterrupt():
+        signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_another_handler_and_another_thread_are_left_alone() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with NotedInterrupt():
+            assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    errors: list[BaseException] = []
+
+    def enter() -> None:
+        try:
+            with NotedInterrupt():
+                pass
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=enter)
+    thread.start()
+    thread.join()
+    assert not errors
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_training_ends_although_the_interrupt_was_lost(
+    tiny_config: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = Trainer(tiny_config(epochs=4))
+    finish = trainer._finish_epoch
+
+    def interrupted(epoch: int, row: dict, result: object) -> bool:
+        stop = finish(epoch, row, result)
+        if epoch == 1:
+            lose_an_interrupt()
+        return stop
+
+    monkeypatch.setattr(trainer, "_finish_epoch", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.run()
+    assert trainer.state.epoch == 1

@@ -71,9 +71,12 @@ def test_a_killed_run_resumes_to_the_end_of_an_uninterrupted_one(tiny_config: Ma
 @pytest.mark.slow
 def test_ctrl_c_ends_with_130_and_leaves_the_last_checkpoint(tiny_config: Make) -> None:
     config = tiny_config(epochs=500)
+    # In the background of a shell interrupts are ignored, and children inherit that.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     process = subprocess.Popen(
         _command(config), env=ENVIRONMENT, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
+    signal.signal(signal.SIGINT, before)
     _wait_for_two_epochs(Path(config.project) / "exp", process)
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)

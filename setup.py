@@ -6,6 +6,7 @@ import importlib.util
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import ClassVar
 
 from setuptools import Extension, find_packages, setup
 from setuptools.command.bdist_wheel import bdist_wheel
@@ -18,7 +19,8 @@ ROOT = Path(__file__).resolve().parent
 def load_recipe() -> ModuleType:
     """`csrc/build.py`, loaded by its path: csrc is no Python package."""
     spec = importlib.util.spec_from_file_location("yolov9_fast_build", ROOT / "csrc" / "build.py")
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
@@ -28,7 +30,7 @@ def load_recipe() -> ModuleType:
 class BuildOperators(build_ext):
     """Compiles what can be compiled and never fails: what is missing, and why, is in `_build_info.json`."""
 
-    written: list[Path] = []
+    written: ClassVar[list[Path]] = []
 
     def run(self) -> None:
         in_place = self.inplace or self.editable_mode

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from yolov9_fast.models.graph import load_graph
 from yolov9_fast.nn import DetectionOutput
-from yolov9_fast.ops.backend import backend
+from yolov9_fast.ops._backend import backend
 
 from .cases import LAYOUTS, Absent, Case, Clock, NoClock, OpenCase, Runner, Settings, flatten, named, torch_dtype
 from .networks import accelerate, same_weights

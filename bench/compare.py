@@ -159,8 +159,10 @@ def compare_trees(
                     missing.append(f"{case} {key}: {opened[1]['reasons'].get(key, 'no such provider')}")
                     continue
                 differences.append(_turns(first, second, case, key, count, rounds, repeats, threshold))
-            for key in opened[1]["repeats"].keys() - opened[0]["repeats"].keys():
-                missing.append(f"{case} {key}: {opened[0]['reasons'].get(key, 'no such provider')}")
+            missing.extend(
+                f"{case} {key}: {opened[0]['reasons'].get(key, 'no such provider')}"
+                for key in opened[1]["repeats"].keys() - opened[0]["repeats"].keys()
+            )
             for one in (first, second):
                 one.ask("close")
     differences.sort(key=lambda one: -one.ratio.value)

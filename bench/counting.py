@@ -26,13 +26,65 @@ from torch.profiler import ProfilerActivity, profile
 _NO_WORK = frozenset(
     f"{space}{name}"
     for space in ("aten::", "")
-    for name in """
-    view as_strided as_strided_ empty empty_like empty_strided resize_ detach detach_ slice select narrow
-    permute transpose t expand expand_as unsqueeze squeeze reshape _reshape_alias unbind split chunk
-    split_with_sizes alias lift_fresh result_type set_ is_nonzero item to _local_scalar_dense contiguous size
-    stride flatten view_as numpy_T unsafe_split unfold real swapaxes unflatten requires_grad_ output_nr _version
-    equal is_same_size can_cast _nnpack_available resolve_conj resolve_neg new_empty movedim conj diagonal
-    """.split()
+    for name in [
+        "view",
+        "as_strided",
+        "as_strided_",
+        "empty",
+        "empty_like",
+        "empty_strided",
+        "resize_",
+        "detach",
+        "detach_",
+        "slice",
+        "select",
+        "narrow",
+        "permute",
+        "transpose",
+        "t",
+        "expand",
+        "expand_as",
+        "unsqueeze",
+        "squeeze",
+        "reshape",
+        "_reshape_alias",
+        "unbind",
+        "split",
+        "chunk",
+        "split_with_sizes",
+        "alias",
+        "lift_fresh",
+        "result_type",
+        "set_",
+        "is_nonzero",
+        "item",
+        "to",
+        "_local_scalar_dense",
+        "contiguous",
+        "size",
+        "stride",
+        "flatten",
+        "view_as",
+        "numpy_T",
+        "unsafe_split",
+        "unfold",
+        "real",
+        "swapaxes",
+        "unflatten",
+        "requires_grad_",
+        "output_nr",
+        "_version",
+        "equal",
+        "is_same_size",
+        "can_cast",
+        "_nnpack_available",
+        "resolve_conj",
+        "resolve_neg",
+        "new_empty",
+        "movedim",
+        "conj",
+        "diagonal",
+    ]
 )
 COPIES = ("aten::copy_", "aten::cat", "aten::_foreach_copy_", "aten::stack")
 
@@ -74,9 +126,12 @@ def count(call: Callable[[], Any], device: torch.device) -> Counts:
             # Kernels, memory copies and fills are events of the device.
             if event.device_type == torch.autograd.DeviceType.CUDA and not getattr(event, "is_user_annotation", False):
                 found[event.name] += 1
-        elif event.name.split("::")[0] in ("aten", "yolov9_fast", "mkldnn") and event.name not in _NO_WORK:
-            if not any(child.name not in _NO_WORK and "::" in child.name for child in event.cpu_children):
-                found[event.name] += 1
+        elif (
+            event.name.split("::")[0] in ("aten", "yolov9_fast", "mkldnn")
+            and event.name not in _NO_WORK
+            and not any(child.name not in _NO_WORK and "::" in child.name for child in event.cpu_children)
+        ):
+            found[event.name] += 1
     counts.kernels = sum(found.values())
     counts.copies = sum(number for name, number in found.items() if name in COPIES or "Memcpy DtoD" in name)
     counts.by_kernel = dict(sorted(found.items()))

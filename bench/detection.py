@@ -11,8 +11,8 @@ from torch import Tensor
 from yolov9_fast.losses import DetectionLoss
 from yolov9_fast.nn import DetectionOutput
 from yolov9_fast.ops import Assignment
-from yolov9_fast.ops.backend import backend
-from yolov9_fast.ops.boxes import STRIDES, anchor_points
+from yolov9_fast.ops._backend import backend
+from yolov9_fast.ops._boxes import STRIDES, anchor_points
 
 from .cases import Absent, Case, OpenCase, Settings, Traffic
 from .operators import Problem, open_problem, public, random_tensors

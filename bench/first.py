@@ -12,7 +12,7 @@ from torch import Tensor
 
 from yolov9_fast._lazy import require
 from yolov9_fast.models.graph import load_graph
-from yolov9_fast.ops.backend import BACKENDS, operators, why_not
+from yolov9_fast.ops._backend import BACKENDS, operators, why_not
 
 from . import counting
 from .cases import NoClock, PhaseClock

@@ -16,7 +16,7 @@ import torch
 
 from yolov9_fast.atomic import atomic_write
 from yolov9_fast.errors import UserError
-from yolov9_fast.ops import library
+from yolov9_fast.ops import _library as library
 
 from . import counting, instructions
 from .cases import NoClock

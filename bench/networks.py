@@ -21,7 +21,7 @@ from yolov9_fast.models import DetectionModel, create_model, fuse, to_deploy
 from yolov9_fast.nn import DetectionOutput
 from yolov9_fast.nn.blocks import BN_MOMENTUM
 from yolov9_fast.ops import nms
-from yolov9_fast.ops.backend import backend
+from yolov9_fast.ops._backend import backend
 
 from .cases import LAYOUTS, Absent, Case, Clock, NoClock, OpenCase, Runner, Settings, named, torch_dtype
 from .compiled import MODES
@@ -41,7 +41,7 @@ def accelerate(model: nn.Module) -> str | None:
     target = getattr(yf, "accelerate", None)
     function = target if callable(target) else getattr(target, "accelerate", None)
     if function is None:
-        return "yolov9_fast.accelerate is not part of this installation; operators run where the blocks call them"
+        return "yolov9_fast._accelerate is not part of this installation; operators run where the blocks call them"
     function(model)
     return None
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from yolov9_fast.ops.backend import Operator, backend, operators, why_not
+from yolov9_fast.ops._backend import Operator, backend, operators, why_not
 
 from .cases import LAYOUTS, Absent, Case, Clock, OpenCase, Runner, Settings, Traffic, flatten, named, torch_dtype
 from .compiled import compiled_runners
@@ -61,7 +61,7 @@ class Entry:
 def public(name: str) -> Callable[..., Any] | None:
     """The public function of operator `name`, or None where this installation has none."""
     try:
-        module = importlib.import_module(f"yolov9_fast.ops.{name}")
+        module = importlib.import_module(f"yolov9_fast.ops._{name}")
     except ModuleNotFoundError:
         return None
     function = getattr(module, name, None)
@@ -109,7 +109,7 @@ def _build_bn_silu(function: Callable[..., Any], dims: Dims, batch: int, random:
 def _build_rep_bn_silu(function: Callable[..., Any], dims: Dims, batch: int, random: Callable[..., Tensor]) -> Problem:
     size = _plane(dims, batch)
 
-    norm = importlib.import_module("yolov9_fast.ops.batch_norm").Norm
+    norm = importlib.import_module("yolov9_fast.ops._batch_norm").Norm
 
     def call(*t: Tensor) -> Any:
         return function(t[0], norm(*t[1:5]), t[5], norm(*t[6:10]), training=True, momentum=0.03, eps=1e-3)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from yolov9_fast.ops import Assignment, Detections
-from yolov9_fast.ops.boxes import xywh_to_xyxy
+from yolov9_fast.ops._boxes import xywh_to_xyxy
 
 from .cases import Absent, Clock, Runner
 

@@ -32,8 +32,7 @@ def draw(run: Run, folder: Path) -> list[Path]:
     written = []
     for name, (size, paint) in painters.items():
         if paint is not None:
-            for suffix in _FORMATS:
-                written.append(save_figure(folder / f"{run.device}_{name}{suffix}", size, paint))
+            written += [save_figure(folder / f"{run.device}_{name}{suffix}", size, paint) for suffix in _FORMATS]
     return written
 
 
@@ -195,9 +194,7 @@ def _scaling(run: Run, along: str) -> Painter:
     lines = {key: sorted(points) for key, points in lines.items() if len(points) > 1}
     if not lines:
         return (1, 1), None
-    styles = {
-        name: style for name, style in zip(dict.fromkeys(k[0] for k in lines), ("-", "--", ":", "-."), strict=False)
-    }
+    styles = dict(zip(dict.fromkeys(k[0] for k in lines), ("-", "--", ":", "-."), strict=False))
     forms = list(dict.fromkeys(key[1] for key in lines))
 
     def paint(figure: Any) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from yolov9_fast.models import DetectionModel, create_model
 from yolov9_fast.nn import blocks
 from yolov9_fast.nn.blocks import SPPELAN, AConv, ADown, CBFuse, Conv, ELANBase, RepBottleneck, RepConv, RepCSP
-from yolov9_fast.ops.backend import backend
+from yolov9_fast.ops._backend import backend
 
 NETWORKS = ("yolov9-t", "yolov9-s", "yolov9-m", "yolov9-c", "yolov9-e")
 SIZES = (320, 640)

@@ -15,8 +15,8 @@ from torch import Tensor
 import yolov9_fast as yf
 from bench.dense_assigner import DenseAssigner
 from yolov9_fast.ops import assign
-from yolov9_fast.ops.backend import BackendUnavailable
-from yolov9_fast.ops.boxes import anchor_points
+from yolov9_fast.ops._backend import BackendUnavailable
+from yolov9_fast.ops._boxes import anchor_points
 
 BATCH, SIZE, CLASSES = 8, 640, 80
 

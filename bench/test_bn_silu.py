@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import yolov9_fast as yf
-from yolov9_fast.ops.backend import BackendUnavailable
+from yolov9_fast.ops._backend import BackendUnavailable
 
 Shape = tuple[int, ...]
 PROVIDERS = ("eager_contiguous", "eager_channels_last", "compile", "cpu_contiguous", "cpu_channels_last")

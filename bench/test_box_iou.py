@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 import yolov9_fast as yf
-from yolov9_fast.ops.backend import BackendUnavailable
-from yolov9_fast.ops.box_iou import box_iou
+from yolov9_fast.ops._backend import BackendUnavailable
+from yolov9_fast.ops._box_iou import box_iou
 
 SIZES = (100, 300, 2000)
 

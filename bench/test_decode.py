@@ -13,8 +13,8 @@ from torch import Tensor
 
 import yolov9_fast as yf
 from yolov9_fast.ops import decode
-from yolov9_fast.ops.backend import BackendUnavailable
-from yolov9_fast.ops.decode import AssignmentInputs, decode_for_assignment
+from yolov9_fast.ops._backend import BackendUnavailable
+from yolov9_fast.ops._decode import AssignmentInputs, decode_for_assignment
 
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 PROVIDERS = ["eager", "compile", "cpu"]

@@ -13,7 +13,7 @@ from torch import Tensor
 
 import yolov9_fast as yf
 from yolov9_fast.ops import Assignment, detection_loss
-from yolov9_fast.ops.backend import BackendUnavailable
+from yolov9_fast.ops._backend import BackendUnavailable
 
 BATCH, CLASSES, SIZE, OBJECTS = 8, 80, 320, 7
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}

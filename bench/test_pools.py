@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import yolov9_fast as yf
-from yolov9_fast.ops.backend import BackendUnavailable
+from yolov9_fast.ops._backend import BackendUnavailable
 
 Outputs = tuple[Tensor, ...]
 

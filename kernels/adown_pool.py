@@ -169,7 +169,7 @@ def adown_max_gradient_kernel(
 
 def adown_pool_forward(x: Tensor, split: bool) -> tuple[Tensor, Tensor]:
     """Averages of the first half of the channels and maxima of the second; (all averages, empty) without `split`."""
-    n, channels, h, w = x.shape
+    _n, channels, h, w = x.shape
     source = views(x)[0]
     if not split:
         return _average(source).data, x.new_empty((0,))

@@ -119,7 +119,7 @@ def whole_tile(view: View, vector: int, tensors: int) -> Tile | None:
     held = max(triton.next_power_of_2(rows), 256)
     values = WHOLE_VALUES if vector > 1 else WHOLE_VALUES_APART
     warps = max(4, triton.next_power_of_2(triton.cdiv(held * channels * tensors, 32 * values)))
-    return Tile(held, channels, warps) if 0 < rows and warps <= WHOLE_WARPS else None
+    return Tile(held, channels, warps) if rows > 0 and warps <= WHOLE_WARPS else None
 
 
 def whole_constants(view: View, vector: int, shape: Tile) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from types import ModuleType
 
 import pytest
 
-from yolov9_fast.ops import library
+from yolov9_fast.ops import _library as library
 
 ROOT = Path(__file__).resolve().parent.parent
 CUDA = library.build_info().get("parts", {}).get("cuda", {})
@@ -20,7 +20,8 @@ no_cuda = pytest.mark.skipif(CUDA.get("file") is None, reason=f"no CUDA part: {C
 
 def load(name: str) -> ModuleType:
     spec = importlib.util.spec_from_file_location(f"yolov9_fast_{name}", ROOT / "csrc" / f"{name}.py")
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
@@ -73,7 +74,8 @@ def test_the_sanitizers_see_an_error(tmp_path: Path, statement: str, finding: st
         capture_output=True,
         text=True,
     )
-    assert done.returncode != 0 and finding in done.stderr
+    assert done.returncode != 0
+    assert finding in done.stderr
 
 
 @no_cuda
@@ -89,7 +91,8 @@ def test_no_cuda_kernel_spills() -> None:
 def test_every_architecture_asked_for_has_every_kernel() -> None:
     asked = {flag.rsplit("=", 1)[1] for flag in CUDA["flags"] if flag.startswith("-gencode") and "code=sm_" in flag}
     files = {path.name for path in (ROOT / "csrc" / "cuda").glob("*.cu")}
-    assert asked and {(row["file"], row["arch"]) for row in CUDA["kernels"]} == {(f, a) for f in files for a in asked}
+    assert asked
+    assert {(row["file"], row["arch"]) for row in CUDA["kernels"]} == {(f, a) for f in files for a in asked}
     assert os.environ.get("YOLOV9_FAST_CUDA_ARCHS") or {"sm_80", "sm_90", "sm_100"} <= asked
 
 
@@ -115,7 +118,7 @@ def test_the_report_reads_what_ptxas_says() -> None:
 
 
 def test_a_library_in_another_folder_is_the_one_that_loads(tmp_path: Path) -> None:
-    code = "from yolov9_fast.ops import library; print(library.loaded['cpu'])"
+    code = "from yolov9_fast.ops import _library as library; print(library.loaded['cpu'])"
     done = subprocess.run(
         [sys.executable, "-c", code],
         env={**os.environ, "YOLOV9_FAST_LIBRARY_FOLDER": str(tmp_path)},

@@ -78,7 +78,8 @@ def test_metadata_needs_neither_torch_nor_a_compiler(tree: Path, bare: dict[str,
     folder = make("prepare_metadata_for_build_wheel", tree, bare)
     metadata = (folder / "METADATA").read_text()
     assert "Name: yolov9-fast\nVersion: 0.1.0\n" in metadata
-    assert "Requires-Dist: torch>=2.10\n" in metadata and "License-Expression: MIT\n" in metadata
+    assert "Requires-Dist: torch>=2.10\n" in metadata
+    assert "License-Expression: MIT\n" in metadata
     assert "yolov9-fast = yolov9_fast.cli.main:main" in (folder / "entry_points.txt").read_text()
 
 
@@ -103,16 +104,18 @@ def test_a_wheel_without_torch_and_compiler_is_pure_and_says_why(tree: Path, bar
     assert wheel.name == "yolov9_fast-0.1.0-py3-none-any.whl"
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
-    assert {"yolov9_fast/ops/box_iou.py", "yolov9_fast/kernels/__init__.py"} <= names
+    assert {"yolov9_fast/ops/_box_iou.py", "yolov9_fast/kernels/__init__.py"} <= names
     assert {"yolov9_fast/bench/stats.py", "yolov9_fast/bench/counts.json"} <= names
     assert not [name for name in names if name.startswith("yolov9_fast/bench/test_")]
     graphs = {f"yolov9_fast/models/graphs/{path.name}" for path in (tree / "yolov9_fast/models/graphs").glob("*.yaml")}
-    assert graphs and graphs <= names
+    assert graphs
+    assert graphs <= names
     assert not [
         name for name in names if name.startswith(("csrc", "tests", "kernels", "bench")) or name.endswith(".so")
     ]
     for part in build_report(wheel).values():
-        assert part["file"] is None and "torch cannot be imported" in part["reason"]
+        assert part["file"] is None
+        assert "torch cannot be imported" in part["reason"]
 
 
 @pytest.mark.parametrize(
@@ -134,16 +137,18 @@ def test_a_compiler_that_is_absent_or_fails_stops_nothing(tree: Path, variables:
 def test_a_compiled_wheel_serves_every_python_and_loads(tree: Path) -> None:
     environment = {**os.environ, "YOLOV9_FAST_SKIP_CUDA": "1", "YOLOV9_FAST_PORTABLE": "1"}
     wheel = make("build_wheel", tree, environment)
-    assert wheel.name.startswith("yolov9_fast-0.1.0-py3-none-") and not wheel.name.endswith("any.whl")
+    assert wheel.name.startswith("yolov9_fast-0.1.0-py3-none-")
+    assert not wheel.name.endswith("any.whl")
     report = build_report(wheel)
-    assert report["cpu"]["file"] == "_C_cpu.so" and "-march=native" not in report["cpu"]["flags"]
+    assert report["cpu"]["file"] == "_C_cpu.so"
+    assert "-march=native" not in report["cpu"]["flags"]
     assert report["cuda"]["reason"] == "YOLOV9_FAST_SKIP_CUDA=1"
     installed = tree.parent / "installed"
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(installed)
     code = (
         "import torch, yolov9_fast as yf, yolov9_fast.kernels\n"
-        "from yolov9_fast.ops import library\n"
+        "from yolov9_fast.ops import _library as library\n"
         "yf.set_backend('cpu'); b = torch.tensor([[0., 0., 2., 2.]])\n"
         "print(library.PACKAGE_FOLDER, library.loaded, yf.ops.box_iou(b, b).item())"
     )
@@ -162,7 +167,8 @@ def test_a_compiled_wheel_serves_every_python_and_loads(tree: Path) -> None:
 @pytest.fixture
 def recipe() -> Iterator[ModuleType]:
     spec = importlib.util.spec_from_file_location("yolov9_fast_build", ROOT / "csrc" / "build.py")
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
@@ -219,7 +225,7 @@ def test_cuda_is_compiled_for_a_cpu_torch_and_not_for_another_major_version(
 
     assert recipe.cuda_recipe(torch_of(None)).compiler[0] == str(nvcc)
     assert recipe.cuda_recipe(torch_of("12.8")).compiler[0] == str(nvcc)
-    with pytest.raises(recipe.Unbuildable, match="nvcc is of CUDA 12, torch of CUDA 13.0"):
+    with pytest.raises(recipe.Unbuildable, match=r"nvcc is of CUDA 12, torch of CUDA 13.0"):
         recipe.cuda_recipe(torch_of("13.0"))
     monkeypatch.setenv("YOLOV9_FAST_FORCE_CUDA", "1")
     assert recipe.cuda_recipe(torch_of("13.0")).compiler[0] == str(nvcc)

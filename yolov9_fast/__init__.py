@@ -15,14 +15,14 @@ _MODULE_OF = {
     "unfuse": "yolov9_fast.models",
     "DetectionOutput": "yolov9_fast.models",
     "Predictor": "yolov9_fast.engine.predictor",
-    "set_backend": "yolov9_fast.ops.backend",
-    "get_backend": "yolov9_fast.ops.backend",
-    "backend": "yolov9_fast.ops.backend",
-    "accelerate_loss": "yolov9_fast.accelerate",
-    "restore_loss": "yolov9_fast.accelerate",
-    "accelerate_nms": "yolov9_fast.accelerate",
-    "accelerate": "yolov9_fast.accelerate.model",
-    "restore": "yolov9_fast.accelerate.model",
+    "set_backend": "yolov9_fast.ops._backend",
+    "get_backend": "yolov9_fast.ops._backend",
+    "backend": "yolov9_fast.ops._backend",
+    "accelerate_loss": "yolov9_fast._accelerate",
+    "restore_loss": "yolov9_fast._accelerate",
+    "accelerate_nms": "yolov9_fast._accelerate",
+    "accelerate": "yolov9_fast._accelerate.model",
+    "restore": "yolov9_fast._accelerate.model",
 }
 _SUBMODULES = ("data", "engine", "losses", "metrics", "models", "nn", "ops", "viz")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import uuid
 from collections.abc import Callable
@@ -50,10 +51,9 @@ def atomic_write(path: str | Path, content: bytes | str | Callable[[BinaryIO], o
 
 
 def _remove(temporary: Path) -> None:
-    try:
+    # The folder itself may be what failed; the error on its way says more.
+    with contextlib.suppress(OSError):
         temporary.unlink(missing_ok=True)
-    except OSError:
-        pass  # The folder itself may be what failed; the error on its way says more.
 
 
 def _sync_folder(folder: Path) -> None:

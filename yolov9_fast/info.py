@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import torch
 
 import yolov9_fast
-from yolov9_fast.ops import library
-from yolov9_fast.ops.backend import BACKENDS, get_backend, operators, why_not
+from yolov9_fast.ops import _library as library
+from yolov9_fast.ops._backend import BACKENDS, get_backend, operators, why_not
 
 
 @dataclass(frozen=True)

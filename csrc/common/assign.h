@@ -1,5 +1,5 @@
 // Task-aligned assignment: the arithmetic that the CPU's and the GPU's kernels share, rounded step by step as the eager
-// reference rounds it (yolov9_fast/ops/assign.py), so that all agree bit for bit. Compile without contraction.
+// reference rounds it (yolov9_fast/ops/_assign.py), so that all agree bit for bit. Compile without contraction.
 #pragma once
 
 #include "common/host_device.h"

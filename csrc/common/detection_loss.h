@@ -1,5 +1,5 @@
 // Arithmetic of the detection loss: class terms of one logit; box and DFL terms of one anchor, with their gradients.
-// The same on the CPU and on the GPU. Formulas: yolov9_fast/ops/detection_loss.py.
+// The same on the CPU and on the GPU. Formulas: yolov9_fast/ops/_detection_loss.py.
 #pragma once
 
 #include "common/decode.h"

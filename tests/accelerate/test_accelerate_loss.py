@@ -15,12 +15,13 @@ import torch
 from torch import Tensor, nn
 
 import yolov9_fast as yf
-from yolov9_fast.accelerate.loss import FastAssigner, FastMatcher
-from yolov9_fast.ops.boxes import anchor_points, ciou
+from yolov9_fast._accelerate.loss import FastAssigner, FastMatcher
+from yolov9_fast.ops._boxes import anchor_points, ciou
 
 DENSE = Path(__file__).resolve().parents[2] / "bench" / "dense_assigner.py"
 _spec = importlib.util.spec_from_file_location("dense_assigner_of_tests", DENSE)
-assert _spec is not None and _spec.loader is not None
+assert _spec is not None
+assert _spec.loader is not None
 _dense = importlib.util.module_from_spec(_spec)
 sys.modules[_spec.name] = _dense
 _spec.loader.exec_module(_dense)
@@ -120,7 +121,8 @@ def scene(seed: int = 0, batch: int = 3, truths: int = 5, low: float = 16.0) -> 
 def assert_equal_targets(one: tuple[Tensor, ...], other: tuple[Tensor, ...]) -> None:
     assert len(one) == len(other)
     for position, (a, b) in enumerate(zip(one, other, strict=True)):
-        assert a.dtype == b.dtype and a.shape == b.shape
+        assert a.dtype == b.dtype
+        assert a.shape == b.shape
         if position == 2:
             torch.testing.assert_close(a, b, rtol=5e-6, atol=1e-7)
         else:
@@ -131,7 +133,8 @@ def assert_equal_targets(one: tuple[Tensor, ...], other: tuple[Tensor, ...]) -> 
 def test_both_assigners_of_a_dual_loss_give_the_published_targets(seed: int) -> None:
     plain, fast = DualLoss(), DualLoss()
     report = yf.accelerate_loss(fast)
-    assert report.swapped == [("assigner", "yolov9"), ("assigner2", "yolov9")] and not report.skipped
+    assert report.swapped == [("assigner", "yolov9"), ("assigner2", "yolov9")]
+    assert not report.skipped
     case = scene(seed)
     assert (plain.assigner(*case)[3].sum(1) > 10).all()
     assert_equal_targets(fast.assigner(*case), plain.assigner(*case))
@@ -159,7 +162,8 @@ def test_a_matcher_inside_a_loss_gives_the_published_targets(seed: int, low: flo
     logits = scores.logit()
     expected, foreground = plain.loss.matcher(target, (logits, boxes))
     found, found_foreground = fast.loss.matcher(target, (logits, boxes))
-    assert torch.equal(found_foreground, foreground) and bool(foreground.any(1).all())
+    assert torch.equal(found_foreground, foreground)
+    assert bool(foreground.any(1).all())
     torch.testing.assert_close(found[..., :CLASSES], expected[..., :CLASSES], rtol=2e-5, atol=1e-6)
     assert torch.equal(found[..., CLASSES:][foreground], expected[..., CLASSES:][foreground])
     assert fast.loss.matcher.reg_max == 16  # what the original knows is still answered
@@ -174,7 +178,9 @@ def test_a_batch_without_ground_truths_is_all_background(kind: type) -> None:
     assert_equal_targets(fast.assigner(*empty), DualLoss(kind).assigner(*empty))
     matcher = FastMatcher(BoxMatcher())
     aligned, foreground = matcher(torch.zeros(3, 0, 5), (case[0], case[1]))
-    assert aligned.shape == (3, len(POINTS), CLASSES + 4) and aligned.count_nonzero() == 0 and not foreground.any()
+    assert aligned.shape == (3, len(POINTS), CLASSES + 4)
+    assert aligned.count_nonzero() == 0
+    assert not foreground.any()
 
 
 def test_a_loss_that_is_a_module_and_one_of_two_losses_are_found() -> None:
@@ -197,7 +203,9 @@ def test_twice_is_once_and_restoring_gives_the_very_objects_back() -> None:
     yf.accelerate_loss(loss)
     fast = loss.assigner
     again = yf.accelerate_loss(loss)
-    assert loss.assigner is fast and not again.swapped and "already" in again.skipped[0][1]
+    assert loss.assigner is fast
+    assert not again.swapped
+    assert "already" in again.skipped[0][1]
     yf.restore_loss(loss)
     assert (loss.assigner, loss.assigner2) == originals
     assert not yf.restore_loss(loss).swapped
@@ -207,7 +215,8 @@ def test_an_accelerated_loss_can_be_pickled_and_copied() -> None:
     loss, case = DualLoss(), scene()
     yf.accelerate_loss(loss)
     for other in (pickle.loads(pickle.dumps(loss)), copy.deepcopy(loss)):
-        assert isinstance(other.assigner, FastAssigner) and other.assigner is not loss.assigner
+        assert isinstance(other.assigner, FastAssigner)
+        assert other.assigner is not loss.assigner
         assert torch.equal(other(*case), loss(*case))
         yf.restore_loss(other)
         assert isinstance(other.assigner, TaskAlignedAssigner)
@@ -226,7 +235,8 @@ def test_options_changed_afterwards_are_obeyed() -> None:
 def test_a_class_of_unknown_origin_is_taken_only_by_name_of_its_rule() -> None:
     loss = DualLoss(RenamedAssigner)
     report = yf.accelerate_loss(loss)
-    assert not report.swapped and "RenamedAssigner is no TaskAlignedAssigner" in str(report)
+    assert not report.swapped
+    assert "RenamedAssigner is no TaskAlignedAssigner" in str(report)
     assert yf.accelerate_loss(loss, rule="yolov9", returns_index=True).swapped
     case = scene()
     assert_equal_targets(loss.assigner(*case), RenamedAssigner(num_classes=CLASSES)(*case))
@@ -264,7 +274,7 @@ def test_what_cannot_be_exchanged_is_left_alone_with_the_reason(loss: Any, rule:
 
 
 def test_an_unknown_rule_is_refused() -> None:
-    with pytest.raises(ValueError, match="^rule: expected one of yolov9, ultralytics, mit or None, got 'yolov8'"):
+    with pytest.raises(ValueError, match=r"^rule: expected one of yolov9, ultralytics, mit or None, got 'yolov8'"):
         yf.accelerate_loss(DualLoss(), rule="yolov8")
 
 

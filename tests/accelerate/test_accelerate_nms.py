@@ -47,7 +47,7 @@ def test_of_a_list_or_tuple_the_first_is_taken(style: str) -> None:
     function, case = getattr(functions, style), prediction()
     for given in ((case, None), [case, [torch.zeros(1)]]):
         assert torch.equal(function(given)[0], function(case)[0])
-    with pytest.raises(TypeError, match="prediction: expected a tensor .*list of list; pass the one of the main"):
+    with pytest.raises(TypeError, match=r"prediction: expected a tensor .*list of list; pass the one of the main"):
         function([[case, case], None])
     with pytest.raises(ValueError, match="three dimensions"):
         function(case[0])
@@ -57,7 +57,8 @@ def test_of_a_list_or_tuple_the_first_is_taken(style: str) -> None:
 def test_mask_coefficients_travel_with_their_anchor(style: str, option: dict[str, int]) -> None:
     case = prediction(extra=5)
     rows = getattr(functions, style)(case, **option)[0]
-    assert rows.shape[1] == 11 and len(rows) > 5
+    assert rows.shape[1] == 11
+    assert len(rows) > 5
     for row in rows:
         centre = (row[:2] + row[2:4]) / 2
         anchor = (case[0, :2] - centre[:, None]).abs().sum(0).argmin()
@@ -72,7 +73,8 @@ def test_known_labels_join_with_score_one(style: str) -> None:
     with_labels = getattr(functions, style)(case, labels=labels)
     without = getattr(functions, style)(case)
     assert with_labels[0][:2].tolist() == [[490, 495, 510, 505, 1, 1], [690, 690, 710, 710, 1, 2]]
-    assert torch.equal(with_labels[0][2:], without[0]) and torch.equal(with_labels[1], without[1])
+    assert torch.equal(with_labels[0][2:], without[0])
+    assert torch.equal(with_labels[1], without[1])
     with pytest.raises(ValueError, match="labels: expected one tensor for each of 2 images"):
         getattr(functions, style)(case, labels=labels[:1])
     with pytest.raises(ValueError, match="labels: expected classes"):
@@ -84,7 +86,8 @@ def test_an_image_without_candidates_is_an_empty_table_and_the_prediction_is_lef
     case[0, 4:] = 0
     before = case.clone()
     rows = functions.ultralytics(case, classes=torch.tensor([1]), max_nms=50, in_place=True)
-    assert rows[0].shape == (0, 6) and len(rows[1]) > 0
+    assert rows[0].shape == (0, 6)
+    assert len(rows[1]) > 0
     assert torch.equal(case, before)
 
 
@@ -110,7 +113,8 @@ def test_torchvisions_forms_return_indices_by_falling_score() -> None:
     boxes = torch.tensor([[0.0, 0, 10, 10], [1, 0, 11, 10], [50, 50, 60, 60], [0, 0, 10, 10]])
     scores = torch.tensor([0.5, 0.9, 0.1, 0.4])
     kept = functions.nms(boxes, scores, 0.5)
-    assert kept.dtype == torch.int64 and kept.tolist() == [1, 2]
+    assert kept.dtype == torch.int64
+    assert kept.tolist() == [1, 2]
     assert functions.batched_nms(boxes, scores, torch.tensor([0, 1, 0, 0]), 0.5).tolist() == [1, 0, 2]
     assert functions.nms(boxes[:0], scores[:0], iou_threshold=0.5).tolist() == []
 
@@ -127,12 +131,13 @@ def test_a_module_is_patched_when_asked_and_put_back() -> None:
     assert module.nms is functions.nms
     undo()
     undo_nms()
-    assert module.non_max_suppression is original and module.nms(None, None, 0) == "old"
+    assert module.non_max_suppression is original
+    assert module.nms(None, None, 0) == "old"
 
 
 def test_the_style_can_be_named_and_must_be_known() -> None:
     module = types.SimpleNamespace(non_max_suppression=lambda *args: "old")
-    with pytest.raises(ValueError, match="style: .* has none of the known signatures"):
+    with pytest.raises(ValueError, match=r"style: .* has none of the known signatures"):
         yf.accelerate_nms(patch=module)
     with pytest.raises(ValueError, match="style: expected one of"):
         yf.accelerate_nms(patch=module, style="detectron")

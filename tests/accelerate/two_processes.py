@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import torch
 import torch.distributed as dist
-from official_shaped import DetectionModel
 from torch.nn.parallel import DistributedDataParallel
 
 import yolov9_fast as yf
+from tests.accelerate.official_shaped import DetectionModel
 from yolov9_fast.nn.sync_batch_norm import convert_sync_batch_norm
 
 

@@ -5,10 +5,11 @@ As the official one, with RepConv, RepBottleneck and RepCSP under these names, a
 
 from __future__ import annotations
 
-import official_shaped as official
 import torch
-from official_shaped import ELAN1, AConv, ADown, Conv, DDetect
 from torch import Tensor, nn
+
+from tests.accelerate import official_shaped as official
+from tests.accelerate.official_shaped import ELAN1, AConv, ADown, Conv, DDetect
 
 
 class RepConv(official.RepConvN):

@@ -52,7 +52,7 @@ def test_a_slow_day_is_not_the_operators_fault(tmp_path: Path) -> None:
 
 def test_devices_do_not_mix_and_names_must_exist(tmp_path: Path) -> None:
     old, new = record(tmp_path / "a.jsonl", 0), record(tmp_path / "b.jsonl", 1, device="cpu-y")
-    with pytest.raises(UserError, match="cpu-x.*cpu-y"):
+    with pytest.raises(UserError, match=r"cpu-x.*cpu-y"):
         compare_files(old, new)
     with pytest.raises(UserError, match="another one"):
         compare(str(old), "main")
@@ -92,16 +92,19 @@ def test_planted_work_of_ten_percent_is_caught_between_two_trees_and_nothing_els
     found = compare_trees(*trees, match="box_iou", **options)  # type: ignore[arg-type]
     assert [(one.case, one.provider) for one in found.slower] == [("box_iou/300x300/float32/forward", "eager nchw")]
     same = compare_trees(trees[0], trees[0], match="nms/sparse", **options)  # type: ignore[arg-type]
-    assert len(same.differences) == 1 and not same.slower
+    assert len(same.differences) == 1
+    assert not same.slower
 
 
 def test_a_commit_is_measured_from_a_worktree_that_goes_again(monkeypatch: pytest.MonkeyPatch) -> None:
     if module.machine.git(ROOT, "rev-parse", "HEAD") is None:
         pytest.skip("no git repository")
     with module.source_tree("HEAD") as tree:
-        assert (tree / "yolov9_fast" / "ops" / "box_iou.py").is_file() and tree != ROOT
+        assert (tree / "yolov9_fast" / "ops" / "box_iou.py").is_file()
+        assert tree != ROOT
     assert not tree.exists()
     listed = module.machine.git(ROOT, "worktree", "list")
-    assert listed is not None and str(tree) not in listed
+    assert listed is not None
+    assert str(tree) not in listed
     with module.source_tree("tree") as tree:
         assert tree == ROOT

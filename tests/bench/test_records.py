@@ -15,8 +15,10 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
     recorder.write("run", environment={"device": "cpu"})
     recorder.write("measure", case="a", provider="eager", layout="nchw", median=0.123456789, bad=float("nan"))
     records = read(recorder.path)
-    assert [r["kind"] for r in records] == ["run", "measure"] and records[1]["median"] == 0.1234568
-    assert records[1]["bad"] is None and records[1]["run"] == "run"
+    assert [r["kind"] for r in records] == ["run", "measure"]
+    assert records[1]["median"] == 0.1234568
+    assert records[1]["bad"] is None
+    assert records[1]["run"] == "run"
 
 
 def test_a_torn_line_is_passed_over_and_the_next_one_starts_anew(tmp_path: Path) -> None:
@@ -40,7 +42,8 @@ def test_the_last_measurement_of_a_case_counts(tmp_path: Path) -> None:
     for median in (1.0, 2.0):
         recorder.write("measure", case="a", provider="cpu", layout="nchw", median=median)
     found = measures(read(recorder.path))
-    assert found["a", "cpu", "nchw"]["median"] == 2.0 and [key(r) for r in found.values()] == [("a", "cpu", "nchw")]
+    assert found["a", "cpu", "nchw"]["median"] == 2.0
+    assert [key(r) for r in found.values()] == [("a", "cpu", "nchw")]
 
 
 def test_the_newest_file_of_each_device(tmp_path: Path) -> None:

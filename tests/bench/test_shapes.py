@@ -16,13 +16,14 @@ def test_every_unit_of_the_network_is_counted(name: str) -> None:
     with torch.device("meta"):
         model = create_model(name)
     inside = 2 * len(list(rep_convs(model)))
-    count = {operator: 0 for operator in ("bn_silu", "rep_bn_silu", "conv1x1", "spp", "adown_pool", "cbfuse")}
+    count = dict.fromkeys(("bn_silu", "rep_bn_silu", "conv1x1", "spp", "adown_pool", "cbfuse"), 0)
     for shape in network_shapes(name, 320):
         count[shape.operator] += shape.count
     kinds = [type(module) for module in model.modules()]
     assert count["bn_silu"] == len(list(conv_units(model))) - inside
     assert count["rep_bn_silu"] == inside // 2
-    assert count["spp"] == kinds.count(SPPELAN) and count["cbfuse"] == kinds.count(CBFuse)
+    assert count["spp"] == kinds.count(SPPELAN)
+    assert count["cbfuse"] == kinds.count(CBFuse)
     assert count["adown_pool"] == kinds.count(ADown) + kinds.count(AConv)
 
 
@@ -38,7 +39,9 @@ def test_an_aggregation_reads_its_parts_side_by_side() -> None:
     shapes = [s.sizes for s in network_shapes("yolov9-t", 320) if s.operator == "conv1x1"]
     joined = [s["inputs"] for s in shapes if len(s["inputs"]) > 1]
     # ELAN and CSP-ELAN join two halves and two stages, CSP two branches, SPP-ELAN the four pools.
-    assert (16, 16, 16, 16) in joined and any(len(parts) == 2 for parts in joined) and (64, 64, 64, 64) in joined
+    assert (16, 16, 16, 16) in joined
+    assert any(len(parts) == 2 for parts in joined)
+    assert (64, 64, 64, 64) in joined
 
 
 def test_the_shapes_of_a_layer_are_those_it_computes() -> None:
@@ -51,5 +54,6 @@ def test_the_shapes_of_a_layer_are_those_it_computes() -> None:
 
 def test_every_layer_that_runs_has_its_inputs() -> None:
     blocks = network_blocks("yolov9-c", 320)
-    assert blocks[-1].block == "DualDDetect" and len(blocks[-1].inputs) == 6
+    assert blocks[-1].block == "DualDDetect"
+    assert len(blocks[-1].inputs) == 6
     assert {b.block for b in blocks} >= {"CSPELAN", "ADown", "SPPELAN", "CBFuse"}

@@ -34,7 +34,9 @@ def test_a_slowdown_of_ten_percent_is_seen_and_none_is_not() -> None:
         seen += verdict(ratio_of_medians(noisy(15, seed + 1000, 1.1), old)) == "slower"
         missed += verdict(ratio_of_medians(noisy(15, seed + 1000, 1 / 1.1), old)) != "faster"
         invented += verdict(ratio_of_medians(noisy(15, seed + 1000), old)) != "same"
-    assert seen >= 58 and missed <= 6 and invented == 0
+    assert seen >= 58
+    assert missed <= 6
+    assert invented == 0
 
 
 def test_the_interval_covers_the_true_ratio_about_as_often_as_it_says() -> None:

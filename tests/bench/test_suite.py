@@ -34,10 +34,12 @@ def test_records_hold_what_a_reader_needs(tmp_path: Path) -> None:
     path = run(tmp_path, only=("nms",), match="sparse")
     records = read(path)
     environment = records[0]["environment"]
-    assert path.parent.name == environment["device"] and environment["versions"]["torch"] == torch.__version__
+    assert path.parent.name == environment["device"]
+    assert environment["versions"]["torch"] == torch.__version__
     assert {"commit", "clocks", "threads", "device_name"} <= environment.keys()
     measured = [r for r in records if r["kind"] == "measure"]
-    assert measured and all(len(r["samples"]) >= 2 and r["shape"]["batch"] == 2 for r in measured)
+    assert measured
+    assert all(len(r["samples"]) >= 2 and r["shape"]["batch"] == 2 for r in measured)
     assert [r["kind"] for r in records].count("ceilings") == 1
 
 
@@ -48,13 +50,15 @@ def test_a_run_that_was_stopped_measures_only_what_is_missing(tmp_path: Path) ->
     after = [r for r in read(path) if r["kind"] == "measure"]
     assert after[: len(before)] == before
     new = {r["case"] for r in after[len(before) :]}
-    assert new and not new & {r["case"] for r in before}
+    assert new
+    assert not new & {r["case"] for r in before}
 
 
 def test_what_a_spent_budget_left_out_is_recorded(tmp_path: Path) -> None:
     records = read(run(tmp_path, only=("nms", "loss"), match="7obj", budget=0.0))
     left_out = [r for r in records if r["kind"] == "absent"]
-    assert left_out and all("budget" in r["reason"] for r in left_out)
+    assert left_out
+    assert all("budget" in r["reason"] for r in left_out)
 
 
 def test_unknown_families_and_cases_are_errors(tmp_path: Path) -> None:
@@ -81,7 +85,9 @@ def test_the_report_is_made_from_records_alone(tmp_path: Path) -> None:
     document = tmp_path / "docs" / "benchmarks.md"
     written = write_report(tmp_path / "results", document)
     text = document.read_text()
-    assert document in written and "sparse" in text and "CSPELAN" in text
+    assert document in written
+    assert "sparse" in text
+    assert "CSPELAN" in text
     section = text.split("### Training step")[1].split("###")[0]
     assert NOTHING in section.lower(), "what no record holds is said to be not measured"
     assert f"On a GPU: {NOTHING}" in text

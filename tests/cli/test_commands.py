@@ -19,7 +19,8 @@ def test_val_prints_tables_and_leaves_its_files(
     assert main([*words, "--device", "cpu", "--project", str(tmp_path)]) == 0
     shown = capsys.readouterr().out
     assert "image size 50 is not a multiple of 32: using 64" in shown
-    assert "AR100" in shown and "gelan-t, fused, on cpu" in shown
+    assert "AR100" in shown
+    assert "gelan-t, fused, on cpu" in shown
     names = {path.name for path in (tmp_path / "exp").iterdir()}
     assert {"predictions.json", "metrics.json", "per_class.txt", "PR_curve.png", "confusion_matrix.png"} <= names
 
@@ -41,7 +42,8 @@ def test_val_names_what_is_wrong(
     usual = ["val", "--weights", str(weights), "--data", str(shapes), "--project", str(tmp_path / "runs")]
     assert main([*usual, *words]) == 2
     error = capsys.readouterr().err
-    assert message in error and error.count("\n") == 1
+    assert message in error
+    assert error.count("\n") == 1
     assert not (tmp_path / "runs").exists()
 
 
@@ -93,15 +95,18 @@ def test_convert_says_what_it_read_and_wrote(weights: Path, tmp_path: Path, caps
     target = tmp_path / "fused.safetensors"
     assert main(["convert", str(weights), str(target), "--fuse"]) == 0
     first, second = capsys.readouterr().out.splitlines()
-    assert "gelan-t (5 classes" in first and "not fused" in first
-    assert str(target) in second and ", fused" in second
+    assert "gelan-t (5 classes" in first
+    assert "not fused" in first
+    assert str(target) in second
+    assert ", fused" in second
     assert main(["convert", str(weights), str(tmp_path / "fused.pt")]) == 2
 
 
 def test_info_describes_weights(weights: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["info", "--weights", str(weights)]) == 0
     shown = capsys.readouterr().out
-    assert "gelan-t (5 classes" in shown and "2 triangle" in shown
+    assert "gelan-t (5 classes" in shown
+    assert "2 triangle" in shown
 
 
 def test_info_counts_a_network_as_published(capsys: pytest.CaptureFixture[str]) -> None:

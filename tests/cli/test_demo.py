@@ -44,5 +44,7 @@ def test_a_folder_of_the_users_is_left_alone(tmp_path: Path) -> None:
 
 def test_every_batch_makes_a_step_and_the_end_is_without_mosaic(tmp_path: Path) -> None:
     config = demo.demo_config(tmp_path / "data.yaml", tmp_path, epochs=12, imgsz=160, seed=3, device="cpu")
-    assert config.nominal_batch == config.batch and config.model == "yolov9-t"
-    assert 0 < config.close_mosaic < config.epochs and config.seed == 3
+    assert config.nominal_batch == config.batch
+    assert config.model == "yolov9-t"
+    assert 0 < config.close_mosaic < config.epochs
+    assert config.seed == 3

@@ -81,7 +81,8 @@ def test_a_reader_that_leaves_is_no_error() -> None:
         stderr=subprocess.PIPE,
         env=environment,
     )
-    assert process.stdout is not None and process.stderr is not None
+    assert process.stdout is not None
+    assert process.stderr is not None
     process.stdout.close()
     assert process.stderr.read() == b""
     assert process.wait() == 0

@@ -40,7 +40,23 @@ def test_without_flags_the_options_are_the_published_recipe() -> None:
 
 
 def test_flags_have_their_types() -> None:
-    words = "--data d.yaml --lr0 1 --epochs 3 --no-plots --hsv-h 0 --cache ram --class-tower 64 --device 0,1".split()
+    words = [
+        "--data",
+        "d.yaml",
+        "--lr0",
+        "1",
+        "--epochs",
+        "3",
+        "--no-plots",
+        "--hsv-h",
+        "0",
+        "--cache",
+        "ram",
+        "--class-tower",
+        "64",
+        "--device",
+        "0,1",
+    ]
     config = train.config_from_flags(given(*words))
     assert (config.lr0, config.epochs, config.plots, config.cache) == (1.0, 3, False, "ram")
     assert (config.augment.hsv_h, config.class_tower, config.device) == (0.0, 64, "0,1")

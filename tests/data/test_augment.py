@@ -7,8 +7,8 @@ from dataclasses import replace
 import cv2
 import numpy as np
 import pytest
-from drawing import box_of_colour, paint
 
+from tests.data.drawing import box_of_colour, paint
 from yolov9_fast.data import AugmentConfig
 from yolov9_fast.data.augment import Scene, copy_paste, mixup, random_affine, random_flips, random_hsv
 
@@ -114,7 +114,10 @@ def test_hsv_without_strength_is_the_same_image_and_with_it_changes_within_bound
     value = np.full((8, 8, 3), 100, np.uint8)
     config = replace(NOTHING, hsv_v=0.4)
     levels = {int(random_hsv(value, config, rng(seed))[0, 0, 0]) for seed in range(200)}
-    assert min(levels) >= 60 and max(levels) <= 140 and min(levels) < 65 and max(levels) > 135
+    assert min(levels) >= 60
+    assert max(levels) <= 140
+    assert min(levels) < 65
+    assert max(levels) > 135
 
 
 def test_hue_wraps_around() -> None:
@@ -129,8 +132,10 @@ def test_hue_wraps_around() -> None:
 def test_mixup_blends_and_keeps_the_objects_of_both() -> None:
     first, second = scene((0, 10, 10, 60, 60)), scene((1, 80, 50, 120, 100))
     result = mixup(first, second, rng())
-    assert result.classes.tolist() == [0, 1] and len(result.boxes) == 2
-    assert 70 < result.image[30, 30, 2] < 185 and 70 < result.image[75, 100, 1] < 185
+    assert result.classes.tolist() == [0, 1]
+    assert len(result.boxes) == 2
+    assert 70 < result.image[30, 30, 2] < 185
+    assert 70 < result.image[75, 100, 1] < 185
 
 
 def test_copy_paste_mirrors_object_and_box() -> None:
@@ -139,7 +144,8 @@ def test_copy_paste_mirrors_object_and_box() -> None:
     assert result.classes.tolist() == [0, 0]
     assert result.boxes[1].tolist() == [110, 20, 150, 60]
     assert box_of_colour(result.image[:, 80:], 0) == (30, 20, 70, 60)
-    assert result.outlines[1] is not None and result.outlines[1][:, 0].min() == 110
+    assert result.outlines[1] is not None
+    assert result.outlines[1][:, 0].min() == 110
 
 
 def test_copy_paste_never_hides_what_is_there() -> None:
@@ -147,7 +153,8 @@ def test_copy_paste_never_hides_what_is_there() -> None:
     start.outlines[1] = None
     before = start.image.copy()
     result = copy_paste(start, 1.0, rng())
-    assert len(result.boxes) == 2 and np.array_equal(result.image, before)
+    assert len(result.boxes) == 2
+    assert np.array_equal(result.image, before)
 
 
 def test_copy_paste_leaves_boxes_without_outline_alone() -> None:

@@ -8,8 +8,8 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
-from drawing import paint, write_config
 
+from tests.data.drawing import paint, write_config
 from yolov9_fast.data import category_ids, coco_ground_truth, load_data_config, load_split
 from yolov9_fast.data.coco import read_coco
 from yolov9_fast.errors import DataError
@@ -29,7 +29,7 @@ def annotation(number: int, **changes: object) -> dict:
     }
 
 
-def write(root: Path, annotations: list[dict], **changes: object):  # noqa: ANN201
+def write(root: Path, annotations: list[dict], **changes: object):
     (root / "pics").mkdir(exist_ok=True)
     cv2.imwrite(str(root / "pics" / "one.png"), paint(40, 60, [(1, 10, 10, 30, 20)]))
     images = [{"id": 1, "file_name": "one.png", "width": 60, "height": 40}]
@@ -58,7 +58,8 @@ def test_names_that_are_no_categories_are_an_error(tmp_path: Path) -> None:
 def test_crowds_are_ignored_in_training_and_kept_in_the_ground_truth(tmp_path: Path) -> None:
     config = write(tmp_path, [annotation(1), annotation(2, iscrowd=1, bbox=[0, 0, 60, 40])])
     [record], report = load_split(config, "train", for_training=True)
-    assert len(record.boxes) == 1 and report.counts() == {"crowd or ignored region, not used in training": 1}
+    assert len(record.boxes) == 1
+    assert report.counts() == {"crowd or ignored region, not used in training": 1}
     assert load_split(config, "train", for_training=False)[1].skipped == []
     truth = coco_ground_truth(config, "train", [record])
     assert [(entry["id"], entry["iscrowd"], entry["area"]) for entry in truth["annotations"]] == [
@@ -85,7 +86,8 @@ def test_crowds_are_ignored_in_training_and_kept_in_the_ground_truth(tmp_path: P
 def test_bad_annotation_is_a_counted_skip(tmp_path: Path, changes: dict, reason: str) -> None:
     config = write(tmp_path, [annotation(1), annotation(2, **changes)])
     [record], report = load_split(config, "train", for_training=True)
-    assert len(record.boxes) == 1 and report.counts() == {reason: 1}
+    assert len(record.boxes) == 1
+    assert report.counts() == {reason: 1}
     assert "annotation 2 of image 1" in report.skipped[0][0]
     coco_ground_truth(config, "train", [record])
 
@@ -113,10 +115,12 @@ def test_parts_of_an_object_become_one_outline_without_filling_the_gap(tmp_path:
     parts = [[10, 10, 20, 10, 20, 20, 10, 20], [40, 10, 50, 10, 50, 20, 40, 20]]
     config = write(tmp_path, [annotation(1, segmentation=parts, bbox=[10, 10, 40, 10])])
     [record], _ = load_split(config, "train", for_training=True)
-    assert record.polygons is not None and record.polygons[0] is not None
+    assert record.polygons is not None
+    assert record.polygons[0] is not None
     outline = np.round(record.polygons[0] * [60, 40]).astype(np.int32)
     mask = cv2.fillPoly(np.zeros((40, 60), np.uint8), [outline], 1)
-    assert mask[12:19, 12:19].all() and mask[12:19, 42:49].all()
+    assert mask[12:19, 12:19].all()
+    assert mask[12:19, 42:49].all()
     assert mask[:, 25:35].sum() <= 2 * 10  # the bridge is a line
 
 
@@ -139,11 +143,11 @@ def test_file_in_another_form_is_an_error(tmp_path: Path, text: str, message: st
 
 def test_missing_annotation_file_and_images_are_errors(tmp_path: Path) -> None:
     config = write(tmp_path, [annotation(1)], images=[{"id": 1, "file_name": "gone.png"}])
-    with pytest.raises(DataError, match="none of the 1 images of .*a.json is in .*pics"):
+    with pytest.raises(DataError, match=r"none of the 1 images of .*a.json is in .*pics"):
         load_split(config, "train", for_training=True)
     (tmp_path / "a.json").unlink()
     with pytest.raises(DataError, match=r"a\.json does not exist"):
         load_split(config, "train", for_training=True)
     config = write(tmp_path, [], images=[])
-    with pytest.raises(DataError, match="is empty: .*a.json lists no images"):
+    with pytest.raises(DataError, match=r"is empty: .*a.json lists no images"):
         load_split(config, "train", for_training=True)

@@ -21,7 +21,8 @@ def test_path_is_relative_to_the_file_and_splits_to_path(tmp_path: Path) -> None
     assert config.path == tmp_path.resolve() / "sub"
     assert config.splits["train"].images == (config.path / "images/a",)
     assert config.splits["val"].images == (config.path / "x", config.path / "y.txt")
-    assert config.names == {0: "cat", 1: "dog"} and config.num_classes == 2
+    assert config.names == {0: "cat", 1: "dog"}
+    assert config.num_classes == 2
 
 
 def test_names_as_mapping_and_coco_split(tmp_path: Path) -> None:

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from drawing import box_of_colour, dataset_folder
 
+from tests.data.drawing import box_of_colour, dataset_folder
 from yolov9_fast.data import (
     AugmentConfig,
     DetectionDataset,
@@ -58,9 +58,11 @@ def test_evaluation_sample_is_letterboxed_and_leads_back(records: list[ImageReco
     dataset = DetectionDataset(records, image_size=128, augment=None, rect=rect, batch_size=4)
     for index, record in enumerate(records):
         sample = dataset[index]
-        assert sample.image.dtype == torch.uint8 and sample.image.shape[1] % 32 == sample.image.shape[2] % 32 == 0
+        assert sample.image.dtype == torch.uint8
+        assert sample.image.shape[1] % 32 == sample.image.shape[2] % 32 == 0
         assert rect or sample.image.shape == (3, 128, 128)
-        assert sample.original_shape == (record.height, record.width) and sample.index == index
+        assert sample.original_shape == (record.height, record.width)
+        assert sample.index == index
         assert_boxes_match_pixels(sample, 1.0)
         back = scale_boxes_to_original(
             torch.from_numpy(pixel_boxes(sample)), sample.ratio, sample.pad, sample.original_shape
@@ -88,9 +90,12 @@ def test_targets_lie_inside_the_image(records: list[ImageRecord]) -> None:
     dataset = DetectionDataset(records, image_size=64, augment=AugmentConfig(degrees=10, shear=5, mixup=1.0))
     for index in range(len(records)):
         targets = dataset[index].targets
-        assert targets.dtype == torch.float32 and targets.shape[1] == 5
+        assert targets.dtype == torch.float32
+        assert targets.shape[1] == 5
         low, high = targets[:, 1:3] - targets[:, 3:] / 2, targets[:, 1:3] + targets[:, 3:] / 2
-        assert (low >= -1e-5).all() and (high <= 1 + 1e-5).all() and (targets[:, 3:] > 0).all()
+        assert (low >= -1e-5).all()
+        assert (high <= 1 + 1e-5).all()
+        assert (targets[:, 3:] > 0).all()
 
 
 def test_sample_depends_on_seed_epoch_and_index_alone(records: list[ImageRecord]) -> None:
@@ -101,7 +106,8 @@ def test_sample_depends_on_seed_epoch_and_index_alone(records: list[ImageRecord]
     second[3]
     np.random.seed(5)
     torch.manual_seed(5)
-    assert same(first[1], second[1]) and same(first[1], first[1])
+    assert same(first[1], second[1])
+    assert same(first[1], first[1])
     assert not same(first[1], make(seed=1)[1])
     second.set_epoch(1)
     assert not same(first[1], second[1])
@@ -137,7 +143,8 @@ def test_rectangular_canvases_fit_the_aspect_of_their_batch() -> None:
 def test_dataset_pickles_without_the_records_for_spawned_workers(records: list[ImageRecord]) -> None:
     dataset = DetectionDataset(records, image_size=64, augment=AugmentConfig())
     copy = pickle.loads(pickle.dumps(dataset))
-    assert copy.records is None and same(copy[2], dataset[2])
+    assert copy.records is None
+    assert same(copy[2], dataset[2])
 
 
 def test_image_that_changed_since_it_was_checked_is_an_error(records: list[ImageRecord]) -> None:

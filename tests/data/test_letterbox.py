@@ -9,8 +9,8 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from drawing import paint
 
+from tests.data.drawing import paint
 from yolov9_fast.data import letterbox, read_image, scale_boxes_to_original, to_tensor
 
 
@@ -27,7 +27,8 @@ def test_any_image_comes_as_three_channels_of_eight_bits(tmp_path: Path, image: 
     file = tmp_path / "ünï.png"
     file.write_bytes(cv2.imencode(".png", image)[1].tobytes())
     result = read_image(file)
-    assert result.shape == (20, 30, 3) and result.dtype == np.uint8
+    assert result.shape == (20, 30, 3)
+    assert result.dtype == np.uint8
     assert np.abs(result.astype(int) - 120).max() <= 1
 
 
@@ -40,19 +41,23 @@ def test_image_is_turned_upright_by_its_exif_tag(tmp_path: Path) -> None:
     file.write_bytes(plain[:2] + tag + plain[2:])
     image = read_image(file)
     assert image.shape == (40, 20, 3)
-    assert image[5, 10, 2] > 200 and image[30, 10, 2] < 50
+    assert image[5, 10, 2] > 200
+    assert image[30, 10, 2] < 50
 
 
 def test_long_side_is_scaled_and_the_rest_is_centred_grey() -> None:
     boxed = letterbox(np.zeros((50, 100, 3), np.uint8), 64)
     assert boxed.image.shape == (64, 64, 3)
     assert (boxed.ratio, boxed.pad) == ((0.64, 0.64), (0, 16))
-    assert (boxed.image[16:48] == 0).all() and (boxed.image[:16] == 114).all() and (boxed.image[48:] == 114).all()
+    assert (boxed.image[16:48] == 0).all()
+    assert (boxed.image[:16] == 114).all()
+    assert (boxed.image[48:] == 114).all()
 
 
 def test_rectangle_is_only_as_large_as_needed() -> None:
     boxed = letterbox(np.zeros((30, 100, 3), np.uint8), 128, rectangle=True)
-    assert boxed.image.shape == (64, 128, 3) and boxed.pad == (0, 13)
+    assert boxed.image.shape == (64, 128, 3)
+    assert boxed.pad == (0, 13)
 
 
 @pytest.mark.parametrize(("height", "width"), [(37, 101), (101, 37), (500, 3), (64, 64), (1, 1)])
@@ -68,7 +73,8 @@ def test_boxes_return_to_the_original_pixels(height: int, width: int) -> None:
 def test_boxes_are_cut_to_the_original_image_and_the_input_stays() -> None:
     boxes = torch.tensor([[-50.0, -50.0, 500.0, 500.0]])
     result = scale_boxes_to_original(boxes, (0.5, 0.5), (0, 10), (60, 80))
-    assert result.tolist() == [[0, 0, 80, 60]] and boxes[0, 0] == -50
+    assert result.tolist() == [[0, 0, 80, 60]]
+    assert boxes[0, 0] == -50
     assert scale_boxes_to_original(torch.zeros(0, 4), (1, 1), (0, 0), (5, 5)).shape == (0, 4)
     with pytest.raises(ValueError, match=r"boxes must be \[n, 4 or more\]"):
         scale_boxes_to_original(torch.zeros(4), (1, 1), (0, 0), (5, 5))
@@ -76,7 +82,9 @@ def test_boxes_are_cut_to_the_original_image_and_the_input_stays() -> None:
 
 def test_tensor_is_rgb_channels_first() -> None:
     tensor = to_tensor(paint(4, 6, [(0, 0, 0, 6, 4)]))
-    assert tensor.shape == (3, 4, 6) and tensor.dtype == torch.uint8 and tensor.is_contiguous()
+    assert tensor.shape == (3, 4, 6)
+    assert tensor.dtype == torch.uint8
+    assert tensor.is_contiguous()
     assert tensor[:, 0, 0].tolist() == [255, 0, 0]
 
 

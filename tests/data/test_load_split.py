@@ -7,8 +7,8 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
-from drawing import add_image, dataset_folder, paint, write_config
 
+from tests.data.drawing import add_image, dataset_folder, paint, write_config
 from yolov9_fast.data import coco_ground_truth, load_data_config, load_split
 from yolov9_fast.data import scan as scan_module
 from yolov9_fast.errors import DataError
@@ -17,7 +17,7 @@ PICTURE = paint(40, 60, [(1, 10, 10, 30, 20)])
 LABEL = f"1 {20 / 60} {15 / 40} {20 / 60} {10 / 40}"
 
 
-def load(root: Path, *, split: str = "train", for_training: bool = True, **content: object):  # noqa: ANN201
+def load(root: Path, *, split: str = "train", for_training: bool = True, **content: object):
     return load_split(load_data_config(write_config(root, **content)), split, for_training=for_training)
 
 
@@ -107,7 +107,8 @@ def test_list_file_takes_paths_relative_to_itself_or_the_root(tmp_path: Path) ->
         "../images/train/a.png\nimages/train/b.png\n# note\n\nimages/train/gone.png\n"
     )
     records, report = load(tmp_path, train="lists/train.txt")
-    assert len(records) == 2 and report.counts() == {"image file is missing": 1}
+    assert len(records) == 2
+    assert report.counts() == {"image file is missing": 1}
 
 
 def test_image_named_twice_is_used_once(tmp_path: Path) -> None:
@@ -137,7 +138,7 @@ def test_split_of_corrupt_images_only_is_an_error_with_the_list(tmp_path: Path) 
 
 def test_training_without_any_object_is_an_error_but_evaluation_is_not(tmp_path: Path) -> None:
     add_image(tmp_path, "a.png", PICTURE, None)
-    with pytest.raises(DataError, match="no object to learn from; labels were looked for in .*a.txt"):
+    with pytest.raises(DataError, match=r"no object to learn from; labels were looked for in .*a.txt"):
         load(tmp_path)
     assert load(tmp_path, for_training=False)[1].background == 1
 
@@ -151,7 +152,8 @@ def test_second_load_decodes_nothing_until_a_file_changes(tmp_path: Path, monkey
     load(tmp_path)
     assert opened == []
     cv2.imwrite(str(file), paint(50, 50, []))
-    assert load(tmp_path)[0][0].width == 50 and opened == [file]
+    assert load(tmp_path)[0][0].width == 50
+    assert opened == [file]
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"version": 1, "images": 3}', '{"version": 0, "images": {}}'])

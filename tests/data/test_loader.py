@@ -7,12 +7,13 @@ import re
 import signal
 import subprocess
 import sys
+from itertools import chain
 from pathlib import Path
 
 import pytest
 import torch
-from drawing import dataset_folder
 
+from tests.data.drawing import dataset_folder
 from yolov9_fast.data import (
     AugmentConfig,
     Batch,
@@ -57,7 +58,8 @@ def test_batch_numbers_the_targets_by_image(records: list[ImageRecord]) -> None:
     batches = list(create_loader(dataset, batch_size=5, shuffle=False))
     assert [len(batch.indices) for batch in batches] == [5, 5, 2]
     batch = batches[1]
-    assert batch.images.shape == (5, 3, 64, 64) and batch.images.dtype == torch.uint8
+    assert batch.images.shape == (5, 3, 64, 64)
+    assert batch.images.dtype == torch.uint8
     assert batch.indices == [5, 6, 7, 8, 9]
     for position, index in enumerate(batch.indices):
         assert torch.equal(batch.targets[batch.targets[:, 0] == position, 1:], dataset[index].targets)
@@ -94,7 +96,7 @@ def test_seed_changes_the_order(records: list[ImageRecord]) -> None:
     dataset = DetectionDataset(records, image_size=64, augment=None)
     orders = [[b.indices for b in create_loader(dataset, batch_size=4, shuffle=True, seed=seed)] for seed in (0, 0, 1)]
     assert orders[0] == orders[1] != orders[2]
-    assert sorted(sum(orders[2], [])) == list(range(12))
+    assert sorted(chain.from_iterable(orders[2])) == list(range(12))
 
 
 def test_loading_leaves_the_global_generators_alone(records: list[ImageRecord]) -> None:
@@ -119,7 +121,7 @@ def test_ranks_together_see_what_one_process_sees(records: list[ImageRecord], ba
     assert len({len(batches) for batches in ranks}) == 1
     start = one[0]
     for whole, *parts in zip(one, *ranks, strict=True):
-        together = sum(parts, [])
+        together = list(chain.from_iterable(parts))
         assert together[: len(whole)] == whole
         assert together[len(whole) :] == start[: len(together) - len(whole)]
         assert len({len(part) for part in parts}) == 1
@@ -130,14 +132,15 @@ def test_evaluation_ranks_share_the_images_without_doubles(records: list[ImageRe
     dataset = DetectionDataset(records, image_size=64, augment=None, rect=True, batch_size=batch_size)
     loaders = [create_loader(dataset, batch_size=batch_size, shuffle=False, rank=r, world_size=2) for r in range(2)]
     batches = [batch for loader in loaders for batch in loader]
-    assert sorted(sum((batch.indices for batch in batches), [])) == list(range(12))
+    assert sorted(chain.from_iterable(batch.indices for batch in batches)) == list(range(12))
     assert [len(loader) for loader in loaders] == [sum(1 for _ in loader) for loader in loaders]
 
 
 def test_drop_last_gives_whole_batches_only(records: list[ImageRecord]) -> None:
     dataset = DetectionDataset(records, image_size=64, augment=None)
     loader = create_loader(dataset, batch_size=5, shuffle=True, drop_last=True)
-    assert [len(batch.indices) for batch in loader] == [5, 5] and len(loader) == 2
+    assert [len(batch.indices) for batch in loader] == [5, 5]
+    assert len(loader) == 2
 
 
 _KILLED_WORKER = """

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from drawing import box_of_colour, paint
 
+from tests.data.drawing import box_of_colour, paint
 from yolov9_fast.data.augment import Scene
 from yolov9_fast.data.mosaic import mosaic4
 
@@ -41,7 +41,8 @@ def test_centre_lies_in_the_middle_half_and_the_rest_is_grey() -> None:
         covered = np.argwhere((canvas == 0).all(-1))
         low, high = covered.min(0), covered.max(0) + 1
         # Tiles of full size meet at the centre and reach 64 px from it, as far as the canvas goes.
-        assert (low <= 32).all() and (high >= 96).all()
+        assert (low <= 32).all()
+        assert (high >= 96).all()
         assert set(np.unique(canvas)) <= {0, 114}
 
 
@@ -53,4 +54,6 @@ def test_tiles_without_outlines_stand_beside_tiles_with_them() -> None:
         tile(32, 32),
     ]
     result = mosaic4(tiles, 32, np.random.default_rng(0))
-    assert result.outlines[0] is None and result.outlines[1] is not None and len(result.outlines) == 2
+    assert result.outlines[0] is None
+    assert result.outlines[1] is not None
+    assert len(result.outlines) == 2

@@ -18,13 +18,13 @@ from yolov9_fast.data import (
 )
 
 
-def config_of(tmp_path: Path, **content: object):  # noqa: ANN201
+def config_of(tmp_path: Path, **content: object):
     file = tmp_path / "data.yaml"
     file.write_text(json.dumps(content))
     return load_data_config(file)
 
 
-def bccd(tmp_path: Path, shared: Path):  # noqa: ANN201
+def bccd(tmp_path: Path, shared: Path):
     splits = {key: {"images": "images", "annotations": f"bccd_{key}.json"} for key in ("train", "val", "test")}
     return config_of(
         tmp_path, path=str((shared / "data" / "bccd").resolve()), names=["RBC", "WBC", "Platelets"], **splits
@@ -45,7 +45,8 @@ def test_blood_cells_give_training_batches(tmp_path: Path, shared: Path) -> None
     records, _ = load_split(bccd(tmp_path, shared), "train", for_training=True)
     dataset = DetectionDataset(records[:16], image_size=320, augment=AugmentConfig())
     batch = next(iter(create_loader(dataset, batch_size=8, shuffle=True)))
-    assert batch.images.shape == (8, 3, 320, 320) and len(batch.targets) > 40
+    assert batch.images.shape == (8, 3, 320, 320)
+    assert len(batch.targets) > 40
 
 
 def test_coco_keeps_its_91_categories_and_crowds(tmp_path: Path, shared: Path) -> None:
@@ -59,5 +60,6 @@ def test_coco_keeps_its_91_categories_and_crowds(tmp_path: Path, shared: Path) -
     truth = coco_ground_truth(config, "val", records)
     crowds = sum(entry["iscrowd"] for entry in source["annotations"])
     assert (report.images, report.objects + crowds, len(truth["annotations"])) == (79, 750, 750)
-    assert len(category_ids(config, "val")) == 80 and category_ids(config, "val")[-1] == 90
+    assert len(category_ids(config, "val")) == 80
+    assert category_ids(config, "val")[-1] == 90
     assert sum(record.polygons is not None for record in records) > 70

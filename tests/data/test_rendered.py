@@ -32,7 +32,9 @@ def test_the_data_file_is_read_without_a_skipped_label(tmp_path: Path) -> None:
     config = load_data_config(render_dataset(tmp_path, train=40, val=5, size=96))
     assert tuple(config.names.values()) == SHAPES
     records, report = load_split(config, "train", for_training=True)
-    assert len(records) == 40 and not report.skipped and not report.background
+    assert len(records) == 40
+    assert not report.skipped
+    assert not report.background
     assert {int(label) for record in records for label in record.boxes[:, 0]} == set(range(len(SHAPES)))
     assert max(len(record.boxes) for record in records) <= MOST_OBJECTS
 
@@ -42,7 +44,10 @@ def test_a_shape_lies_wholly_inside_the_picture(label: int) -> None:
     for seed in range(20):
         mask = _shape_mask(np.random.default_rng(seed), label, 80, 100)
         assert mask.max() == 255
-        assert not mask[0].any() and not mask[-1].any() and not mask[:, 0].any() and not mask[:, -1].any()
+        assert not mask[0].any()
+        assert not mask[-1].any()
+        assert not mask[:, 0].any()
+        assert not mask[:, -1].any()
 
 
 def test_boxes_enclose_their_shape_exactly(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,8 +7,8 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
-from drawing import paint
 
+from tests.data.drawing import paint
 from yolov9_fast.data import open_source
 from yolov9_fast.errors import DataError
 
@@ -38,13 +38,15 @@ def names(frames) -> list[str]:
 
 def test_single_image(folder: Path) -> None:
     [frame] = open_source(folder / "b.png")
-    assert frame.image is not None and frame.image.shape == (20, 30, 3)
+    assert frame.image is not None
+    assert frame.image.shape == (20, 30, 3)
     assert (frame.index, frame.frame, frame.is_video, frame.error) == (0, 0, False, None)
 
 
 def test_folder_gives_its_own_images_sorted(folder: Path) -> None:
     frames = list(open_source(str(folder)))
-    assert names(frames) == ["a.JPG", "b.png"] and [frame.index for frame in frames] == [0, 1]
+    assert names(frames) == ["a.JPG", "b.png"]
+    assert [frame.index for frame in frames] == [0, 1]
 
 
 def test_glob_reaches_below(folder: Path) -> None:
@@ -60,13 +62,16 @@ def test_list_gives_an_error_frame_for_what_is_missing(folder: Path) -> None:
     (folder / "list.txt").write_text("b.png\ngone.png\ndeep/c.png\n")
     frames = list(open_source(folder / "list.txt"))
     assert names(frames) == ["b.png", "gone.png", "c.png"]
-    assert frames[1].image is None and frames[1].error is not None and "missing" in frames[1].error
+    assert frames[1].image is None
+    assert frames[1].error is not None
+    assert "missing" in frames[1].error
 
 
 def test_corrupt_image_is_an_error_frame_and_the_rest_follows(folder: Path) -> None:
     (folder / "a.JPG").write_bytes(b"broken")
     frames = list(open_source(folder))
-    assert frames[0].image is None and "cannot be decoded" in str(frames[0].error)
+    assert frames[0].image is None
+    assert "cannot be decoded" in str(frames[0].error)
     assert frames[1].image is not None
 
 
@@ -75,18 +80,22 @@ def test_video_gives_numbered_frames(tmp_path: Path) -> None:
     frames = list(open_source(tmp_path / "v.avi"))
     assert [frame.frame for frame in frames] == [0, 1, 2, 3]
     assert all(frame.is_video and frame.fps == 5.0 and frame.index == 0 for frame in frames)
-    assert frames[3].image is not None and abs(int(frames[3].image.mean()) - 120) < 5
+    assert frames[3].image is not None
+    assert abs(int(frames[3].image.mean()) - 120) < 5
 
 
 def test_broken_video_is_an_error_frame(tmp_path: Path) -> None:
     (tmp_path / "v.mp4").write_bytes(b"broken")
     [frame] = open_source(tmp_path / "v.mp4")
-    assert frame.image is None and frame.is_video and "no frame" in str(frame.error)
+    assert frame.image is None
+    assert frame.is_video
+    assert "no frame" in str(frame.error)
 
 
 def test_several_sources_are_numbered_through(folder: Path) -> None:
     frames = list(open_source([folder / "b.png", str(folder / "deep")]))
-    assert names(frames) == ["b.png", "c.png"] and [frame.index for frame in frames] == [0, 1]
+    assert names(frames) == ["b.png", "c.png"]
+    assert [frame.index for frame in frames] == [0, 1]
 
 
 @pytest.mark.parametrize(

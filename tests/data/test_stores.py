@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from drawing import dataset_folder
 
+from tests.data.drawing import dataset_folder
 from yolov9_fast.data import AugmentConfig, DetectionDataset, ImageRecord, load_data_config, load_split, stores
 from yolov9_fast.data import dataset as dataset_module
 
@@ -38,7 +38,8 @@ def test_too_little_memory_is_said_and_images_are_decoded_anew(
     monkeypatch.setattr(stores, "available_memory", lambda: 1000)
     dataset = DetectionDataset(records, image_size=64, augment=None, cache="ram")
     assert "5 images at 64 px need" in caplog.text
-    assert isinstance(dataset._store, stores.NoStore) and dataset[0].image.shape == (3, 64, 64)
+    assert isinstance(dataset._store, stores.NoStore)
+    assert dataset[0].image.shape == (3, 64, 64)
 
 
 def test_free_memory_is_known_here() -> None:
@@ -69,7 +70,8 @@ def test_full_disk_is_one_warning(
     dataset = DetectionDataset(records, image_size=64, augment=None, cache="disk", cache_dir=folder)
     for index in range(5):
         assert dataset[index].image.shape == (3, 64, 64)
-    assert caplog.text.count("no longer kept on disk") == 1 and "No space left" in caplog.text
+    assert caplog.text.count("no longer kept on disk") == 1
+    assert "No space left" in caplog.text
     assert list(folder.iterdir()) == []
 
 

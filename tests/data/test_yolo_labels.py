@@ -17,13 +17,15 @@ GOOD = "1 0.5 0.5 0.25 0.125"
 def test_box_row_is_kept_exactly() -> None:
     parsed = parse_yolo(GOOD, 3)
     assert parsed.boxes.tolist() == [[1, 0.5, 0.5, 0.25, 0.125]]
-    assert parsed.polygons is None and parsed.problems == []
+    assert parsed.polygons is None
+    assert parsed.problems == []
 
 
 def test_each_row_of_a_mixed_file_decides_for_itself() -> None:
     parsed = parse_yolo(f"0 0.1 0.2 0.5 0.2 0.3 0.6\n{GOOD}", 3)
     np.testing.assert_allclose(parsed.boxes, [[0, 0.3, 0.4, 0.4, 0.4], [1, 0.5, 0.5, 0.25, 0.125]], atol=1e-7)
-    assert parsed.polygons is not None and parsed.polygons[1] is None
+    assert parsed.polygons is not None
+    assert parsed.polygons[1] is None
     np.testing.assert_allclose(parsed.polygons[0], [[0.1, 0.2], [0.5, 0.2], [0.3, 0.6]])
 
 
@@ -59,7 +61,8 @@ def test_rounding_beyond_the_border_is_pulled_in() -> None:
     parsed = parse_yolo("0 0.95 0.5 0.1005 1.0008", 1)
     assert parsed.problems == []
     _, cx, cy, width, height = parsed.boxes[0].astype(float)
-    assert cx + width / 2 <= 1 + 1e-6 and height <= 1
+    assert cx + width / 2 <= 1 + 1e-6
+    assert height <= 1
     np.testing.assert_allclose([cx - width / 2, cy], [0.95 - 0.1005 / 2, 0.5], atol=1e-6)
 
 
@@ -68,5 +71,7 @@ def test_rounding_beyond_the_border_is_pulled_in() -> None:
 def test_any_text_gives_boxes_inside_the_image(text: str) -> None:
     boxes = parse_yolo(text, 3).boxes
     assert np.isfinite(boxes).all()
-    assert (boxes[:, 3:] > 0).all() and set(boxes[:, 0]) <= {0, 1, 2}
-    assert (boxes[:, 1:3] - boxes[:, 3:] / 2 >= -1e-5).all() and (boxes[:, 1:3] + boxes[:, 3:] / 2 <= 1 + 1e-5).all()
+    assert (boxes[:, 3:] > 0).all()
+    assert set(boxes[:, 0]) <= {0, 1, 2}
+    assert (boxes[:, 1:3] - boxes[:, 3:] / 2 >= -1e-5).all()
+    assert (boxes[:, 1:3] + boxes[:, 3:] / 2 <= 1 + 1e-5).all()

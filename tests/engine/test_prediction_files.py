@@ -29,7 +29,8 @@ def test_pictures_keep_their_names_and_get_their_boxes(tmp_path: Path) -> None:
     files.close()
     assert [path.name for path in tmp_path.iterdir()] == ["cat.PNG"]
     picture = cv2.imread(str(tmp_path / "cat.PNG"))
-    assert picture.shape == (20, 40, 3) and picture[15, 20].any()
+    assert picture.shape == (20, 40, 3)
+    assert picture[15, 20].any()
 
 
 def test_equal_stems_are_told_apart_in_pictures_and_text(tmp_path: Path) -> None:
@@ -81,7 +82,8 @@ def test_a_video_becomes_an_mp4_with_its_frames(tmp_path: Path) -> None:
     put(files, "0", 1, is_video=True)
     files.close()
     frames = list(open_source(tmp_path / "clip.mp4"))
-    assert len(frames) == 3 and frames[0].fps == pytest.approx(5.0)
+    assert len(frames) == 3
+    assert frames[0].fps == pytest.approx(5.0)
     assert len(list(open_source(tmp_path / "webcam0.mp4"))) == 1
     assert not list(tmp_path.glob(".*"))
     assert sorted(path.name for path in (tmp_path / "labels").glob("clip*"))[-1] == "clip_000004.txt"

@@ -51,13 +51,15 @@ def test_boxes_are_in_pixels_of_the_picture(model: DetectionModel) -> None:
     assert prediction.boxes[:, :4].tolist() == [pytest.approx([87.5, 37.5, 137.5, 87.5], abs=1e-3)]
     assert prediction.boxes[0, 4] == pytest.approx(1 / (1 + np.exp(-4.0)), abs=1e-6)
     assert prediction.counts() == {"dog": 1}
-    assert prediction.shape == (100, 200) and prediction.seconds > 0
+    assert prediction.shape == (100, 200)
+    assert prediction.seconds > 0
 
 
 def test_scores_fall_and_overlaps_of_other_classes_stay_unless_agnostic(model: DetectionModel) -> None:
     picture = np.zeros((100, 200, 3), np.uint8)
     (both,) = seeing(model, iou=0.2)(picture)
-    assert both.boxes[:, 5].tolist() == [1, 0] and both.counts() == {"cat": 1, "dog": 1}
+    assert both.boxes[:, 5].tolist() == [1, 0]
+    assert both.counts() == {"cat": 1, "dog": 1}
     (best,) = seeing(model, iou=0.2, agnostic=True)(picture)
     assert best.counts() == {"dog": 1}
 
@@ -83,8 +85,10 @@ def test_the_given_network_is_left_as_it_is(model: DetectionModel) -> None:
     before = {key: value.clone() for key, value in model.state_dict().items()}
     Predictor(model, 64, device="cpu")
     after = model.state_dict()
-    assert model.training and not model.is_fused
-    assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
+    assert model.training
+    assert not model.is_fused
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[key], after[key]) for key in before)
 
 
 def test_the_fused_network_predicts_what_the_network_does(model: DetectionModel) -> None:

@@ -49,7 +49,8 @@ def test_a_run_leaves_weights_state_table_and_plots(tiny_config: Make) -> None:
     config = tiny_config(epochs=2, plots=True, tensorboard=True, save_period=1)
     result = train(config)
     run = Path(config.project) / "exp"
-    assert result is not None and result.metrics is not None
+    assert result is not None
+    assert result.metrics is not None
     names = {str(p.relative_to(run)) for p in run.rglob("*") if p.is_file()}
     expected = """config.yaml results.csv results.png labels.png train_batch0.jpg predictions.json metrics.json
         per_class.txt confusion_matrix.png PR_curve.png F1_curve.png P_curve.png R_curve.png weights/last.safetensors
@@ -194,7 +195,8 @@ def test_a_full_disk_keeps_the_last_checkpoint_and_training_goes_on(
     with caplog.at_level(logging.ERROR):
         trainer.run()
     assert seen == [0]
-    assert "epoch 2 was not saved" in caplog.text and "No space left on device" in caplog.text
+    assert "epoch 2 was not saved" in caplog.text
+    assert "No space left on device" in caplog.text
     assert load_state(trainer.run_folder.state)["epoch"] == 2
     assert not list(trainer.run_folder.weights.glob(".*"))
 
@@ -278,7 +280,8 @@ def test_fused_weights_are_unfused_and_calibrated(
     weights = shared / "data/weights/yolov9t_coco_fused.npz"
     with caplog.at_level(logging.INFO):
         trainer = Trainer(tiny_config(model="yolov9-t", weights=str(weights), class_tower=None))
-    assert trainer.model.class_tower == 80 and trainer.model.box_groups == 1
+    assert trainer.model.class_tower == 80
+    assert trainer.model.box_groups == 1
     assert "is fused: BatchNorm put back" in caplog.text
     assert float(trainer.model.state_dict()["model.0.bn.running_var"].max()) != 1.0
 

@@ -13,8 +13,8 @@ import torch
 
 pytest.importorskip("triton")
 
-from yolov9_fast.kernels import aot, bn_silu, cases, config  # noqa: E402
-from yolov9_fast.kernels.launch import kernels, recording  # noqa: E402
+from yolov9_fast.kernels import aot, bn_silu, cases, config
+from yolov9_fast.kernels.launch import kernels, recording
 
 CHILD = """
 import dataclasses, sys, torch
@@ -106,7 +106,7 @@ def test_the_summary_counts_variants_and_faults() -> None:
     listed = aot.launches(90, cases.TYPICAL[:1], [torch.bfloat16], [torch.channels_last]).values()
     launch = next(one for one in listed if one.kernel == "bn_silu_apply_kernel")
     builds = [aot.Build(launch, 90, 40, 0, 0, 4, 0), aot.Build(launch, 90, 72, 16, 128, 2, 0)]
-    header, line, total = aot.summary(builds)
+    _header, line, total = aot.summary(builds)
     assert line.split() == ["bn_silu_apply_kernel", "2", "40-72", "16", "0-128", "2", "2", "1"]
     assert total == "2 variants, 1 faults"
 
@@ -135,10 +135,8 @@ def test_a_spill_too_much_shared_memory_narrow_accesses_and_float64_are_faults()
     assert not good.faults()
     assert "no 16-byte access" in aot.Build(launch, 90, 32, 0, 0, 0, 0).faults()
     assert "spills 8 bytes" in aot.Build(launch, 90, 32, 8, 0, 4, 0).faults()
-    assert (
-        aot.Build(launch, 80, 32, 0, 200_000, 4, 0).faults()
-        and not aot.Build(launch, 90, 32, 0, 200_000, 4, 0).faults()
-    )
+    assert aot.Build(launch, 80, 32, 0, 200_000, 4, 0).faults()
+    assert not aot.Build(launch, 90, 32, 0, 200_000, 4, 0).faults()
     assert "1 float64 instructions" in aot.Build(launch, 90, 32, 0, 0, 4, 1).faults()
 
 
@@ -147,4 +145,5 @@ def test_recording_runs_nothing() -> None:
     out = torch.full_like(x, 7.0)
     with recording(90) as seen:
         bn_silu.bn_silu_apply(x, None, None, torch.zeros(8), torch.ones(8), None, out, True)
-    assert [launch.kernel for launch in seen] == ["bn_silu_apply_kernel"] and (out == 7.0).all()
+    assert [launch.kernel for launch in seen] == ["bn_silu_apply_kernel"]
+    assert (out == 7.0).all()

@@ -11,8 +11,8 @@ import torch
 
 pytest.importorskip("triton")
 
-from yolov9_fast.kernels import config  # noqa: E402
-from yolov9_fast.kernels.launch import pixel_view, recording  # noqa: E402
+from yolov9_fast.kernels import config
+from yolov9_fast.kernels.launch import pixel_view, recording
 
 
 @pytest.fixture
@@ -52,13 +52,16 @@ def test_a_record_that_no_build_covers_is_refused(records: Path) -> None:
         bucket = {"last/2/64/small": record}
         (records / "sm90.json").write_text(json.dumps({"kernels": {"bn_silu_apply_kernel": bucket}}))
         config.load.cache_clear()
-        with pytest.raises(ValueError, match="sm90.json: bn_silu_apply_kernel last/2/64/small: elements by warps must"):
+        message = r"sm90.json: bn_silu_apply_kernel last/2/64/small: elements by warps must"
+        with pytest.raises(ValueError, match=message):
             tile_of(64)
 
 
 def test_no_candidate_gives_a_thread_more_elements_than_the_default_or_less_than_one_access() -> None:
     pairs = [(one["elements"], one["warps"]) for one in config.candidates("bn_silu_apply_kernel")]
-    assert (4096, 4) in pairs and (8192, 8) in pairs and (2048, 2) in pairs
+    assert (4096, 4) in pairs
+    assert (8192, 8) in pairs
+    assert (2048, 2) in pairs
     assert all(8 <= elements // (32 * warps) <= 32 for elements, warps in pairs)
     assert config.candidates("spatial") == [{"elements": 1024, "warps": 4}, {"elements": 2048, "warps": 8}]
 

@@ -16,7 +16,7 @@ import yolov9_fast as yf
 from yolov9_fast.losses import DetectionLoss, detection, pad_targets
 from yolov9_fast.losses.targets import place_rows
 from yolov9_fast.nn.output import DetectionOutput
-from yolov9_fast.ops.assign import Assignment, assign
+from yolov9_fast.ops._assign import Assignment, assign
 
 SIZE = 64
 CLASSES = 3
@@ -164,7 +164,7 @@ def test_targets_may_come_padded() -> None:
     assert DetectionLoss(CLASSES)(output, padded, SIZE).total.item() == pytest.approx(plain.total.item(), rel=1e-6)
     fixed = DetectionLoss(CLASSES, max_objects=9)(output, some_targets(), SIZE)
     assert fixed.total.item() == pytest.approx(plain.total.item(), rel=1e-6)
-    with pytest.raises(ValueError, match="^targets: expected 4 images, got 5"):
+    with pytest.raises(ValueError, match=r"^targets: expected 4 images, got 5"):
         DetectionLoss(CLASSES)(output, pad_targets(some_targets(), 5, CLASSES, (SIZE, SIZE), torch.float32), SIZE)
 
 

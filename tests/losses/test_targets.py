@@ -54,8 +54,10 @@ def test_another_shape_is_named() -> None:
 def test_a_fixed_count_pads_every_image_to_it() -> None:
     rows = torch.tensor([[0, 1, 0.5, 0.5, 0.1, 0.1], [0, 2, 0.4, 0.5, 0.1, 0.1], [2, 0, 0.5, 0.5, 0.2, 0.2]])
     free, fixed = pad_targets(rows, 3, 3, SIZE, torch.float32), pad_targets(rows, 3, 3, SIZE, torch.float32, 5)
-    assert fixed.labels.shape == (3, 5) and fixed.fits is None
-    assert torch.equal(fixed.labels[:, :2], free.labels) and torch.equal(fixed.boxes[:, :2], free.boxes)
+    assert fixed.labels.shape == (3, 5)
+    assert fixed.fits is None
+    assert torch.equal(fixed.labels[:, :2], free.labels)
+    assert torch.equal(fixed.boxes[:, :2], free.boxes)
     assert not fixed.mask[:, 2:].any()
     with pytest.raises(ValueError, match="2 rows of one image, more than max_objects 1"):
         pad_targets(rows, 3, 3, SIZE, torch.float32, 1)
@@ -68,7 +70,8 @@ def test_rows_placed_without_waiting_are_those_placed_with_it() -> None:
         label = torch.randint(0, 4, (count, 1), generator=generator).float()
         rows = torch.cat((image, label, torch.rand(count, 4, generator=generator)), 1)
         waited, placed = (make(rows, 6, 4, SIZE, torch.float32, 30) for make in (pad_targets, place_rows))
-        assert placed.fits is not None and placed.fits
+        assert placed.fits is not None
+        assert placed.fits
         for name in ("labels", "boxes", "mask"):
             assert torch.equal(getattr(waited, name), getattr(placed, name))
 
@@ -77,7 +80,10 @@ def test_rows_placed_without_waiting_are_those_placed_with_it() -> None:
 def test_rows_without_a_place_are_left_out_and_told(wrong: list[float]) -> None:
     good = [1.0, 1, 0.5, 0.5, 0.1, 0.1]
     placed = place_rows(torch.tensor([[*wrong, 0.5, 0.5, 0.1, 0.1], good]), 3, 2, SIZE, torch.float32, 2)
-    assert placed.fits is not None and not placed.fits
+    assert placed.fits is not None
+    assert not placed.fits
     assert placed.mask.tolist() == [[False, False], [True, False], [False, False]]
     crowded = place_rows(torch.tensor([good, good, good]), 3, 2, SIZE, torch.float32, 2)
-    assert crowded.fits is not None and not crowded.fits and crowded.mask.sum() == 2
+    assert crowded.fits is not None
+    assert not crowded.fits
+    assert crowded.mask.sum() == 2

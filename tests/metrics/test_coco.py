@@ -14,7 +14,20 @@ import pytest
 from yolov9_fast.errors import DataError, UserError
 from yolov9_fast.metrics import detections_to_coco, evaluate_coco, save_detections
 
-KEYS = "ap ap50 ap75 ap_small ap_medium ap_large ar1 ar10 ar100 ar_small ar_medium ar_large".split()
+KEYS = [
+    "ap",
+    "ap50",
+    "ap75",
+    "ap_small",
+    "ap_medium",
+    "ap_large",
+    "ar1",
+    "ar10",
+    "ar100",
+    "ar_small",
+    "ar_medium",
+    "ar_large",
+]
 
 
 def dataset(annotations: list[tuple[int, int, list[float]]], images: int = 2, categories: int = 2) -> dict[str, Any]:
@@ -121,13 +134,15 @@ def test_duplicate_annotation_ids_do_not_lose_objects() -> None:
 def test_no_detections_give_zero_and_sizes_without_objects_nan() -> None:
     metrics = evaluate_coco(dataset([(0, 10, BOX)]), [])
     assert (metrics.ap, metrics.ar100, metrics.precision, metrics.recall) == (0.0, 0.0, 0.0, 0.0)
-    assert math.isnan(metrics.ap_small) and math.isnan(metrics.confidence)
+    assert math.isnan(metrics.ap_small)
+    assert math.isnan(metrics.confidence)
     assert metrics.ap_medium == 0.0  # 50 x 40 = 2000 pixels: the area came from the box
 
 
 def test_no_objects_at_all_give_nan_without_failing() -> None:
     metrics = evaluate_coco(dataset([]), [detection(0, 10, BOX, 0.5)])
-    assert math.isnan(metrics.ap) and math.isnan(metrics.precision)
+    assert math.isnan(metrics.ap)
+    assert math.isnan(metrics.precision)
     assert metrics.curves.f1.shape == (0, 1001)
     assert "2 of 2 classes have no objects" in metrics.table()
 
@@ -219,7 +234,8 @@ def test_table_is_aligned_and_names_each_class() -> None:
     rows = lines[:5]
     assert len({len(row) for row in rows}) == 1
     assert rows[2].split()[:3] == ["all", "2", "2"]
-    assert rows[3].startswith("a rather long name") and rows[3].split()[-2:] == ["1.0000", "1.0000"]
+    assert rows[3].startswith("a rather long name")
+    assert rows[3].split()[-2:] == ["1.0000", "1.0000"]
     assert rows[4].split()[-2:] == ["0.0000", "0.0000"]
 
 

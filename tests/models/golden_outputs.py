@@ -18,14 +18,15 @@ import torch
 
 import yolov9_fast as yf
 from yolov9_fast.models import create_model
-from yolov9_fast.ops.decode import decode
+from yolov9_fast.ops._decode import decode
 
 
 def main(shared: str, name: str, out: str) -> None:
     torch.set_num_threads(2)
     yf.set_backend("eager")
     spec = importlib.util.spec_from_file_location("deterministic", Path(shared) / "golden" / "deterministic.py")
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     rules = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(rules)
     model = create_model(name)

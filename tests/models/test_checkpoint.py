@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from foreign_files import WKY_PATHS, image, save_pickled_module, small_model
 
+from tests.models.foreign_files import WKY_PATHS, image, save_pickled_module, small_model
 from yolov9_fast.errors import CheckpointError, UserError
 from yolov9_fast.models.checkpoint import convert, load_checkpoint, read_checkpoint, save_weights, suggest_architecture
 from yolov9_fast.models.graph import graph_from_dict
@@ -35,7 +35,9 @@ def tiny(num_classes: int = 2) -> DetectionModel:
 
 
 def assert_equal(a: DetectionModel, b: DetectionModel) -> None:
-    assert a.graph.layers == b.graph.layers and a.names == b.names and a.is_fused == b.is_fused
+    assert a.graph.layers == b.graph.layers
+    assert a.names == b.names
+    assert a.is_fused == b.is_fused
     assert (a.graph_name, a.num_classes, a.class_tower, a.box_groups) == (
         b.graph_name,
         b.num_classes,
@@ -71,7 +73,8 @@ def test_a_users_graph_travels_with_its_weights(tmp_path: Path) -> None:
     path = save_weights(model, tmp_path / "w.safetensors", metadata={"epoch": 3, "AP": 0.25})
     assert_equal(load_checkpoint(path), model)
     content = read_checkpoint(path)
-    assert content.metadata == {"epoch": 3, "AP": 0.25} and content.layout.source == "yolov9_fast"
+    assert content.metadata == {"epoch": 3, "AP": 0.25}
+    assert content.layout.source == "yolov9_fast"
     assert suggest_architecture(path).graph_name == "mine"
 
 

@@ -11,7 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from foreign_files import (
+from torch import Tensor, nn
+
+from tests.models.foreign_files import (
     ULTRALYTICS_PATHS,
     WKY_PATHS,
     deployed_state,
@@ -20,8 +22,6 @@ from foreign_files import (
     save_pickled_module,
     small_model,
 )
-from torch import Tensor, nn
-
 from yolov9_fast.errors import CheckpointError
 from yolov9_fast.models.checkpoint import load_checkpoint, read_checkpoint
 from yolov9_fast.models.foreign import identify, read_state_dict
@@ -56,18 +56,21 @@ def test_a_pickled_training_module_gives_the_training_graph(training: DetectionM
     assert "models.yolo" not in sys.modules
     model = load_checkpoint(tmp_path / "x.pt")
     assert (model.graph_name, model.num_classes, model.box_groups) == ("yolov9-t", 5, 4)
-    assert model.names == training.names and not model.training
+    assert model.names == training.names
+    assert not model.training
     assert all(p.dtype == torch.float32 and p.requires_grad == ("dfl" not in n) for n, p in model.named_parameters())
     assert same_outputs(model, training)
     raw, expected = model.raw(image()), training.raw(image())
-    assert raw.auxiliary is not None and expected.auxiliary is not None
+    assert raw.auxiliary is not None
+    assert expected.auxiliary is not None
     assert all(torch.equal(a, b) for a, b in zip(raw.auxiliary, expected.auxiliary, strict=True))
 
 
 def test_a_converted_module_gives_the_deployed_graph(deployed: DetectionModel, tmp_path: Path) -> None:
     save_pickled_module(tmp_path / "x.pt", deployed, WKY_PATHS)
     model = load_checkpoint(tmp_path / "x.pt")
-    assert model.graph_name == "gelan-t" and same_outputs(model, deployed)
+    assert model.graph_name == "gelan-t"
+    assert same_outputs(model, deployed)
 
 
 def test_the_averaged_weights_are_preferred(deployed: DetectionModel, tmp_path: Path) -> None:
@@ -165,7 +168,8 @@ def wrapped(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
 def test_wrapped_state_dicts_are_unwrapped(wrap: Any, deployed: DetectionModel, tmp_path: Path) -> None:
     expected = deployed.state_dict()
     found, _ = read_state_dict(save(tmp_path / "x.ckpt", wrap(dict(expected))))
-    assert found.keys() == expected.keys() and all(torch.equal(found[k], v) for k, v in expected.items())
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[k], v) for k, v in expected.items())
 
 
 def test_the_averaged_copy_in_a_lightning_file_is_taken(deployed: DetectionModel, tmp_path: Path) -> None:
@@ -180,7 +184,9 @@ def test_a_fused_state_dict_gives_a_fused_network(tmp_path: Path) -> None:
     source = fuse(small_model(name))
     np.savez(tmp_path / "x.npz", **{k: v.numpy() for k, v in source.state_dict().items()})
     model = load_checkpoint(tmp_path / "x.npz")
-    assert model.is_fused and model.graph_name == name and same_outputs(model, source)
+    assert model.is_fused
+    assert model.graph_name == name
+    assert same_outputs(model, source)
 
 
 def test_foreign_safetensors_are_read(deployed: DetectionModel, tmp_path: Path) -> None:
@@ -292,7 +298,8 @@ def test_metadata_that_doubles_itself_is_left_out(deployed: DetectionModel, tmp_
 def test_converting_by_graph_equals_dropping_the_branch(training: DetectionModel) -> None:
     expected = to_deploy(training).state_dict()
     found = deployed_state(training)
-    assert found.keys() == expected.keys() and all(torch.equal(found[k], v) for k, v in expected.items())
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[k], v) for k, v in expected.items())
 
 
 def test_golden_keys_are_recognised(shared: Path) -> None:

@@ -29,7 +29,7 @@ from yolov9_fast.models import (
     to_deploy,
 )
 from yolov9_fast.models.graph import Layer, graph_from_dict
-from yolov9_fast.ops.decode import decode
+from yolov9_fast.ops._decode import decode
 
 TARGETS = torch.tensor([[0, 1, 0.5, 0.5, 0.5, 0.6], [1, 0, 0.3, 0.4, 0.3, 0.3]])
 

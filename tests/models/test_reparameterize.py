@@ -29,7 +29,8 @@ IMAGES = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))
 def test_fused_outputs_agree_in_float64(name: str) -> None:
     model = _lively(name).double()
     fused = fuse(model)
-    assert fused.is_fused and not model.is_fused
+    assert fused.is_fused
+    assert not model.is_fused
     with torch.no_grad():
         torch.testing.assert_close(fused(IMAGES.double()), model(IMAGES.double()), rtol=1e-9, atol=1e-9)
 
@@ -56,7 +57,9 @@ def test_deployed_outputs_are_the_main_branch(name: str) -> None:
 def test_a_fused_training_graph_can_be_deployed() -> None:
     model = fuse(_lively("yolov9-t", class_tower=80, box_groups=1))
     deployed = to_deploy(model)
-    assert deployed.is_fused and deployed.class_tower == 80 and deployed.box_groups == 1
+    assert deployed.is_fused
+    assert deployed.class_tower == 80
+    assert deployed.box_groups == 1
     with torch.no_grad():
         assert torch.equal(deployed(IMAGES), model(IMAGES))
 

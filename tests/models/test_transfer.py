@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from foreign_files import image, mit_state_dict, small_model
 
+from tests.models.foreign_files import image, mit_state_dict, small_model
 from yolov9_fast.errors import CheckpointError
 from yolov9_fast.models.checkpoint import load_checkpoint, suggest_architecture
 from yolov9_fast.models.foreign import identify
@@ -30,7 +30,9 @@ def heads(report: TransferReport) -> set[str]:
 def test_the_same_network_is_copied_whole() -> None:
     source, model = small_model("yolov9-t", 3), create_model("yolov9-t", 3)
     report = transfer_weights(model, source.state_dict())
-    assert len(report.loaded) == 1772 and not report.skipped and not report.missing
+    assert len(report.loaded) == 1772
+    assert not report.skipped
+    assert not report.missing
     assert close(model, source, 0)
 
 
@@ -38,9 +40,11 @@ def test_a_deployed_network_starts_the_main_branch_of_its_training_graph() -> No
     source, model = small_model("gelan-t", 3), create_model("yolov9-t", 3)
     before = {k: v.clone() for k, v in model.state_dict().items()}
     report = transfer_weights(model, source.state_dict())
-    assert len(report.loaded) == len(source.state_dict()) and not report.skipped
+    assert len(report.loaded) == len(source.state_dict())
+    assert not report.skipped
     assert close(model, source, 0)
-    assert report.missing and all(torch.equal(model.state_dict()[k], before[k]) for k in report.missing)
+    assert report.missing
+    assert all(torch.equal(model.state_dict()[k], before[k]) for k in report.missing)
     assert close(to_deploy(model), source, 0)
 
 
@@ -70,7 +74,8 @@ def test_the_keys_of_deployed_and_training_graphs_correspond_as_published(size: 
 def test_a_training_graph_starts_its_deployed_network() -> None:
     source, model = small_model("yolov9-t", 3), create_model("gelan-t", 3)
     report = transfer_weights(model, source.state_dict())
-    assert not report.missing and {reason for _, reason in report.skipped} == {"the model has no such layer"}
+    assert not report.missing
+    assert {reason for _, reason in report.skipped} == {"the model has no such layer"}
     assert close(model, source, 0)
 
 
@@ -97,7 +102,8 @@ def test_another_class_tower_is_skipped_with_its_statistics() -> None:
 def test_a_grouped_box_tower_fits_a_dense_one_exactly() -> None:
     source, model = small_model("gelan-t", 3), create_model("gelan-t", 3, box_groups=1)
     report = transfer_weights(model, source.state_dict())
-    assert not report.skipped and close(model, source, 1e-4)
+    assert not report.skipped
+    assert close(model, source, 1e-4)
 
 
 def test_a_dense_box_tower_does_not_fit_a_grouped_one_and_takes_its_batch_norm_along() -> None:
@@ -111,14 +117,17 @@ def test_a_dense_box_tower_does_not_fit_a_grouped_one_and_takes_its_batch_norm_a
 def test_fused_weights_are_unfused_for_training(training: str) -> None:
     source, model = fuse(small_model("gelan-t", 3)), create_model(training, 3)
     report = transfer_weights(model, source.state_dict())
-    assert len(report.loaded) == 1339 and not report.skipped
-    assert not model.is_fused and close(model, source)
+    assert len(report.loaded) == 1339
+    assert not report.skipped
+    assert not model.is_fused
+    assert close(model, source)
 
 
 def test_unfused_weights_are_fused_for_a_fused_network() -> None:
     source, model = small_model("gelan-t", 3), fuse(create_model("gelan-t", 3))
     transfer_weights(model, source.state_dict())
-    assert model.is_fused and close(model, source)
+    assert model.is_fused
+    assert close(model, source)
 
 
 def test_foreign_spellings_are_understood() -> None:
@@ -129,7 +138,8 @@ def test_foreign_spellings_are_understood() -> None:
 
 def test_a_network_of_another_size_gives_what_fits_and_says_so() -> None:
     report = transfer_weights(create_model("gelan-s", 3), small_model("gelan-t", 3).state_dict())
-    assert report.loaded and "other shape in gelan-t than in gelan-s" in report.summary()
+    assert report.loaded
+    assert "other shape in gelan-t than in gelan-s" in report.summary()
 
 
 def test_weights_of_no_known_network_are_an_error() -> None:
@@ -145,7 +155,8 @@ def test_load_pretrained_reads_a_file_and_logs_the_report(tmp_path: Path, caplog
     model = create_model("yolov9-t", 7, class_tower=layout.class_tower, box_groups=layout.box_groups)
     with caplog.at_level(logging.INFO):
         report = load_pretrained(model, path)
-    assert len(report.skipped) == 6 and str(path) in caplog.text
+    assert len(report.skipped) == 6
+    assert str(path) in caplog.text
     assert "layers 22, 25, 28-29" in caplog.text
 
 

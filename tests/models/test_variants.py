@@ -18,7 +18,8 @@ from yolov9_fast.nn import CSPELAN, GELAN
 def test_a_network_of_another_block_trains_fuses_and_survives_its_file(block: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = DetectionModel(gelan("gelan-t", block=block, depth=1), 2).train()
-    assert any(type(m) is GELAN for m in model.modules()) and not any(type(m) is CSPELAN for m in model.modules())
+    assert any(type(m) is GELAN for m in model.modules())
+    assert not any(type(m) is CSPELAN for m in model.modules())
     target = torch.tensor([[0, 1, 0.5, 0.5, 0.5, 0.6]])
     DetectionLoss(2)(model(torch.rand(2, 3, 64, 64)), target, 64).total.backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
@@ -33,7 +34,8 @@ def test_depths_are_parameters() -> None:
     graph = gelan("gelan-t", depth=2, elan_depth=3)
     model = DetectionModel(graph, 2)
     stages = [m for m in model.modules() if isinstance(m, CSPELAN)]
-    assert {m.elan_depth for m in stages} == {3} and {len(m.cv2[0].m) for m in stages} == {2}
+    assert {m.elan_depth for m in stages} == {3}
+    assert {len(m.cv2[0].m) for m in stages} == {2}
     assert model(torch.rand(2, 3, 64, 64)).main[0].shape == (2, 66, 8, 8)
 
 

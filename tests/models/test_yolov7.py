@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from foreign_files import small_model
 
+from tests.models.foreign_files import small_model
 from yolov9_fast.engine.predictor import Predictor
 from yolov9_fast.errors import UserError
 from yolov9_fast.losses import DetectionLoss
@@ -31,7 +31,7 @@ from yolov9_fast.models.foreign import identify
 from yolov9_fast.models.graph import graph_from_dict
 from yolov9_fast.models.profile import count_gflops
 from yolov9_fast.nn import AnchorDetect
-from yolov9_fast.ops.nms import nms
+from yolov9_fast.ops._nms import nms
 
 ANCHORS = [[12, 16, 19, 36, 40, 28], [36, 75, 76, 55, 72, 146], [142, 110, 192, 243, 459, 401]]
 # Parameters and GFLOPs of the fused network; to the last digit, the 36.9/104.7, 43.6/130.5 and 41.2/126.4 of table 6.
@@ -57,7 +57,7 @@ def anchored() -> DetectionModel:
 
 @pytest.fixture(scope="module", params=["yolov7", "yolov7-af-gelan"])
 def network(request: pytest.FixtureRequest) -> Iterator[DetectionModel]:
-    yield small_model(request.param, 3)
+    return small_model(request.param, 3)
 
 
 @pytest.mark.parametrize("name", FUSED)
@@ -102,13 +102,15 @@ def test_evaluation_gives_boxes_that_nms_takes(network: DetectionModel) -> None:
         found = network(IMAGES)
     cells = 8 * 8 + 4 * 4 + 2 * 2
     assert found.shape == (2, 7, cells * (3 if network.graph_name == "yolov7" else 1))
-    assert bool(torch.isfinite(found).all()) and bool((found[:, 4:] >= 0).all() & (found[:, 4:] <= 1).all())
+    assert bool(torch.isfinite(found).all())
+    assert bool((found[:, 4:] >= 0).all() & (found[:, 4:] <= 1).all())
     assert int(nms(found, conf=0.0).count.min()) > 0
 
 
 def test_folding_and_unfolding_keep_the_outputs(network: DetectionModel) -> None:
     folded = fuse(network)
-    assert folded.is_fused and not network.is_fused
+    assert folded.is_fused
+    assert not network.is_fused
     with torch.no_grad():
         expected = network(IMAGES)
         torch.testing.assert_close(folded(IMAGES), expected, rtol=1e-3, atol=1e-3)
@@ -117,7 +119,8 @@ def test_folding_and_unfolding_keep_the_outputs(network: DetectionModel) -> None
 
 def test_weights_come_back_exactly_with_their_network(network: DetectionModel, tmp_path: Path) -> None:
     found = load_checkpoint(save_weights(network, tmp_path / "w.safetensors"))
-    assert found.graph.layers == network.graph.layers and found.names == network.names
+    assert found.graph.layers == network.graph.layers
+    assert found.names == network.names
     assert (found.class_tower, found.box_groups) == (network.class_tower, network.box_groups)
     with torch.no_grad():
         assert torch.equal(found(IMAGES), network(IMAGES))
@@ -130,7 +133,8 @@ def test_the_anchor_free_networks_train(name: str) -> None:
     targets = torch.tensor([[0, 1, 0.5, 0.5, 0.4, 0.6], [1, 0, 0.3, 0.4, 0.2, 0.3]])
     loss = DetectionLoss(2)(model(IMAGES), targets, 64)
     loss.total.backward()
-    assert math.isfinite(loss.total.item()) and loss.box.item() > 0
+    assert math.isfinite(loss.total.item())
+    assert loss.box.item() > 0
     gradients = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
     assert all(g is not None and bool(torch.isfinite(g).all()) for g in gradients.values())
     # A level without a positive has no box gradient; everything before the head has one from some level.
@@ -177,10 +181,12 @@ def test_an_anchor_based_network_predicts_and_travels_with_its_anchors(
     anchored.names = {0: "cat", 1: "dog"}
     path = save_weights(fuse(anchored), tmp_path / "w.safetensors")
     found = load_checkpoint(path)
-    assert isinstance(found.head, AnchorDetect) and found.head.anchors == tuple(tuple(map(float, a)) for a in ANCHORS)
+    assert isinstance(found.head, AnchorDetect)
+    assert found.head.anchors == tuple(tuple(map(float, a)) for a in ANCHORS)
     picture = np.random.default_rng(0).integers(0, 255, (64, 96, 3), dtype=np.uint8)
     prediction = Predictor(path, image_size=96, conf=0.0, device="cpu")(picture)[0]
-    assert len(prediction.boxes) and set(prediction.boxes[:, 5]) <= {0, 1}
+    assert len(prediction.boxes)
+    assert set(prediction.boxes[:, 5]) <= {0, 1}
 
 
 def test_weights_move_between_anchor_based_networks_of_other_classes(anchored: DetectionModel) -> None:

@@ -56,7 +56,9 @@ def test_two_processes_equal_one(tmp_path: Path, momentum: float | None) -> None
     for _ in range(2):
         y = norm(x)
     y.backward(grad)
-    assert x.grad is not None and norm.weight.grad is not None and norm.bias.grad is not None
+    assert x.grad is not None
+    assert norm.weight.grad is not None
+    assert norm.bias.grad is not None
     torch.testing.assert_close(torch.cat([p["y"] for p in parts]), y.detach(), rtol=1e-3, atol=5e-4)
     torch.testing.assert_close(torch.cat([p["dx"] for p in parts]), x.grad, rtol=1e-3, atol=5e-4)
     torch.testing.assert_close(parts[0]["dw"] + parts[1]["dw"], norm.weight.grad, rtol=1e-3, atol=1e-3)

@@ -121,7 +121,8 @@ def truth(case: Case) -> dict[str, Tensor]:
             results[f"running_mean{number}"] = (1 - MOMENTUM) * norm.running_mean + MOMENTUM * mean.detach()
             results[f"running_var{number}"] = (1 - MOMENTUM) * norm.running_var + MOMENTUM * unbiased
         if not case.training:
-            assert norm.running_mean is not None and norm.running_var is not None
+            assert norm.running_mean is not None
+            assert norm.running_var is not None
             mean, variance = norm.running_mean, norm.running_var
         term = (x - mean.view(1, -1, 1, 1)) / (variance.view(1, -1, 1, 1) + EPS).sqrt()
         if norm.weight is not None and norm.bias is not None:

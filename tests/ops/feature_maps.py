@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import yolov9_fast as yf
-from yolov9_fast.ops.backend import Operator, why_not
+from yolov9_fast.ops._backend import Operator, why_not
 
 LAYOUTS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -85,7 +85,8 @@ def assert_as_exact_as_eager(name: str, call: Callable[..., object], inputs: Seq
     mine = outputs_and_gradients(name, call, inputs, seed)
     for kind, truth, theirs, ours in zip(("output", "gradient"), exact, eager, mine, strict=True):
         for index, (t, e, m) in enumerate(zip(truth, theirs, ours, strict=True)):
-            assert m.shape == e.shape and m.dtype == e.dtype, f"{kind} {index}"
+            assert m.shape == e.shape, f"{kind} {index}"
+            assert m.dtype == e.dtype, f"{kind} {index}"
             if not m.numel():
                 continue
             # A unit in the last place is no worse than eager where eager happens to be exact; in float64 the truth

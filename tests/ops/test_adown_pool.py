@@ -6,7 +6,10 @@ import random
 
 import pytest
 import torch
-from feature_maps import (
+from torch import Tensor
+
+import yolov9_fast as yf
+from tests.ops.feature_maps import (
     DTYPES,
     LAYOUTS,
     assert_as_exact_as_eager,
@@ -15,11 +18,8 @@ from feature_maps import (
     outputs_and_gradients,
     threads,
 )
-from torch import Tensor
-
-import yolov9_fast as yf
-from yolov9_fast.ops.adown_pool import OPERATOR, adown_pool_reference
-from yolov9_fast.ops.backend import why_not
+from yolov9_fast.ops._adown_pool import OPERATOR, adown_pool_reference
+from yolov9_fast.ops._backend import why_not
 
 BACKENDS = backends(OPERATOR, "adown_pool")
 needs_cpu = pytest.mark.skipif(why_not(OPERATOR, "cpu") is not None, reason=str(why_not(OPERATOR, "cpu")))
@@ -98,7 +98,8 @@ def test_a_half_that_nobody_used_has_a_gradient_of_zeros(name: str, used: int) -
     reference = adown_pool_reference(expected)[used]
     assert reference is not None
     reference.square().sum().backward()
-    assert x.grad is not None and expected.grad is not None
+    assert x.grad is not None
+    assert expected.grad is not None
     torch.testing.assert_close(x.grad, expected.grad)
 
 
@@ -107,7 +108,8 @@ def test_a_half_that_nobody_used_has_a_gradient_of_zeros(name: str, used: int) -
 def test_results_are_dense_in_the_layout_of_x(layout: str) -> None:
     with yf.backend("cpu"):
         for result in yf.ops.adown_pool(feature_map(2, 8, 6, 6, layout=layout, sliced=True)):
-            assert result is not None and result.is_contiguous(memory_format=LAYOUTS[layout])
+            assert result is not None
+            assert result.is_contiguous(memory_format=LAYOUTS[layout])
 
 
 @needs_cpu
@@ -125,7 +127,9 @@ def test_the_bits_do_not_depend_on_the_number_of_threads(layout: str) -> None:
 def test_an_empty_batch_gives_empty_maps() -> None:
     with yf.backend("cpu"):
         first, second = yf.ops.adown_pool(torch.zeros(0, 4, 6, 5))
-    assert second is not None and first.shape == (0, 2, 5, 4) and second.shape == (0, 2, 3, 2)
+    assert second is not None
+    assert first.shape == (0, 2, 5, 4)
+    assert second.shape == (0, 2, 3, 2)
 
 
 @needs_cpu
@@ -134,7 +138,8 @@ def test_gradcheck(layout: str) -> None:
     values = torch.randperm(60, generator=torch.Generator().manual_seed(0)).double().reshape(1, 2, 6, 5)
     x = values.to(memory_format=LAYOUTS[layout]).requires_grad_()
     with yf.backend("cpu"):
-        assert torch.autograd.gradcheck(halves, [x]) and torch.autograd.gradcheck(average, [x])
+        assert torch.autograd.gradcheck(halves, [x])
+        assert torch.autograd.gradcheck(average, [x])
 
 
 @needs_cpu

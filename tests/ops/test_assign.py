@@ -16,13 +16,14 @@ import torch
 from torch import Tensor
 
 import yolov9_fast as yf
-from yolov9_fast.ops import assign, library
-from yolov9_fast.ops.backend import BackendUnavailable
-from yolov9_fast.ops.boxes import anchor_points
+from yolov9_fast.ops import _library as library
+from yolov9_fast.ops import assign
+from yolov9_fast.ops._backend import BackendUnavailable
+from yolov9_fast.ops._boxes import anchor_points
 
 GRID = 5
 STRIDE = 8
-MODULE = importlib.import_module("yolov9_fast.ops.assign")
+MODULE = importlib.import_module("yolov9_fast.ops._assign")
 PHASES_MISSING = library.missing("assign_phases", "cpu")
 
 
@@ -224,7 +225,7 @@ def test_integers_in_the_place_of_numbers_are_named(name: str) -> None:
 
 @pytest.mark.parametrize("strides", [None, torch.ones(3)])
 def test_rule_mit_without_fitting_strides_is_refused(strides: Tensor | None) -> None:
-    with pytest.raises(ValueError, match="^strides: rule 'mit' expects"):
+    with pytest.raises(ValueError, match=r"^strides: rule 'mit' expects"):
         assign(*random_case(0, batch=1, truths=1), rule="mit", strides=strides)
 
 
@@ -314,7 +315,7 @@ def test_a_backend_that_cannot_run_says_why(way: str) -> None:
     case = random_case(0, batch=1, truths=1)
     if way != "cpu":
         pytest.skip("about the compiled operator")
-    with pytest.raises(BackendUnavailable, match="boxes are torch.float64"):
+    with pytest.raises(BackendUnavailable, match=r"boxes are torch.float64"):
         assign(case[0], case[1].double(), *case[2:])
     many = torch.rand(200, 2)
     with pytest.raises(BackendUnavailable, match="at most 128 anchors"):

@@ -8,10 +8,10 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from batch_norm_cases import EPS, MOMENTUM, call, make_case, run
 from torch import Tensor, nn
 
 import yolov9_fast as yf
+from tests.ops.batch_norm_cases import EPS, MOMENTUM, call, make_case, run
 from yolov9_fast.ops import Norm
 
 SPLIT = 3

@@ -7,7 +7,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from batch_norm_cases import (
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import yolov9_fast as yf
+from tests.ops.batch_norm_cases import (
     EPS,
     LAYOUTS,
     MOMENTUM,
@@ -20,13 +25,8 @@ from batch_norm_cases import (
     skip_without_triton,
     truth,
 )
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from torch import Tensor
-
-import yolov9_fast as yf
-from yolov9_fast.ops.backend import why_not
-from yolov9_fast.ops.bn_silu import OPERATOR
+from yolov9_fast.ops._backend import why_not
+from yolov9_fast.ops._bn_silu import OPERATOR
 
 CPU_REASON = why_not(OPERATOR, "cpu")
 needs_cpu = pytest.mark.skipif(CPU_REASON is not None, reason=f"no compiled bn_silu: {CPU_REASON}")
@@ -149,7 +149,7 @@ def test_running_statistics_average_cumulatively_when_the_caller_says_so(name: s
 
 @pytest.mark.parametrize("name", BACKENDS)
 def test_one_value_a_channel_raises_as_torch_does(name: str) -> None:
-    with yf.backend(name), pytest.raises(ValueError, match="[Ee]xpected more than 1 value per channel when training"):
+    with yf.backend(name), pytest.raises(ValueError, match=r"[Ee]xpected more than 1 value per channel when training"):
         compute(torch.zeros(1, 3, 1, 1))
 
 
@@ -161,9 +161,13 @@ def test_an_empty_batch_is_empty_and_leaves_the_running_statistics(name: str) ->
     with yf.backend(name):
         z = yf.ops.bn_silu(x, weight, weight, mean, var, training=True, momentum=0.1, eps=EPS)
         z.sum().backward()
-    assert z.shape == x.shape and x.grad is not None and x.grad.shape == x.shape
-    assert weight.grad is not None and weight.grad.tolist() == [0, 0, 0]
-    assert mean.tolist() == [0, 0, 0] and var.tolist() == [1, 1, 1]
+    assert z.shape == x.shape
+    assert x.grad is not None
+    assert x.grad.shape == x.shape
+    assert weight.grad is not None
+    assert weight.grad.tolist() == [0, 0, 0]
+    assert mean.tolist() == [0, 0, 0]
+    assert var.tolist() == [1, 1, 1]
 
 
 @needs_cpu
@@ -199,8 +203,10 @@ def test_slots_of_one_buffer_are_written_and_differentiated(name: str, layout: s
     case.dz = laid_out(case.dz, "rows_slice" if layout == "channels_last" else "planes_slice")
     expected, into = run(case, name), run(case, name, slot)
     assert all(torch.equal(expected[key], into[key]) for key in expected)
-    assert torch.equal(slot, expected["z"]) and into["z"].data_ptr() == slot.data_ptr()
-    assert before.isnan().all() and after.isnan().all()
+    assert torch.equal(slot, expected["z"])
+    assert into["z"].data_ptr() == slot.data_ptr()
+    assert before.isnan().all()
+    assert after.isnan().all()
 
 
 @pytest.mark.parametrize("name", BACKENDS)
@@ -221,7 +227,7 @@ def test_a_second_use_of_a_slot_that_backward_still_needs_is_an_error(name: str)
     with yf.backend(name):
         loss = compute(x, out=slot).square().sum()
         compute(x.detach() * 2, out=slot)
-        with pytest.raises(RuntimeError, match="modified (by an inplace operation|inplace)"):
+        with pytest.raises(RuntimeError, match=r"modified (by an inplace operation|inplace)"):
             loss.backward()
 
 
@@ -331,7 +337,9 @@ def test_under_autocast_the_result_keeps_the_type_of_the_convolution(name: str) 
         y = F.conv2d(x, weight)
         z = yf.ops.bn_silu(y, gamma, beta, torch.zeros(5), torch.ones(5), training=True, momentum=0.1, eps=EPS)
     z.float().square().sum().backward()
-    assert z.dtype == torch.bfloat16 and gamma.grad is not None and gamma.grad.dtype == torch.float32
+    assert z.dtype == torch.bfloat16
+    assert gamma.grad is not None
+    assert gamma.grad.dtype == torch.float32
 
 
 @needs_cpu
@@ -340,7 +348,8 @@ def test_parameters_in_half_get_their_gradients_in_half() -> None:
     weight = torch.ones(5).half().requires_grad_()
     with yf.backend("cpu"):
         yf.ops.bn_silu(x, weight, None, None, None, training=True, momentum=0.1, eps=EPS).sum().backward()
-    assert weight.grad is not None and weight.grad.dtype == torch.float16
+    assert weight.grad is not None
+    assert weight.grad.dtype == torch.float16
 
 
 @pytest.mark.parametrize("name", BACKENDS)
@@ -366,7 +375,8 @@ def test_a_folded_unit_adds_a_residual(name: str) -> None:
         (grad,) = torch.autograd.grad(z.sum(), residual)
         alone = yf.ops.bias_silu(x, bias, residual=residual.detach())
     torch.testing.assert_close(z, expected)
-    assert torch.equal(grad, torch.ones_like(grad)) and z.data_ptr() != x.data_ptr()
+    assert torch.equal(grad, torch.ones_like(grad))
+    assert z.data_ptr() != x.data_ptr()
     assert alone.data_ptr() == x.data_ptr()
     torch.testing.assert_close(alone, expected.detach())
 
@@ -395,6 +405,6 @@ def test_a_wrong_argument_is_named(change: dict[str, Any], kind: type[Exception]
 @needs_cpu
 def test_running_statistics_of_another_type_are_refused_by_name_and_run_eagerly_otherwise() -> None:
     x, half = torch.randn(2, 3, 4, 4).half(), torch.ones(3).half()
-    with yf.backend("cpu"), pytest.raises(RuntimeError, match="needs running statistics in torch.float32, got"):
+    with yf.backend("cpu"), pytest.raises(RuntimeError, match=r"needs running statistics in torch.float32, got"):
         yf.ops.bn_silu(x, half, half, half, half, training=False, momentum=0.1, eps=EPS)
     assert yf.ops.bn_silu(x, half, half, half, half, training=False, momentum=0.1, eps=EPS).dtype == torch.float16

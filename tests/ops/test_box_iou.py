@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import yolov9_fast as yf
-from yolov9_fast.ops import library
-from yolov9_fast.ops.backend import why_not
-from yolov9_fast.ops.box_iou import OPERATOR
+from yolov9_fast.ops import _library as library
+from yolov9_fast.ops._backend import why_not
+from yolov9_fast.ops._box_iou import OPERATOR
 
 CPU_REASON = why_not(OPERATOR, "cpu")
 needs_cpu = pytest.mark.skipif(CPU_REASON is not None, reason=f"no compiled box_iou: {CPU_REASON}")
@@ -117,13 +117,16 @@ def test_every_floating_dtype_is_computed_in_float32(name: str, dtype: torch.dty
 def test_a_gradient_goes_through_the_eager_form() -> None:
     a, b = random_boxes(3, 8).requires_grad_(), random_boxes(4, 9)
     yf.ops.box_iou(a, b).sum().backward()
-    assert a.grad is not None and a.grad.isfinite().all() and a.grad.abs().sum() > 0
+    assert a.grad is not None
+    assert a.grad.isfinite().all()
+    assert a.grad.abs().sum() > 0
 
 
 def test_the_gradient_of_boxes_without_area_is_no_nan() -> None:
     a = torch.ones(1, 4, requires_grad=True)
     yf.ops.box_iou(a, a.detach()).sum().backward()
-    assert a.grad is not None and a.grad.isfinite().all()
+    assert a.grad is not None
+    assert a.grad.isfinite().all()
 
 
 @needs_cpu

@@ -7,7 +7,10 @@ import random
 import pytest
 import torch
 import torch.nn.functional as F
-from feature_maps import (
+from torch import Tensor
+
+import yolov9_fast as yf
+from tests.ops.feature_maps import (
     DTYPES,
     LAYOUTS,
     assert_as_exact_as_eager,
@@ -16,11 +19,8 @@ from feature_maps import (
     outputs_and_gradients,
     threads,
 )
-from torch import Tensor
-
-import yolov9_fast as yf
-from yolov9_fast.ops.backend import why_not
-from yolov9_fast.ops.cbfuse import OPERATOR, cbfuse_reference
+from yolov9_fast.ops._backend import why_not
+from yolov9_fast.ops._cbfuse import OPERATOR, cbfuse_reference
 
 BACKENDS = backends(OPERATOR, "cbfuse")
 needs_cpu = pytest.mark.skipif(why_not(OPERATOR, "cpu") is not None, reason=str(why_not(OPERATOR, "cpu")))
@@ -38,7 +38,8 @@ def test_values_counted_by_hand(name: str) -> None:
         out = yf.ops.cbfuse([coarse], target)
     assert out[0, 0].tolist() == [[1, 2, 4, 5], [5, 6, 8, 9], [11, 12, 14, 15], [15, 16, 18, 19]]
     out.backward(torch.arange(16.0).reshape(1, 1, 4, 4))
-    assert coarse.grad is not None and target.grad is not None
+    assert coarse.grad is not None
+    assert target.grad is not None
     assert coarse.grad[0, 0].tolist() == [[10, 18], [42, 50]]
     assert torch.equal(target.grad, torch.arange(16.0).reshape(1, 1, 4, 4))
 
@@ -110,7 +111,9 @@ def test_only_what_wants_a_gradient_gets_one(name: str) -> None:
     with yf.backend(name):
         out = yf.ops.cbfuse([a, b], target)
     out.sum().backward()
-    assert a.grad is not None and b.grad is None and target.grad is None
+    assert a.grad is not None
+    assert b.grad is None
+    assert target.grad is None
     assert torch.equal(a.grad, torch.full_like(a, 4.0))
 
 

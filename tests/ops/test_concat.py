@@ -8,7 +8,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from feature_maps import (
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import yolov9_fast as yf
+from tests.ops.feature_maps import (
     DTYPES,
     LAYOUTS,
     assert_as_exact_as_eager,
@@ -17,12 +21,8 @@ from feature_maps import (
     outputs_and_gradients,
     threads,
 )
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-
-import yolov9_fast as yf
-from yolov9_fast.ops.backend import why_not
-from yolov9_fast.ops.concat import (
+from yolov9_fast.ops._backend import why_not
+from yolov9_fast.ops._concat import (
     OPERATOR,
     ConcatBuffer,
     concat_reference,
@@ -138,7 +138,8 @@ def test_the_profiler_sees_no_copy_of_a_map(layout: str) -> None:
     # Of a list of tensors the profiler records no shapes, and of new_zeros not the result's: those the test above sees.
     names = {f"aten::{name}" for name in COPIES if name not in ("cat", "new_zeros")}
     found = [event.name for event in run.events() if event.name in names and [2, 8, 5, 5] in _maps(event)]
-    assert not found and any(event.name == "yolov9_fast::tap_backward" for event in run.events())
+    assert not found
+    assert any(event.name == "yolov9_fast::tap_backward" for event in run.events())
 
 
 def _maps(event: Any) -> list[list[int]]:
@@ -165,7 +166,8 @@ def test_parts_that_are_not_in_their_slots_are_copied_there() -> None:
     x, other = feature_map(2, 3, 4, 4), feature_map(2, 2, 4, 4, layout="contiguous")
     buffer = ConcatBuffer.beside(x, (3, 2))
     joined = buffer.join(x, other)
-    assert torch.equal(joined, concat_reference([x, other])) and joined.data_ptr() == buffer._buffer.data_ptr()
+    assert torch.equal(joined, concat_reference([x, other]))
+    assert joined.data_ptr() == buffer._buffer.data_ptr()
 
 
 def test_filling_a_slot_does_not_invalidate_what_was_saved_of_another() -> None:
@@ -214,8 +216,9 @@ def test_tap_as_exact_as_slicing(name: str, layout: str, dtype: torch.dtype) -> 
 
     x = feature_map(2, 9, 4, 3, layout=layout, dtype=dtype)
     assert_as_exact_as_eager(name, call, [x])
-    whole, part = tap_reference(x, 3, 4)
-    assert torch.equal(yf.ops.tap(x, 3, 4)[1], part) and torch.equal(yf.ops.tap(x, 3)[1], x[:, 3:])
+    _whole, part = tap_reference(x, 3, 4)
+    assert torch.equal(yf.ops.tap(x, 3, 4)[1], part)
+    assert torch.equal(yf.ops.tap(x, 3)[1], x[:, 3:])
 
 
 @needs_cpu
@@ -233,7 +236,8 @@ def test_a_tap_with_one_consumer(used: int) -> None:
     yf.ops.tap(x, 2)[used].sum().backward()
     expected = torch.ones(1, 5, 2, 2)
     expected[:, :2] = 1 - used
-    assert x.grad is not None and torch.equal(x.grad, expected)
+    assert x.grad is not None
+    assert torch.equal(x.grad, expected)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -260,7 +264,8 @@ def test_gradients_that_lie_side_by_side_are_not_copied(layout: str) -> None:
     assert joined.data_ptr() == inner.data_ptr()
     gradient = torch.randn_like(joined)
     joined.backward(gradient)
-    assert seen[0].data_ptr() == gradient.data_ptr() and torch.equal(seen[0], gradient)
+    assert seen[0].data_ptr() == gradient.data_ptr()
+    assert torch.equal(seen[0], gradient)
 
 
 def test_concat_of_parts_from_elsewhere_is_the_concatenation() -> None:
@@ -290,7 +295,8 @@ def test_gradcheck_once_and_twice() -> None:
         return buffer.join(whole, first * other, second) ** 2
 
     x, other = feature_map(1, 3, 2, 2, dtype=torch.float64), feature_map(1, 1, 2, 2, dtype=torch.float64)
-    assert torch.autograd.gradcheck(call, [x, other]) and torch.autograd.gradgradcheck(call, [x, other])
+    assert torch.autograd.gradcheck(call, [x, other])
+    assert torch.autograd.gradgradcheck(call, [x, other])
 
 
 def test_wrong_arguments_are_named() -> None:

@@ -7,7 +7,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from feature_maps import (
+from torch import Tensor
+
+import yolov9_fast as yf
+from tests.ops.feature_maps import (
     DTYPES,
     LAYOUTS,
     assert_as_exact_as_eager,
@@ -16,11 +19,8 @@ from feature_maps import (
     outputs_and_gradients,
     threads,
 )
-from torch import Tensor
-
-import yolov9_fast as yf
-from yolov9_fast.ops.backend import select, why_not
-from yolov9_fast.ops.conv1x1 import (
+from yolov9_fast.ops._backend import select, why_not
+from yolov9_fast.ops._conv1x1 import (
     OPERATOR,
     PAIR,
     conv1x1_pair_reference,
@@ -120,7 +120,8 @@ def test_a_slot_is_written_where_it_lies_and_nothing_beside_it(name: str, layout
     slot = buffer.slot(1).fill_(float("nan"))
     with yf.backend(name):
         out = yf.ops.conv1x1(x, weight, out=slot)
-    assert out.data_ptr() == slot.data_ptr() and all(edge.isnan().all() for edge in edges)
+    assert out.data_ptr() == slot.data_ptr()
+    assert all(edge.isnan().all() for edge in edges)
     expected = conv1x1_reference([x], weight)
     torch.testing.assert_close(out, expected)
     for a, b in zip(
@@ -144,7 +145,8 @@ def test_library_products_on_views_are_the_convolution(channels: tuple[int, ...]
     torch.testing.assert_close(out, expected)
     dy = feature_map(2, 7, 4, 6, sliced=True).detach()
     expected.backward(dy)
-    assert whole.grad is not None and copy.grad is not None
+    assert whole.grad is not None
+    assert copy.grad is not None
     torch.testing.assert_close(torch.cat(matrix_input_grad(dy, weight, list(channels)), 1), whole.grad)
     torch.testing.assert_close(matrix_weight_grad(dy, maps), copy.grad)
 
@@ -185,7 +187,8 @@ def test_empty_maps(shape: tuple[int, ...]) -> None:
         out = yf.ops.conv1x1([x], weight)
     assert out.shape == (shape[0], 5, *shape[2:])
     out.sum().backward()
-    assert weight.grad is not None and not weight.grad.any()
+    assert weight.grad is not None
+    assert not weight.grad.any()
 
 
 @pytest.mark.parametrize("name", BACKENDS)
@@ -194,7 +197,9 @@ def test_only_what_wants_a_gradient_gets_one(name: str) -> None:
     third, weight = feature_map(1, 4, 4, 4), weight_of(6, 9).detach()
     with yf.backend(name):
         yf.ops.conv1x1([first, second, third], weight).sum().backward()
-    assert first.grad is not None and second.grad is None and third.grad is not None
+    assert first.grad is not None
+    assert second.grad is None
+    assert third.grad is not None
     torch.testing.assert_close(third.grad[0, :, 0, 0], weight[:, 5:].sum((0, 2, 3)))
 
 
@@ -224,9 +229,11 @@ def test_autocast_casts_as_conv2d_does(call: Callable[..., Tensor]) -> None:
     with torch.autocast("cpu", torch.bfloat16):
         out = call(weight, bias, x)
         expected = torch.nn.functional.conv2d(x, weight)
-    assert out.dtype == torch.bfloat16 and torch.equal(out, expected)
+    assert out.dtype == torch.bfloat16
+    assert torch.equal(out, expected)
     out.float().sum().backward()
-    assert weight.grad is not None and weight.grad.dtype == torch.float32
+    assert weight.grad is not None
+    assert weight.grad.dtype == torch.float32
 
 
 @needs_cpu

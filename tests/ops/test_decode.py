@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from yolov9_fast.ops import decode
-from yolov9_fast.ops.boxes import anchor_points, ciou, xywh_to_xyxy, xyxy_to_xywh
+from yolov9_fast.ops._boxes import anchor_points, ciou, xywh_to_xyxy, xyxy_to_xywh
 
 
 def random_maps(classes: int = 3, size: tuple[int, int] = (64, 96), dtype: torch.dtype = torch.float32) -> list[Tensor]:
@@ -71,7 +71,7 @@ def test_it_traces_whole() -> None:
     [[], [(1, 70, 8, 8)], [(1, 64, 8, 8)] * 3, [(1, 70, 8, 8), (1, 70, 4, 4), (2, 70, 2, 2)], [(70, 8, 8)] * 3],
 )
 def test_maps_that_do_not_fit_are_refused(shapes: list[tuple[int, ...]]) -> None:
-    with pytest.raises(ValueError, match="^maps: expected"):
+    with pytest.raises(ValueError, match=r"^maps: expected"):
         decode([torch.zeros(shape) for shape in shapes])
 
 

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 import yolov9_fast as yf
-from yolov9_fast.ops import decode, library
-from yolov9_fast.ops.backend import why_not
-from yolov9_fast.ops.decode import (
+from yolov9_fast.ops import _library as library
+from yolov9_fast.ops import decode
+from yolov9_fast.ops._backend import why_not
+from yolov9_fast.ops._decode import (
     OPERATOR,
     decode_for_assignment,
     decode_for_assignment_reference,
@@ -117,7 +118,9 @@ def test_scores_lie_class_by_class_and_boxes_dense() -> None:
     maps, strides = random_maps(1)
     with yf.backend("cpu"):
         got = decode_for_assignment(maps, torch.zeros(maps[0].shape[0], 1, dtype=torch.long), strides)
-    assert got.scores.stride(1) == 1 and got.boxes.is_contiguous() and not got.boxes.requires_grad
+    assert got.scores.stride(1) == 1
+    assert got.boxes.is_contiguous()
+    assert not got.boxes.requires_grad
 
 
 def test_a_label_beyond_the_classes_is_an_error() -> None:
@@ -153,7 +156,8 @@ def test_threads_change_no_bit() -> None:
                 results.append(decode(maps))
     finally:
         torch.set_num_threads(before)
-    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
 
 
 def test_a_batch_without_images_is_empty() -> None:

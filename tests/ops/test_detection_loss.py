@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from yolov9_fast.ops import Assignment, detection_loss
-from yolov9_fast.ops.boxes import ciou
-from yolov9_fast.ops.detection_loss import class_loss, dfl_loss
+from yolov9_fast.ops._boxes import ciou
+from yolov9_fast.ops._detection_loss import class_loss, dfl_loss
 
 STRIDES = (8,)
 
@@ -148,10 +148,10 @@ def test_label_smoothing_spreads_an_assigned_anchors_target() -> None:
 
 def test_what_does_not_fit_is_named() -> None:
     maps, assignment, labels, boxes, normaliser = case()
-    with pytest.raises(ValueError, match="^assignment: expected"):
+    with pytest.raises(ValueError, match=r"^assignment: expected"):
         wrong = Assignment(assignment.gt_index[:, :5], assignment.weight)
         detection_loss(maps, wrong, labels, boxes, normaliser, strides=STRIDES)
-    with pytest.raises(ValueError, match="^gt_boxes: expected"):
+    with pytest.raises(ValueError, match=r"^gt_boxes: expected"):
         detection_loss(maps, assignment, labels[:, :1], boxes, normaliser, strides=STRIDES)
-    with pytest.raises(ValueError, match="^maps: expected"):
+    with pytest.raises(ValueError, match=r"^maps: expected"):
         detection_loss(maps, assignment, labels, boxes, normaliser)

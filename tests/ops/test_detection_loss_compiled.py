@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 import yolov9_fast as yf
-from yolov9_fast.ops import Assignment, detection_loss, library
-from yolov9_fast.ops.backend import why_not
-from yolov9_fast.ops.decode import rows_in_step
-from yolov9_fast.ops.detection_loss import OPERATOR, LossOptions, detection_loss_reference, phases
+from yolov9_fast.ops import Assignment, detection_loss
+from yolov9_fast.ops import _library as library
+from yolov9_fast.ops._backend import why_not
+from yolov9_fast.ops._decode import rows_in_step
+from yolov9_fast.ops._detection_loss import OPERATOR, LossOptions, detection_loss_reference, phases
 
 REASON = why_not(OPERATOR, "cpu")
 pytestmark = pytest.mark.skipif(REASON is not None, reason=f"no compiled detection_loss: {REASON}")
@@ -197,7 +198,8 @@ def test_the_phases_of_the_gpu_agree_with_the_cpu(threads: int, shuffle: int) ->
         for a, b in zip(gradients, compiled(case, upstream)[1], strict=True):
             assert torch.equal(a, b)
         alone, none = phases(None, case.in_step(), *case.raw(), False, threads, shuffle)
-        assert torch.equal(alone, items) and not none
+        assert torch.equal(alone, items)
+        assert not none
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
@@ -207,7 +209,8 @@ def test_the_phases_take_every_dtype(dtype: torch.dtype) -> None:
         items, gradients = phases(None, case.in_step(), *case.raw(), True, 64, 1)
         torch.testing.assert_close(items, compiled(case)[0], rtol=3e-6, atol=1e-6)
         for level, each in zip(case.maps, gradients, strict=True):
-            assert each.dtype == dtype and each.shape == level.shape
+            assert each.dtype == dtype
+            assert each.shape == level.shape
 
 
 def test_an_index_out_of_range_is_an_error_on_the_cpu_and_nan_on_the_gpu() -> None:
@@ -295,7 +298,8 @@ def test_the_gradient_is_handed_over_once_and_computed_again_after_that() -> Non
     doubled = torch.autograd.grad(total, leaves, torch.tensor(2.0), retain_graph=True)
     again = torch.autograd.grad(total, leaves)
     for a, b, c, d in zip(first, kept, again, doubled, strict=True):
-        assert torch.equal(a, b) and torch.equal(b, c)
+        assert torch.equal(a, b)
+        assert torch.equal(b, c)
         torch.testing.assert_close(d, 2 * b)
 
 

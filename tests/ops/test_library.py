@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from yolov9_fast.ops import library
+from yolov9_fast.ops import _library as library
 
 
 @pytest.fixture
@@ -30,19 +30,23 @@ def test_a_part_that_the_installation_could_not_compile_keeps_its_reason(package
 def test_a_damaged_file_is_a_reason(package: Path) -> None:
     (package / "_C_cpu.so").write_bytes(b"no library")
     reason = library._load("cpu", {})
-    assert reason is not None and reason.startswith("_C_cpu.so cannot be loaded: ")
+    assert reason is not None
+    assert reason.startswith("_C_cpu.so cannot be loaded: ")
 
 
 def test_a_file_for_vector_units_that_this_cpu_lacks_is_not_loaded(package: Path) -> None:
     (package / "_C_cpu.so").write_bytes(b"would stop the process with an illegal instruction")
     reason = library._load("cpu", {"cpu_features": ["avx4096"]})
-    assert reason is not None and "a CPU with avx4096" in reason and "YOLOV9_FAST_PORTABLE=1" in reason
+    assert reason is not None
+    assert "a CPU with avx4096" in reason
+    assert "YOLOV9_FAST_PORTABLE=1" in reason
 
 
 def test_a_file_of_another_architecture_is_not_loaded(package: Path) -> None:
     (package / "_C_cuda.so").write_bytes(b"")
     reason = library._load("cuda", {"machine": "riscv64"})
-    assert reason is not None and reason.startswith("compiled for riscv64, this machine is ")
+    assert reason is not None
+    assert reason.startswith("compiled for riscv64, this machine is ")
 
 
 def test_a_damaged_build_report_counts_as_none(package: Path) -> None:

@@ -18,8 +18,8 @@ from torch import Tensor
 
 import yolov9_fast as yf
 from yolov9_fast.ops import Detections, nms
-from yolov9_fast.ops.backend import why_not
-from yolov9_fast.ops.nms import OPERATOR
+from yolov9_fast.ops._backend import why_not
+from yolov9_fast.ops._nms import OPERATOR
 
 CPU_REASON = why_not(OPERATOR, "cpu")
 needs_cpu = pytest.mark.skipif(CPU_REASON is not None, reason=f"no compiled nms: {CPU_REASON}")
@@ -192,9 +192,9 @@ def test_a_wrong_option_is_named(options: dict[str, Any], name: str) -> None:
 
 
 def test_a_wrong_prediction_is_named() -> None:
-    with pytest.raises(ValueError, match="^prediction: expected"):
+    with pytest.raises(ValueError, match=r"^prediction: expected"):
         nms(torch.zeros(6, 10))
-    with pytest.raises(TypeError, match="^prediction: expected"):
+    with pytest.raises(TypeError, match=r"^prediction: expected"):
         nms(torch.zeros(1, 6, 10, dtype=torch.int64))
 
 

@@ -6,7 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from batch_norm_cases import (
+from torch import Tensor
+
+import yolov9_fast as yf
+from tests.ops.batch_norm_cases import (
     EPS,
     LAYOUTS,
     MOMENTUM,
@@ -20,12 +23,9 @@ from batch_norm_cases import (
     skip_without_triton,
     truth,
 )
-from torch import Tensor
-
-import yolov9_fast as yf
 from yolov9_fast.ops import Norm
-from yolov9_fast.ops.backend import why_not
-from yolov9_fast.ops.rep_bn_silu import OPERATOR
+from yolov9_fast.ops._backend import why_not
+from yolov9_fast.ops._rep_bn_silu import OPERATOR
 
 CPU_REASON = why_not(OPERATOR, "cpu")
 needs_cpu = pytest.mark.skipif(CPU_REASON is not None, reason=f"no compiled rep_bn_silu: {CPU_REASON}")
@@ -109,7 +109,8 @@ def test_a_slot_is_written_and_differentiated(name: str, training: bool) -> None
     expected, into = run(case, name), run(case, name, buffer[:, 4:9])
     assert all(torch.equal(expected[key], into[key]) for key in expected)
     assert torch.equal(buffer[:, 4:9], expected["z"])
-    assert buffer[:, :4].isnan().all() and buffer[:, 9:].isnan().all()
+    assert buffer[:, :4].isnan().all()
+    assert buffer[:, 9:].isnan().all()
 
 
 @needs_cpu
@@ -153,8 +154,10 @@ def test_an_empty_batch_and_one_value_a_channel(name: str) -> None:
     with yf.backend(name):
         z = yf.ops.rep_bn_silu(empty, norm, empty, norm, **OPTIONS)
         z.sum().backward()
-        assert z.shape == empty.shape and norm.running_var is not None and norm.running_var.tolist() == [1, 1, 1]
-        with pytest.raises(ValueError, match="[Ee]xpected more than 1 value per channel"):
+        assert z.shape == empty.shape
+        assert norm.running_var is not None
+        assert norm.running_var.tolist() == [1, 1, 1]
+        with pytest.raises(ValueError, match=r"[Ee]xpected more than 1 value per channel"):
             yf.ops.rep_bn_silu(single, norm, single, norm, **OPTIONS)
 
 

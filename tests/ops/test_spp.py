@@ -7,7 +7,10 @@ import random
 import pytest
 import torch
 import torch.nn.functional as F
-from feature_maps import (
+from torch import Tensor
+
+import yolov9_fast as yf
+from tests.ops.feature_maps import (
     DTYPES,
     LAYOUTS,
     assert_as_exact_as_eager,
@@ -16,11 +19,8 @@ from feature_maps import (
     outputs_and_gradients,
     threads,
 )
-from torch import Tensor
-
-import yolov9_fast as yf
-from yolov9_fast.ops.backend import why_not
-from yolov9_fast.ops.spp import OPERATOR
+from yolov9_fast.ops._backend import why_not
+from yolov9_fast.ops._spp import OPERATOR
 
 BACKENDS = backends(OPERATOR, "spp")
 needs_cpu = pytest.mark.skipif(why_not(OPERATOR, "cpu") is not None, reason=str(why_not(OPERATOR, "cpu")))
@@ -56,7 +56,8 @@ def test_the_first_maximum_gets_the_gradient(name: str) -> None:
     with yf.backend(name):
         first, _, _ = yf.ops.spp(x)
     first.sum().backward()
-    assert x.grad is not None and x.grad[0, 0].tolist() == [[9, 0, 0], [0, 0, 0], [0, 0, 0]]
+    assert x.grad is not None
+    assert x.grad[0, 0].tolist() == [[9, 0, 0], [0, 0, 0], [0, 0, 0]]
 
 
 @pytest.mark.parametrize("name", BACKENDS)
@@ -93,7 +94,8 @@ def test_slots_are_written_where_they_lie_and_nothing_beside_them(name: str, lay
     with yf.backend(name):
         pooled = yf.ops.spp(x, out=slots)
     for mine, slot, expected in zip(pooled, slots, yf.ops.spp(x), strict=True):
-        assert mine.data_ptr() == slot.data_ptr() and torch.equal(mine, expected)
+        assert mine.data_ptr() == slot.data_ptr()
+        assert torch.equal(mine, expected)
     assert all(edge.isnan().all() for edge in edges)
     gradient = torch.autograd.grad(sum(y.sum() for y in pooled), x)[0]
     torch.testing.assert_close(gradient, torch.autograd.grad(sum(y.sum() for y in yf.ops.spp(x)), x)[0])
@@ -137,7 +139,7 @@ def test_a_second_derivative_is_refused() -> None:
 
 def test_wrong_arguments_are_named() -> None:
     x = torch.zeros(1, 2, 3, 3)
-    with pytest.raises(TypeError, match="spp: x must be float32, float64, bfloat16 or float16, got torch.int64"):
+    with pytest.raises(TypeError, match=r"spp: x must be float32, float64, bfloat16 or float16, got torch.int64"):
         yf.ops.spp(x.long())
     with pytest.raises(ValueError, match="spp: out must hold three maps, got 1"):
         yf.ops.spp(x, out=[x])

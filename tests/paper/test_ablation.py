@@ -29,7 +29,9 @@ def test_every_table_agrees_with_the_paper(capsys: pytest.CaptureFixture[str]) -
     assert "differs" not in text
     for name in ("table1", "table2", "table3", "table4", "table5", "table6"):
         assert f"{name} " in text
-    assert "6.2 (6.2)" in text and "94.0 (94.0)" in text and "189.0" in text
+    assert "6.2 (6.2)" in text
+    assert "94.0 (94.0)" in text
+    assert "189.0" in text
 
 
 def test_a_wrong_count_is_found_and_an_exception_is_named() -> None:
@@ -43,13 +45,16 @@ def test_a_wrong_count_is_found_and_an_exception_is_named() -> None:
 
 def test_spread_is_the_sample_deviation_and_differences_pair_the_seeds() -> None:
     mean, deviation = mean_and_spread([0.1, 0.2, 0.3])
-    assert mean == pytest.approx(0.2) and deviation == pytest.approx(0.1)
+    assert mean == pytest.approx(0.2)
+    assert deviation == pytest.approx(0.1)
     assert math.isnan(mean_and_spread([0.5])[1])
     base, other = row("a", {0: 0.10, 1: 0.20, 2: 0.30}), row("b", {2: 0.33, 0: 0.11, 1: 0.22})
     mean, error = paired_difference(other, base)
-    assert mean == pytest.approx(0.02) and error == pytest.approx(0.01 / math.sqrt(3))
+    assert mean == pytest.approx(0.02)
+    assert error == pytest.approx(0.01 / math.sqrt(3))
     text = printed("table5", [base, other])
-    assert "20.00 ± 10.00" in text and "+2.00 ± 0.58" in text
+    assert "20.00 ± 10.00" in text
+    assert "+2.00 ± 0.58" in text
 
 
 def test_a_table_is_trained_once_and_written(
@@ -62,13 +67,16 @@ def test_a_table_is_trained_once_and_written(
     words += ["--config", str(recipe), "--project", str(tmp_path / "out")]
     assert main(words) == 0
     text = capsys.readouterr().out
-    assert "GELAN-T  PFH" in text and "APs ± sd" in text
+    assert "GELAN-T  PFH" in text
+    assert "APs ± sd" in text
     content = json.loads((tmp_path / "out" / "table4.json").read_text())
     assert [entry["row"] for entry in content["rows"]] == ["–", "PFH"]
     for entry in content["rows"]:
         values = [cell["last"]["ap"] for cell in entry["cells"]]
-        assert len(values) == 2 and entry["mean"]["ap"] == pytest.approx(sum(values) / 2)
-    assert content["recipe"]["class_tower"] == 16 and content["recipe"]["data"] == "data.yaml"
+        assert len(values) == 2
+        assert entry["mean"]["ap"] == pytest.approx(sum(values) / 2)
+    assert content["recipe"]["class_tower"] == 16
+    assert content["recipe"]["data"] == "data.yaml"
     assert str(tmp_path) not in json.dumps(content)
     assert (tmp_path / "out" / "table4.png").stat().st_size > 1000
     monkeypatch.setattr("yolov9_fast.paper.cells._train", lambda cell: pytest.fail("trained again"))
@@ -92,9 +100,9 @@ def test_wrong_input_is_one_clear_line(words: str, message: str, capsys: pytest.
 
 
 def test_rows_and_sizes_that_are_not_there_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main("paper table4 --dry --size x".split()) == 2
-    assert main("paper table4 --dry --size t --row XYZ".split()) == 2
-    assert main("paper table9".split()) == 2
+    assert main(["paper", "table4", "--dry", "--size", "x"]) == 2
+    assert main(["paper", "table4", "--dry", "--size", "t", "--row", "XYZ"]) == 2
+    assert main(["paper", "table9"]) == 2
     assert "invalid choice" in capsys.readouterr().err
 
 

@@ -37,7 +37,10 @@ def test_a_finished_cell_is_not_trained_again(
     results = [cell.result() for cell in cells]
     assert [result is not None for result in results] == [True, True, True, False]
     first = results[0]
-    assert first is not None and first["epochs"] == 2 and len(first["curve"]) == 2 and 0 <= first["last"]["ap"] <= 1
+    assert first is not None
+    assert first["epochs"] == 2
+    assert len(first["curve"]) == 2
+    assert 0 <= first["last"]["ap"] <= 1
     trained = []
     monkeypatch.setattr(rooms, "_train", lambda cell: trained.append((cell.system.row, cell.seed)))
     run_cells(make_cells(systems(small_graph), [0, 1], short_recipe, tmp_path))
@@ -90,7 +93,9 @@ def test_guidance_changes_the_cell(small_graph: Graph, short_recipe: TrainConfig
     graph = attach(small_graph, "pfh")
     guided = System("small", "LHG", graph, {"lead_head_guided": True})
     plain, led = make_cells([System("small", "PFH", graph), guided], [0], short_recipe, tmp_path)
-    assert plain.key != led.key and led.recipe.lead_head_guided and not plain.recipe.lead_head_guided
+    assert plain.key != led.key
+    assert led.recipe.lead_head_guided
+    assert not plain.recipe.lead_head_guided
 
 
 def test_systems_that_are_the_same_share_their_cell(
@@ -123,7 +128,9 @@ def test_a_killed_cell_goes_on_after_its_last_epoch(
     run_cells([broken])
     assert epochs == [0, 1, 1, 2]
     first, second = whole.result(), broken.result()
-    assert first is not None and second is not None and first["curve"] == second["curve"]
+    assert first is not None
+    assert second is not None
+    assert first["curve"] == second["curve"]
 
 
 def test_a_cell_killed_after_its_last_epoch_is_only_written_down(
@@ -137,7 +144,8 @@ def test_a_cell_killed_after_its_last_epoch_is_only_written_down(
     monkeypatch.setattr(Trainer, "_train_epoch", lambda self, epoch: pytest.fail("trained again"))
     run_cells([cell])
     result = cell.result()
-    assert result is not None and result["epochs"] == 2
+    assert result is not None
+    assert result["epochs"] == 2
 
 
 def test_a_killed_process_leaves_its_cell_to_another(
@@ -157,7 +165,8 @@ def test_a_killed_process_leaves_its_cell_to_another(
     lock = cell.folder / "lock"
     other = subprocess.Popen([sys.executable, "-c", textwrap.dedent(code), str(lock)], stdout=subprocess.PIPE)
     try:
-        assert other.stdout is not None and other.stdout.readline().strip() == b"True"
+        assert other.stdout is not None
+        assert other.stdout.readline().strip() == b"True"
         assert not rooms._run_cell(cell, wait=False)
     finally:
         os.kill(other.pid, signal.SIGKILL)

@@ -15,7 +15,20 @@ from yolov9_fast.models import load_checkpoint, pgi
 from yolov9_fast.nn import gelan
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "paper.md"
-SHORT = "--epochs 1 --imgsz 64 --batch 4 --workers 0 --device cpu --no-plots --no-tensorboard".split()
+SHORT = [
+    "--epochs",
+    "1",
+    "--imgsz",
+    "64",
+    "--batch",
+    "4",
+    "--workers",
+    "0",
+    "--device",
+    "cpu",
+    "--no-plots",
+    "--no-tensorboard",
+]
 
 
 def example(name: str) -> str:
@@ -44,7 +57,7 @@ def test_an_example_is_short(name: str) -> None:
 
 
 def test_a_block_of_ones_own(examples: Path, few_pictures: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main("paper table2 --dry --size t --import my_blocks --block depthwise".split()) == 0
+    assert main(["paper", "table2", "--dry", "--size", "t", "--import", "my_blocks", "--block", "depthwise"]) == 0
     assert "depthwise" in capsys.readouterr().out
     graph = "paper graph gelan-t --import my_blocks --block depthwise --out my-net.yaml"
     assert main(graph.split()) == 0
@@ -55,7 +68,8 @@ def test_a_block_of_ones_own(examples: Path, few_pictures: Path, capsys: pytest.
     assert main(val.split()) == 0
     command = [sys.executable, "-m", "yolov9_fast", *val.replace(" --import my_blocks", "").split()]
     other = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert other.returncode == 2 and "unknown block 'depthwise'" in other.stderr
+    assert other.returncode == 2
+    assert "unknown block 'depthwise'" in other.stderr
 
 
 def test_a_branch_of_ones_own(examples: Path, few_pictures: Path) -> None:
@@ -63,7 +77,8 @@ def test_a_branch_of_ones_own(examples: Path, few_pictures: Path) -> None:
     assert main([*words, "--data", str(few_pictures), *SHORT]) == 0
     pgi._branches.pop("upwards")
     model = load_checkpoint(examples / "runs" / "train" / "exp" / "weights" / "best.safetensors")
-    assert model.graph_name == "gelan-t+upwards" and model.has_auxiliary
+    assert model.graph_name == "gelan-t+upwards"
+    assert model.has_auxiliary
 
 
 def test_a_module_that_is_not_there_is_named(capsys: pytest.CaptureFixture[str]) -> None:

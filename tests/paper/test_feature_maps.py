@@ -22,20 +22,23 @@ def test_a_map_is_the_sum_over_the_channels_of_a_network_of_the_seed() -> None:
     assert one.values.shape == picture.shape[:2]
     np.testing.assert_allclose(one.values, stack.features(as_input(picture))[0].double().sum(0).numpy())
     again, other = (feature_map(picture, "elan", 8, width=8, seed=seed) for seed in (3, 4))
-    assert np.array_equal(one.values, again.values) and not np.array_equal(one.values, other.values)
+    assert np.array_equal(one.values, again.values)
+    assert not np.array_equal(one.values, other.values)
 
 
 def test_the_stem_alone_is_nearly_the_picture_and_a_deep_plain_network_is_nothing_of_it() -> None:
     picture = open_picture(None, 48)
     shallow, deep = (feature_map(picture, "plainnet", depth, width=8) for depth in (0, 120))
-    assert shallow.colour > 0.8 and shallow.alive == 1
+    assert shallow.colour > 0.8
+    assert shallow.alive == 1
     assert (deep.colour, deep.edges, deep.spread, deep.alive) == (0, 0, 0, 0)
     assert feature_map(picture, "plainnet", 120, width=8, double=True).spread > 0
 
 
 def test_a_map_at_half_the_resolution_is_compared_with_the_picture_at_half_the_resolution() -> None:
     one = feature_map(open_picture(None, 48), "gelan", 5, width=8, stem_stride=2)
-    assert one.values.shape[1] == 24 and one.colour > 0.5
+    assert one.values.shape[1] == 24
+    assert one.colour > 0.5
 
 
 def test_correlations_do_not_depend_on_scale_and_know_linear_combinations() -> None:
@@ -56,7 +59,8 @@ def test_the_commands_leave_picture_maps_and_numbers(tmp_path: Path, target: str
     assert main(["paper", target, *words, "--out", str(tmp_path / "figure.svg")]) == 0
     assert "<svg" in (tmp_path / "figure.svg").read_text()
     numbers = json.loads((tmp_path / "figure.json").read_text())
-    assert numbers["normalisation"] == "batch" and len(numbers["maps"]) == count
+    assert numbers["normalisation"] == "batch"
+    assert len(numbers["maps"]) == count
     with np.load(tmp_path / "figure.npz") as arrays:
         assert set(arrays) == {f"{m['architecture']}_{m['depth']}" for m in numbers["maps"]}
         assert all(list(a.shape) == numbers["size"] for a in arrays.values())

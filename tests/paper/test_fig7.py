@@ -30,20 +30,26 @@ def test_a_map_that_is_high_inside_the_boxes_only_is_focused_and_its_opposite_as
     values[:2, :2] = 1.0
     found = focus(values, sample([[0.125, 0.125, 0.25, 0.25]]))
     assert found is not None
-    assert found.area == pytest.approx(4 / 64) and found.auc == 1.0
+    assert found.area == pytest.approx(4 / 64)
+    assert found.auc == 1.0
     # Deviations: 4 cells of 60/64, 60 cells of 4/64.
     assert found.inside == pytest.approx(4 * 60**2 / (4 * 60**2 + 60 * 4**2))
     opposite = focus(-values, sample([[0.125, 0.125, 0.25, 0.25]]))
-    assert opposite is not None and opposite.auc == 0.0 and opposite.inside == pytest.approx(found.inside)
+    assert opposite is not None
+    assert opposite.auc == 0.0
+    assert opposite.inside == pytest.approx(found.inside)
 
 
 def test_a_map_that_does_not_know_the_boxes_has_a_concentration_of_one() -> None:
     noise = np.random.default_rng(0).random((200, 200))
     found = focus(noise, sample([[0.5, 0.5, 0.5, 0.5]]))
     assert found is not None
-    assert found.concentration == pytest.approx(1.0, abs=0.02) and found.auc == pytest.approx(0.5, abs=0.02)
+    assert found.concentration == pytest.approx(1.0, abs=0.02)
+    assert found.auc == pytest.approx(0.5, abs=0.02)
     flat = focus(np.ones((8, 8)), sample([[0.5, 0.5, 0.5, 0.5]]))
-    assert flat is not None and flat.concentration == 1.0 and flat.auc == 0.5
+    assert flat is not None
+    assert flat.concentration == 1.0
+    assert flat.auc == 0.5
 
 
 def test_the_letterbox_does_not_count_and_a_small_box_takes_its_cell() -> None:
@@ -52,7 +58,8 @@ def test_the_letterbox_does_not_count_and_a_small_box_takes_its_cell() -> None:
     values[3, 5] = 1.0
     found = focus(values, sample([[5.5 / 8 + 0.01, 3.5 / 8 + 0.01, 0.001, 0.001]], padded=True))
     assert found is not None
-    assert found.area == 1 / 32 and found.auc == 1.0
+    assert found.area == 1 / 32
+    assert found.auc == 1.0
 
 
 def test_images_without_a_contrast_of_objects_and_background_give_no_number() -> None:
@@ -80,7 +87,8 @@ def test_spread_over_seeds() -> None:
         {"network": "gelan", "level": "P3", "concentration": c, "auc": 0.5, "separation": 0.0} for c in (1.0, 2.0, 6.0)
     ]
     (one,) = over_seeds(rows)
-    assert one["seeds"] == 3 and one["concentration"] == {"mean": 3.0, "min": 1.0, "max": 6.0}
+    assert one["seeds"] == 3
+    assert one["concentration"] == {"mean": 3.0, "min": 1.0, "max": 6.0}
 
 
 def test_the_pair_is_trained_once_and_used_again(
@@ -97,15 +105,18 @@ def test_the_pair_is_trained_once_and_used_again(
     assert {(r["network"], r["level"]) for r in first["rows"]} == {
         (n, level) for n in ("untrained", "gelan", "yolov9") for level in ("P3", "P4", "P5")
     }
-    assert len(first["rows"]) == 9 and all(0 <= r["auc"] <= 1 for r in first["rows"])
+    assert len(first["rows"]) == 9
+    assert all(0 <= r["auc"] <= 1 for r in first["rows"])
     with np.load(out.with_suffix(".npz")) as arrays:
-        assert arrays["gelan_P3"].shape == (8, 8) and arrays["image"].shape == (3, 64, 64)
+        assert arrays["gelan_P3"].shape == (8, 8)
+        assert arrays["image"].shape == (3, 64, 64)
 
     monkeypatch.setattr(Trainer, "run", lambda self: pytest.fail("trained again"))
     picture = next((data.parent / "images" / "val").iterdir())
     assert main([words[0], words[1], str(picture), *words[2:]]) == 0
     second = json.loads(out.with_suffix(".json").read_text())
-    assert second["rows"] == first["rows"] and second["image"] == picture.name
+    assert second["rows"] == first["rows"]
+    assert second["image"] == picture.name
 
 
 @pytest.mark.parametrize(

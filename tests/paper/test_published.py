@@ -36,9 +36,11 @@ def test_every_row_of_a_table_is_there_and_in_range(name: str, rows: int) -> Non
     assert len(found) == rows
     for row in found:
         aps = (row.ap, row.ap50, row.ap75, row.ap_small, row.ap_medium, row.ap_large)
-        assert row.ap is not None and all(15 < ap < 80 for ap in aps if ap is not None)
+        assert row.ap is not None
+        assert all(15 < ap < 80 for ap in aps if ap is not None)
         assert row.ap50 is None or row.ap50 > row.ap
-        assert (row.parameters or 1) > 0 and (row.gflops or 1) > 0
+        assert (row.parameters or 1) > 0
+        assert (row.gflops or 1) > 0
 
 
 @pytest.mark.parametrize("size", ["s", "m", "c", "e"])
@@ -93,7 +95,8 @@ def test_the_recipe_is_the_librarys_default_but_for_its_length() -> None:
     differing = {key for key, value in printed.items() if defaults[key] != value}
     assert differing == {"epochs"}
     assert dataclasses.replace(config, epochs=default.epochs) == default
-    assert config.epochs == 500 and config.lr0 * config.lrf == pytest.approx(0.0001)
+    assert config.epochs == 500
+    assert config.lr0 * config.lrf == pytest.approx(0.0001)
 
 
 def test_the_recipe_can_be_written_and_trained_with(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -124,9 +127,11 @@ def test_the_printed_network_is_gelan_c() -> None:
         inputs = [channels[s] for s in layer.sources if s >= 0]
         arguments = list(layer.arguments)
         if layer.block == "CSPELAN":
-            assert tuple(arguments[:3]) == printed.filters and printed.depth == (2, arguments[3])
+            assert tuple(arguments[:3]) == printed.filters
+            assert printed.depth == (2, arguments[3])
         elif layer.block == "SPPELAN":
-            assert (arguments[0], arguments[1], arguments[1]) == printed.filters and printed.depth == (3, 1)
+            assert (arguments[0], arguments[1], arguments[1]) == printed.filters
+            assert printed.depth == (3, 1)
         elif layer.block == "Concat":
             assert (sum(inputs),) == printed.filters
         elif layer.block == "Upsample":
@@ -140,7 +145,8 @@ def test_the_printed_network_is_gelan_c() -> None:
 def test_the_tables_are_printed(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["paper", "comparison", "--sort", "gflops"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 48 and lines[1].startswith("YOLOv5-N")
+    assert len(lines) == 48
+    assert lines[1].startswith("YOLOv5-N")
     assert any(line.split()[:4] == ["YOLOv9-C", "25.3", "102.1", "53.0"] for line in lines)
     assert main(["paper", "network"]) == 0
     assert "CSP-ELAN" in capsys.readouterr().out

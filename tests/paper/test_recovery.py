@@ -27,7 +27,8 @@ def pictures() -> torch.Tensor:
 
 def test_the_picture_itself_is_recovered_exactly(pictures: torch.Tensor) -> None:
     found = readout.readout(pictures, pictures, 3, 1, 0.0)
-    assert found.error < 1e-20 and found.detail_error < 1e-20
+    assert found.error < 1e-20
+    assert found.detail_error < 1e-20
 
 
 def test_any_invertible_mixture_of_the_colours_is_recovered_exactly(pictures: torch.Tensor) -> None:
@@ -105,8 +106,9 @@ def test_crops_depend_on_the_seed_and_the_files_alone(tmp_path: Path) -> None:
     taken = crops([tmp_path], 4, 24)
     assert taken.shape == (4, 3, 24, 24)
     assert [round(float(c.mean() * 255)) for c in taken] == [10, 250, 10, 250]
-    assert torch.equal(crops([], 2, 24), crops([], 2, 24)) and not torch.equal(crops([], 2, 24), crops([], 2, 24, 1))
-    with pytest.raises(DataError, match="is missing: .*nowhere.png"):
+    assert torch.equal(crops([], 2, 24), crops([], 2, 24))
+    assert not torch.equal(crops([], 2, 24), crops([], 2, 24, 1))
+    with pytest.raises(DataError, match=r"is missing: .*nowhere.png"):
         crops([tmp_path / "nowhere.png"], 1, 24)
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="no image in the folder"):
@@ -135,9 +137,11 @@ def test_the_command_measures_once_and_goes_on(
     command = ["paper", "recovery", "--quick", "--normalisations", "initial", "--out", str(tmp_path / "r.png")]
     assert main([*command, "--depths", "0", "5"]) == 0
     printed = capsys.readouterr().out
-    assert "GELAN" in printed and (tmp_path / "r.png").read_bytes().startswith(b"\x89PNG")
+    assert "GELAN" in printed
+    assert (tmp_path / "r.png").read_bytes().startswith(b"\x89PNG")
     first = json.loads((tmp_path / "r.json").read_text())
-    assert len(first["cells"]) == 10 and len(first["summary"]) == 20
+    assert len(first["cells"]) == 10
+    assert len(first["summary"]) == 20
 
     measured: list[Cell] = []
     original = readout.measure
@@ -145,7 +149,8 @@ def test_the_command_measures_once_and_goes_on(
     assert main([*command, "--depths", "0", "5", "6", "--architectures", "elan", "gelan"]) == 0
     assert {(cell.architecture, cell.depth) for cell in measured} == {("elan", 6), ("gelan", 6)}
     second = json.loads((tmp_path / "r.json").read_text())
-    assert len(second["cells"]) == 12 and len(second["summary"]) == 12
+    assert len(second["cells"]) == 12
+    assert len(second["summary"]) == 12
     assert all(second["cells"][key] == value for key, value in first["cells"].items())
 
     assert main([*command, "--width", "32"]) == 2

@@ -10,7 +10,7 @@ from torch import nn
 
 from yolov9_fast.errors import UserError
 from yolov9_fast.nn import Conv
-from yolov9_fast.ops.backend import backend
+from yolov9_fast.ops._backend import backend
 from yolov9_fast.paper.stacks import ARCHITECTURES, FORMS, NORMALISATIONS, PLAIN, build_stack, plan
 
 DEPTHS = (0, 1, 2, 3, 10, 25, 50, 100)
@@ -86,7 +86,8 @@ def test_the_seed_alone_decides_the_features(normalisation: str) -> None:
     first = features(1)
     after = torch.rand(1)
     torch.manual_seed(7)
-    assert torch.equal(first, features(1)) and not torch.equal(first, features(2))
+    assert torch.equal(first, features(1))
+    assert not torch.equal(first, features(2))
     torch.manual_seed(99)
     assert torch.equal(after, torch.rand(1)), "the caller's generator was touched"
 
@@ -97,7 +98,8 @@ def test_the_normalisations_are_what_they_say() -> None:
         units = [m for m in stack.modules() if isinstance(m, Conv)]
         assert all(isinstance(u.bn, nn.BatchNorm2d) is normalised for u in units)
         assert all((u.conv.bias is not None) is biased for u in units)
-    assert batch.training and not initial.training
+    assert batch.training
+    assert not initial.training
     assert all(torch.equal(a, b) for a, b in zip(batch.parameters(), initial.parameters(), strict=True))
     bounded = [u.conv for u in none.modules() if isinstance(u, Conv)]
     assert all(c.bias is not None and c.bias.abs().max() <= c.weight[0].numel() ** -0.5 for c in bounded)

@@ -34,7 +34,8 @@ def test_it_trains_a_step_and_deploys_to_its_gelan(name: str) -> None:
     image = torch.rand(1, 3, 64, 64)
     with torch.no_grad(), yf.backend("eager"):
         expected = model.eval()(image)
-        assert expected.isfinite().all() and torch.equal(deployed.eval()(image), expected)
+        assert expected.isfinite().all()
+        assert torch.equal(deployed.eval()(image), expected)
 
 
 @pytest.mark.parametrize("size", ["t", "s", "m", "c", "e"])
@@ -54,7 +55,8 @@ def test_the_branches_themselves_cost_something_in_training() -> None:
 
 def test_guidance_is_an_option_of_the_system_and_part_of_its_name() -> None:
     guided, plain = table4(["t"], ["lhg-icn", "icn"])
-    assert guided.options == {"lead_head_guided": True} and plain.options == {}
+    assert guided.options == {"lead_head_guided": True}
+    assert plain.options == {}
     assert guided.name != plain.name
 
 
@@ -67,7 +69,8 @@ def test_a_block_of_ones_own_is_a_row_of_table_2() -> None:
     assert mine.row == "yolov9_fast.nn.gelan:ConvBlock"
     conv = table2(["t"])[0]
     assert graph_cost(mine.graph).parameters == graph_cost(conv.graph).parameters
-    assert mine.name != conv.name and not set(mine.name) & set(":/,")
+    assert mine.name != conv.name
+    assert not set(mine.name) & set(":/,")
 
 
 def test_names_are_unique_within_a_table() -> None:

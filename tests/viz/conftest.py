@@ -10,7 +10,7 @@ import pytest
 
 pytest.importorskip("matplotlib")
 
-from yolov9_fast.viz import figure, labels, plots  # noqa: E402
+from yolov9_fast.viz import figure, labels, plots
 
 
 @pytest.fixture

@@ -40,7 +40,8 @@ def test_a_box_has_its_edges_in_its_colour_and_leaves_the_rest_alone() -> None:
 def test_the_picture_given_stays_as_it_was() -> None:
     image = np.full((60, 60, 3), 30, np.uint8)
     drawn = draw_detections(image, detections((5, 20, 50, 50, 0.9, 0)), NAMES)
-    assert (image == 30).all() and (drawn != 30).any()
+    assert (image == 30).all()
+    assert (drawn != 30).any()
 
 
 def test_no_detections_give_an_equal_copy() -> None:
@@ -53,7 +54,8 @@ def test_no_detections_give_an_equal_copy() -> None:
 def test_a_label_stands_above_its_box_and_inside_where_there_is_no_room() -> None:
     image = np.full((200, 300, 3), 30, np.uint8)
     roomy = changed(image, draw_detections(image, detections((50, 100, 150, 180, 0.9, 0)), NAMES, line_width=1))
-    assert roomy[:99].any() and not roomy[:60].any()
+    assert roomy[:99].any()
+    assert not roomy[:60].any()
     at_the_top = draw_detections(image, detections((50, 0, 150, 80, 0.9, 0)), NAMES, line_width=1)
     assert at_the_top[3, 53].tolist() == bgr(0)
     assert changed(image, at_the_top)[1:10, 52:60].all()
@@ -123,7 +125,8 @@ def test_bad_arguments_are_named(image: np.ndarray, boxes: np.ndarray, message: 
 
 def test_colours_of_80_classes_differ() -> None:
     colors = np.array([class_color(k) for k in range(80)], dtype=np.float64)
-    assert colors.min() >= 0 and colors.max() <= 255
+    assert colors.min() >= 0
+    assert colors.max() <= 255
     apart = np.abs(colors[:, None] - colors[None]).sum(axis=2) + 1000 * np.eye(80)
     assert apart.min() > 8
     assert apart[:20, :20].min() > 40

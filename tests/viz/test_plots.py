@@ -51,7 +51,7 @@ def test_results_show_every_column_by_epoch(tmp_path: Path, figures: list[Any]) 
     (tmp_path / "results.csv").write_text(f"{HEADER}\n{rows}\n")
     out = plot_results(tmp_path / "results.csv", tmp_path / "results.png")
     assert out.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
-    box, cls, dfl, ap, pr, lr = figures[0].axes
+    box, _cls, _dfl, ap, pr, lr = figures[0].axes
     assert list(lines(box)) == ["training", "validation"]
     np.testing.assert_allclose(lines(box)["training"].get_xydata(), [(e, e / 40) for e in range(1, 6)])
     np.testing.assert_allclose(lines(box)["validation"].get_ydata(), [(3 + e) / 40 for e in range(1, 6)])
@@ -137,7 +137,9 @@ def test_shares_of_a_confusion_matrix_add_up_to_one_in_each_column(tmp_path: Pat
     assert shown.mask.tolist() == (matrix == 0).tolist()
     assert [t.get_text() for t in axes.get_xticklabels()] == ["cat", "dog", "background"]
     cells = {(t.get_position()): t.get_text() for t in axes.texts}
-    assert cells[(0, 0)] == "0.75" and cells[(1, 0)] == "0.25" and len(cells) == 6
+    assert cells[(0, 0)] == "0.75"
+    assert cells[(1, 0)] == "0.25"
+    assert len(cells) == 6
     assert (axes.get_xlabel(), axes.get_ylabel()) == ("true class", "predicted class")
 
 
@@ -149,7 +151,8 @@ def test_counts_of_a_confusion_matrix_can_be_shown(tmp_path: Path, figures: list
 def test_a_large_confusion_matrix_names_all_classes_and_writes_no_cells(tmp_path: Path, figures: list[Any]) -> None:
     plot_confusion_matrix(np.eye(81), [f"class {k}" for k in range(80)], tmp_path / "confusion.png")
     axes = figures[0].axes[0]
-    assert len(axes.get_yticklabels()) == 81 and not axes.texts
+    assert len(axes.get_yticklabels()) == 81
+    assert not axes.texts
 
 
 def test_an_empty_confusion_matrix_is_drawn_and_a_crooked_one_refused(tmp_path: Path, figures: list[Any]) -> None:
@@ -167,8 +170,10 @@ def test_labels_are_counted_placed_and_measured(tmp_path: Path, figures: list[An
     assert [bar.get_height() for bar in bars.patches] == [2, 0, 1]
     assert [t.get_text() for t in bars.get_xticklabels()] == ["cat", "dog", "cow"]
     heat = np.asarray(centres.images[0].get_array())
-    assert heat.shape == (5, 5) and heat.sum() == 3
-    assert heat[4, 0] == 2 and heat[2, 2] == 1  # row: y downward, as in the picture
+    assert heat.shape == (5, 5)
+    assert heat.sum() == 3
+    assert heat[4, 0] == 2
+    assert heat[2, 2] == 1
     np.testing.assert_allclose(sizes.collections[0].get_offsets(), boxes[:, 3:])
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import os
 import sys
@@ -61,7 +62,5 @@ def is_main_process() -> bool:
 
 def silence_stdout() -> None:
     """Send the rest of stdout nowhere, so that Python's flush at exit does not fail again."""
-    try:
+    with contextlib.suppress(OSError, ValueError):  # stdout has no descriptor (captured, closed)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (OSError, ValueError):  # stdout has no descriptor (captured, closed)
-        pass

@@ -194,7 +194,7 @@ def _usable(annotation: Annotation, classes: dict[int, int]) -> bool:
 
 
 def _completed(annotation: Annotation) -> Annotation:
-    x, y, width, height = annotation["bbox"]
+    _x, _y, width, height = annotation["bbox"]
     return {"iscrowd": 0, "area": width * height, **annotation}
 
 

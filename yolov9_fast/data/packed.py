@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -49,4 +50,4 @@ class PackedRecords:
         ends = self._point_ends[first : last + 1]
         if ends[0] == ends[-1]:
             return []
-        return [self._points[a:b] if b > a else None for a, b in zip(ends[:-1], ends[1:], strict=True)]
+        return [self._points[a:b] if b > a else None for a, b in itertools.pairwise(ends)]

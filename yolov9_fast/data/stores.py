@@ -101,9 +101,8 @@ def available_memory() -> int | None:
     """Bytes that this process may still take, under the machine's and the control group's limits; None if unknown."""
     limits = []
     try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                limits.append(int(line.split()[1]) * 1024)
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        limits += [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
     except OSError:
         pass
     group = Path("/sys/fs/cgroup")

@@ -16,10 +16,26 @@ from yolov9_fast.data import AugmentConfig
 from yolov9_fast.errors import UserError
 
 AMP_MODES = ("auto", "off", "bf16", "fp16")
-_NOT_NEGATIVE = (
-    "lr0 lrf weight_decay warmup_epochs warmup_bias_lr clip freeze patience close_mosaic save_period seed workers "
-    "box cls dfl cls_pw fl_gamma auxiliary_weight"
-).split()
+_NOT_NEGATIVE = [
+    "lr0",
+    "lrf",
+    "weight_decay",
+    "warmup_epochs",
+    "warmup_bias_lr",
+    "clip",
+    "freeze",
+    "patience",
+    "close_mosaic",
+    "save_period",
+    "seed",
+    "workers",
+    "box",
+    "cls",
+    "dfl",
+    "cls_pw",
+    "fl_gamma",
+    "auxiliary_weight",
+]
 
 
 def _option(default: Any, text: str, **extra: Any) -> Any:

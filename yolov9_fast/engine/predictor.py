@@ -19,7 +19,7 @@ from yolov9_fast.engine.trainer import resolve_amp
 from yolov9_fast.engine.validator import autocast
 from yolov9_fast.errors import DataError, UserError
 from yolov9_fast.models import DetectionModel, load_checkpoint
-from yolov9_fast.ops.nms import nms, warn_if_cut
+from yolov9_fast.ops._nms import nms, warn_if_cut
 
 
 @dataclass(frozen=True)

@@ -399,7 +399,8 @@ class Trainer:
         self.world.average_gradients(self.model)
         stop = False
         if self.world.is_main:
-            assert result.metrics is not None and result.loss is not None
+            assert result.metrics is not None
+            assert result.loss is not None
             metrics = result.metrics
             row |= dict(zip(("val/box", "val/cls", "val/dfl"), result.loss, strict=True))
             for name in ("ap", "ap50", "ap75", "precision", "recall"):

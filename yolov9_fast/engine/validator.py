@@ -32,7 +32,7 @@ from yolov9_fast.losses import DetectionLoss
 from yolov9_fast.metrics import CocoMetrics, ConfusionMatrix, detections_to_coco, evaluate_coco
 from yolov9_fast.models import DetectionModel
 from yolov9_fast.nn import DetectionOutput
-from yolov9_fast.ops.nms import nms, warn_if_cut
+from yolov9_fast.ops._nms import nms, warn_if_cut
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from yolov9_fast.losses.targets import PaddedTargets, pad_targets
 from yolov9_fast.nn.output import DetectionOutput
-from yolov9_fast.ops.assign import Assignment, assign
-from yolov9_fast.ops.boxes import REG_MAX, STRIDES
-from yolov9_fast.ops.decode import check_maps, decode_for_assignment, map_anchor_points
-from yolov9_fast.ops.detection_loss import detection_loss
+from yolov9_fast.ops._assign import Assignment, assign
+from yolov9_fast.ops._boxes import REG_MAX, STRIDES
+from yolov9_fast.ops._decode import check_maps, decode_for_assignment, map_anchor_points
+from yolov9_fast.ops._detection_loss import detection_loss
 
 
 class Loss(NamedTuple):

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from yolov9_fast.ops.boxes import xywh_to_xyxy
+from yolov9_fast.ops._boxes import xywh_to_xyxy
 
 
 class PaddedTargets(NamedTuple):

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from yolov9_fast.ops.box_iou import box_iou
+from yolov9_fast.ops._box_iou import box_iou
 
 
 class ConfusionMatrix:

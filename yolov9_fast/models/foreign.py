@@ -141,7 +141,7 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             metadata = dict(file.metadata() or {})
-            return {key: file.get_tensor(key) for key in file.keys()}, metadata
+            return {key: file.get_tensor(key) for key in file.keys()}, metadata  # noqa: SIM118
     except (OSError, safetensors.SafetensorError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"{path} is not a readable safetensors file: {error}") from error
 

@@ -16,7 +16,7 @@ from yolov9_fast.models.graph import Graph, GraphError, build_layer, load_graph
 from yolov9_fast.models.pgi import with_auxiliary
 from yolov9_fast.nn import AnchorDetect, Conv, DDetect, DetectionOutput, DualDDetect, RepConv, Upsample
 from yolov9_fast.nn.functional import fused, hooked
-from yolov9_fast.ops.conv_bn_silu import Upsampled
+from yolov9_fast.ops._conv_bn_silu import Upsampled
 
 MAX_STRIDE = 32
 

@@ -24,7 +24,7 @@ import torch
 
 from yolov9_fast.models.graph import ATTACHED, Graph, GraphError, Layer, build_layer, graph_from_dict
 from yolov9_fast.nn.gelan import import_module
-from yolov9_fast.ops.boxes import STRIDES
+from yolov9_fast.ops._boxes import STRIDES
 
 _PROBE_SIZE = 128
 """Pixels of the image on which strides are found; nothing is computed, the tensors have no memory."""

@@ -131,7 +131,8 @@ def calibrate_batch_norm(
 
 def _restate(norm: nn.BatchNorm2d, mean: Tensor, variance: Tensor) -> None:
     """Give `norm` new statistics and the γ, β that keep its function; a constant channel is left alone."""
-    assert norm.running_mean is not None and norm.running_var is not None
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
     old_scale = norm.weight.double() / (norm.running_var.double() + norm.eps).sqrt()
     old_shift = norm.bias.double() - norm.running_mean.double() * old_scale
     usable = variance > norm.eps * 1e-2
@@ -147,7 +148,8 @@ def _folded(unit: Conv) -> tuple[Tensor, Tensor]:
     """Weight and bias of convolution and BatchNorm together, computed in float64."""
     norm = unit.bn
     assert isinstance(norm, nn.BatchNorm2d | nn.SyncBatchNorm)
-    assert norm.running_mean is not None and norm.running_var is not None
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
     scale = norm.weight.double() / (norm.running_var.double() + norm.eps).sqrt()
     weight = unit.conv.weight.double() * scale.view(-1, 1, 1, 1)
     bias = norm.bias.double() - norm.running_mean.double() * scale
@@ -165,7 +167,8 @@ def _fuse_in_place(model: nn.Module) -> None:
     for _, rep in list(rep_convs(model)):
         if rep.conv is not None:
             continue
-        assert rep.conv1 is not None and rep.conv2 is not None
+        assert rep.conv1 is not None
+        assert rep.conv2 is not None
         (w3, b3), (w1, b1) = _folded(rep.conv1), _folded(rep.conv2)
         conv = _convolution_like(rep.conv1.conv, bias=True)
         conv.weight.copy_(w3 + F.pad(w1, (1, 1, 1, 1)))
@@ -200,7 +203,8 @@ def _unfuse_unit(unit: Conv) -> None:
 def _unfuse_rep(rep: RepConv) -> None:
     """Share the centre tap between the 3×3 and the 1×1 branch, so that neither starts dead; the 3×3 keeps the bias."""
     old = rep.conv
-    assert old is not None and old.bias is not None
+    assert old is not None
+    assert old.bias is not None
     conv1 = Conv(old.in_channels, old.out_channels, 3, activation=False).to(old.weight)
     conv2 = Conv(old.in_channels, old.out_channels, 1, activation=False).to(old.weight)
     centre = old.weight[:, :, 1:2, 1:2] / 2

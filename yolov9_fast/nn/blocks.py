@@ -7,6 +7,7 @@ other than "eager" is in force, the same block of `nn.functional` runs instead: 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -64,7 +65,8 @@ class RepConv(nn.Module):
             return fast.rep_conv(self, x)
         if self.conv is not None:
             return self.act(self.conv(x))
-        assert self.conv1 is not None and self.conv2 is not None
+        assert self.conv1 is not None
+        assert self.conv2 is not None
         return self.act(self.conv1(x) + self.conv2(x))
 
 
@@ -135,7 +137,7 @@ class ELAN(ELANBase):
         self, in_channels: int, out_channels: int, split_channels: int, stage_channels: int, elan_depth: int = 2
     ) -> None:
         widths = [split_channels // 2] + [stage_channels] * elan_depth
-        stages = [Conv(a, b, 3) for a, b in zip(widths[:-1], widths[1:], strict=True)]
+        stages = [Conv(a, b, 3) for a, b in itertools.pairwise(widths)]
         super().__init__(in_channels, out_channels, split_channels, stage_channels, stages)
 
 
@@ -152,9 +154,7 @@ class CSPELAN(ELANBase):
         elan_depth: int = 2,
     ) -> None:
         widths = [split_channels // 2] + [stage_channels] * elan_depth
-        stages = [
-            nn.Sequential(RepCSP(a, b, csp_depth), Conv(b, b, 3)) for a, b in zip(widths[:-1], widths[1:], strict=True)
-        ]
+        stages = [nn.Sequential(RepCSP(a, b, csp_depth), Conv(b, b, 3)) for a, b in itertools.pairwise(widths)]
         super().__init__(in_channels, out_channels, split_channels, stage_channels, stages)
 
 

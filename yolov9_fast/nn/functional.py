@@ -15,14 +15,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from yolov9_fast.nn.sync_batch_norm import SyncBatchNorm2d
-from yolov9_fast.ops.adown_pool import adown_pool
-from yolov9_fast.ops.backend import fuses, get_backend
-from yolov9_fast.ops.batch_norm import Norm
-from yolov9_fast.ops.bn_silu import bn_silu
-from yolov9_fast.ops.cbfuse import cbfuse
-from yolov9_fast.ops.concat import ConcatBuffer, tap
-from yolov9_fast.ops.conv1x1 import conv1x1_pair
-from yolov9_fast.ops.conv_bn_silu import (
+from yolov9_fast.ops._adown_pool import adown_pool
+from yolov9_fast.ops._backend import fuses, get_backend
+from yolov9_fast.ops._batch_norm import Norm
+from yolov9_fast.ops._bn_silu import bn_silu
+from yolov9_fast.ops._cbfuse import cbfuse
+from yolov9_fast.ops._concat import ConcatBuffer, tap
+from yolov9_fast.ops._conv1x1 import conv1x1_pair
+from yolov9_fast.ops._conv_bn_silu import (
     Convolution,
     Sources,
     Upsampled,
@@ -31,8 +31,8 @@ from yolov9_fast.ops.conv_bn_silu import (
     convolve,
     joined,
 )
-from yolov9_fast.ops.rep_bn_silu import rep_bn_silu
-from yolov9_fast.ops.spp import spp_with_input
+from yolov9_fast.ops._rep_bn_silu import rep_bn_silu
+from yolov9_fast.ops._spp import spp_with_input
 
 
 def fused(x: Any) -> bool:

@@ -8,6 +8,7 @@ that maps [B, in_channels, H, W] to [B, out_channels, H, W]. Known by name are t
 from __future__ import annotations
 
 import importlib
+import itertools
 import os
 import re
 import sys
@@ -30,7 +31,7 @@ class _Chain(nn.Sequential):
 
     def __init__(self, unit: Callable[[int, int], nn.Module], in_channels: int, out_channels: int, depth: int) -> None:
         widths = [in_channels] + [out_channels] * depth
-        super().__init__(*(unit(a, b) for a, b in zip(widths[:-1], widths[1:], strict=True)))
+        super().__init__(*(unit(a, b) for a, b in itertools.pairwise(widths)))
 
 
 class _Residual(nn.Module):
@@ -184,7 +185,7 @@ class GELAN(ELANBase):
         make = find_block(block)
         widths = [split_channels // 2] + [stage_channels] * elan_depth
         stages = []
-        for a, b in zip(widths[:-1], widths[1:], strict=True):
+        for a, b in itertools.pairwise(widths):
             inner = make(a, b, depth)
             if block not in PAPER_BLOCKS:
                 _check_block(inner, block, a, b)

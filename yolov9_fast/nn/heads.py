@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from yolov9_fast.nn.blocks import Conv
 from yolov9_fast.nn.output import DetectionOutput
-from yolov9_fast.ops.decode import decode
+from yolov9_fast.ops._decode import decode
 
 REG_MAX = 16
 STRIDES = (8, 16, 32)
@@ -77,9 +77,12 @@ class _Head(nn.Module):
         boxes = nn.ModuleList(_box_tower(c, box_width, self.box_groups) for c in channels)
         classes = nn.ModuleList(_class_tower(c, class_width, self.num_classes) for c in channels)
         for box, cls, stride in zip(boxes, classes, self.strides, strict=True):
-            assert isinstance(box, nn.Sequential) and isinstance(cls, nn.Sequential)
-            assert isinstance(box[-1], nn.Conv2d) and isinstance(cls[-1], nn.Conv2d)
-            assert box[-1].bias is not None and cls[-1].bias is not None
+            assert isinstance(box, nn.Sequential)
+            assert isinstance(cls, nn.Sequential)
+            assert isinstance(box[-1], nn.Conv2d)
+            assert isinstance(cls[-1], nn.Conv2d)
+            assert box[-1].bias is not None
+            assert cls[-1].bias is not None
             nn.init.constant_(box[-1].bias, 1.0)
             # The prior: about 5 objects in a picture of 640 px, spread over classes and cells.
             nn.init.constant_(cls[-1].bias, math.log(5 / self.num_classes / (640 / stride) ** 2))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from yolov9_fast.ops.bn_silu import bn_silu
+from yolov9_fast.ops._bn_silu import bn_silu
 
 
 class SyncBatchNorm2d(nn.BatchNorm2d):

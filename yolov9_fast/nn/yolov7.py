@@ -17,7 +17,7 @@ from yolov9_fast.nn import functional as fast
 from yolov9_fast.nn.blocks import Conv
 from yolov9_fast.nn.heads import STRIDES
 from yolov9_fast.nn.output import DetectionOutput
-from yolov9_fast.ops.spp import spp_with_input
+from yolov9_fast.ops._spp import spp_with_input
 
 ANCHORS_PER_LEVEL = 3
 

@@ -3,20 +3,20 @@
 Each module is imported here, at once: importing it later would bind the module over the function.
 """
 
-from yolov9_fast.ops.adown_pool import adown_pool
-from yolov9_fast.ops.assign import Assignment, assign
-from yolov9_fast.ops.batch_norm import Norm
-from yolov9_fast.ops.bn_silu import bias_silu, bn_silu
-from yolov9_fast.ops.box_iou import box_iou
-from yolov9_fast.ops.cbfuse import cbfuse
-from yolov9_fast.ops.concat import ConcatBuffer, concat, split_view, tap
-from yolov9_fast.ops.conv1x1 import conv1x1, conv1x1_pair
-from yolov9_fast.ops.decode import decode
-from yolov9_fast.ops.detection_loss import detection_loss
-from yolov9_fast.ops.nms import Detections, nms
-from yolov9_fast.ops.nms_boxes import KeptBoxes, nms_boxes
-from yolov9_fast.ops.rep_bn_silu import rep_bn_silu
-from yolov9_fast.ops.spp import spp, spp_with_input
+from yolov9_fast.ops._adown_pool import adown_pool
+from yolov9_fast.ops._assign import Assignment, assign
+from yolov9_fast.ops._batch_norm import Norm
+from yolov9_fast.ops._bn_silu import bias_silu, bn_silu
+from yolov9_fast.ops._box_iou import box_iou
+from yolov9_fast.ops._cbfuse import cbfuse
+from yolov9_fast.ops._concat import ConcatBuffer, concat, split_view, tap
+from yolov9_fast.ops._conv1x1 import conv1x1, conv1x1_pair
+from yolov9_fast.ops._decode import decode
+from yolov9_fast.ops._detection_loss import detection_loss
+from yolov9_fast.ops._nms import Detections, nms
+from yolov9_fast.ops._nms_boxes import KeptBoxes, nms_boxes
+from yolov9_fast.ops._rep_bn_silu import rep_bn_silu
+from yolov9_fast.ops._spp import spp, spp_with_input
 
 __all__ = [
     "Assignment",

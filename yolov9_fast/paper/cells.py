@@ -29,9 +29,21 @@ from yolov9_fast.errors import UserError
 from yolov9_fast.paper.systems import System
 
 log = logging.getLogger(__name__)
-_NOT_PART_OF_A_CELL = (
-    "model auxiliary data device workers project name cache save_period plots tensorboard seed rect".split()
-)
+_NOT_PART_OF_A_CELL = [
+    "model",
+    "auxiliary",
+    "data",
+    "device",
+    "workers",
+    "project",
+    "name",
+    "cache",
+    "save_period",
+    "plots",
+    "tensorboard",
+    "seed",
+    "rect",
+]
 """Options that say where or how a cell is computed, not what; or that its key names otherwise."""
 METRICS = ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large")
 

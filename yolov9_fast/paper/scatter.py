@@ -112,7 +112,9 @@ def _number(word: str, text: str) -> float:
 
 
 def _checked(row: PublishedRow, text: str) -> PublishedRow:
-    assert row.parameters is not None and row.gflops is not None and row.ap is not None
+    assert row.parameters is not None
+    assert row.gflops is not None
+    assert row.ap is not None
     if not (0 < row.parameters < math.inf and 0 < row.gflops < math.inf):
         raise UserError(f"--mine {text!r}: parameters and GFLOPs must be positive")
     if not 0 <= row.ap <= 100:

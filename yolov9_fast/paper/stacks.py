@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from yolov9_fast.errors import UserError
 from yolov9_fast.nn import CSPELAN, ELAN, Conv, RepConv, RepCSP
-from yolov9_fast.ops.backend import backend
+from yolov9_fast.ops._backend import backend
 
 NORMALISATIONS = ("batch", "initial", "none")
 ACTIVATIONS: dict[str, type[nn.Module]] = {"silu": nn.SiLU, "relu": nn.ReLU}

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from yolov9_fast.ops.assign import RULES, Assignment, assign
-from yolov9_fast.ops.boxes import REG_MAX
+from yolov9_fast.ops._assign import RULES, Assignment, assign
+from yolov9_fast.ops._boxes import REG_MAX
 
 _ASSIGNERS = ("assigner", "assigner2", "assigner3")
 _MATCHERS = ("matcher",)

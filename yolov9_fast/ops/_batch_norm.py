@@ -24,8 +24,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable as torch_once_differentiable
 
-from yolov9_fast.ops import library
-from yolov9_fast.ops.interpreted import triton_launcher
+from yolov9_fast.ops import _library as library
+from yolov9_fast.ops._interpreted import triton_launcher
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 

@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from yolov9_fast.ops import library
-from yolov9_fast.ops.assign import Assignment
-from yolov9_fast.ops.backend import Implementation, Operator, not_on, register, select
-from yolov9_fast.ops.boxes import REG_MAX, STRIDES, ciou
-from yolov9_fast.ops.decode import (
+from yolov9_fast.ops import _library as library
+from yolov9_fast.ops._assign import Assignment
+from yolov9_fast.ops._backend import Implementation, Operator, not_on, register, select
+from yolov9_fast.ops._boxes import REG_MAX, STRIDES, ciou
+from yolov9_fast.ops._decode import (
     check_maps,
     flatten_maps,
     map_anchor_points,
@@ -180,7 +180,7 @@ class _Compiled(torch.autograd.Function):
                 "detection_loss: the compiled form has no second derivative (create_graph=True); "
                 'use yolov9_fast.set_backend("eager", op="detection_loss")'
             )
-        *fixed, maps = ctx.saved_tensors[:5] + (ctx.saved_tensors[5:],)
+        fixed, maps = ctx.saved_tensors[:5], ctx.saved_tensors[5:]
         upstream = upstream.contiguous()
         # Handed over once: whoever gets them owns them, and a second backward starts from the maps again.
         gradients, ctx.gradients = ctx.gradients, None

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from yolov9_fast.ops.backend import get_backend
+from yolov9_fast.ops._backend import get_backend
 
 
 def triton_missing() -> str | None:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from yolov9_fast.accelerate.matching import KINDS, OPERATORS, Kind, match
+from yolov9_fast._accelerate.matching import KINDS, OPERATORS, Kind, match
 from yolov9_fast.nn import functional as f
 
 _CONVERTED = "_yolov9_fast_converted"

@@ -7,9 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from yolov9_fast.ops import library
-from yolov9_fast.ops.backend import Implementation, Operator, not_on, register, select
-from yolov9_fast.ops.nms import greedy
+from yolov9_fast.ops import _library as library
+from yolov9_fast.ops._backend import Implementation, Operator, not_on, register, select
+from yolov9_fast.ops._nms import greedy
 
 _MAX_BOXES = 2**31 - 1
 

@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from yolov9_fast.ops.bn_silu import bias_silu, bn_silu
-from yolov9_fast.ops.cbfuse import cbfuse
-from yolov9_fast.ops.conv1x1 import conv1x1
+from yolov9_fast.ops._bn_silu import bias_silu, bn_silu
+from yolov9_fast.ops._cbfuse import cbfuse
+from yolov9_fast.ops._conv1x1 import conv1x1
 
 
 class Upsampled(NamedTuple):

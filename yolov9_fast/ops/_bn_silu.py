@@ -1,4 +1,4 @@
-"""BatchNorm, SiLU and an optional residual in one pass: silu(γ x̂ + β) + residual; formulas in `ops/batch_norm.py`.
+"""BatchNorm, SiLU and an optional residual in one pass: silu(γ x̂ + β) + residual; formulas in `ops/_batch_norm.py`.
 
 Eager PyTorch moves 13 tensors through memory for forward and backward, the kernels 8, and they save the input and two
 vectors where eager saves the normalised tensor too.
@@ -12,11 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from yolov9_fast.ops import batch_norm as bn
-from yolov9_fast.ops import library
-from yolov9_fast.ops.backend import Implementation, Operator, not_on, register, select
-from yolov9_fast.ops.batch_norm import Branch, Raw
-from yolov9_fast.ops.interpreted import runs_triton, triton_missing
+from yolov9_fast.ops import _batch_norm as bn
+from yolov9_fast.ops import _library as library
+from yolov9_fast.ops._backend import Implementation, Operator, not_on, register, select
+from yolov9_fast.ops._batch_norm import Branch, Raw
+from yolov9_fast.ops._interpreted import runs_triton, triton_missing
 
 
 def bn_silu(
@@ -47,7 +47,7 @@ def bn_silu(
         eps: added to the variance.
         residual: added after the activation; x's shape, taken in x's dtype.
         out: written to and returned, as a slice of a concatenation buffer; x's shape and dtype. Where several slices
-            of one buffer are written in eager mode, each needs its own version counter (`ops/concat.py` sees to it).
+            of one buffer are written in eager mode, each needs its own version counter (`ops/_concat.py` sees to it).
         activation: False leaves out the SiLU.
         group: a process group, as `dist.group.WORLD`: statistics of the batches of all its processes (SyncBN).
 
@@ -113,7 +113,7 @@ def bn_silu_reference(
     activation: bool = True,
     group: Any = None,
 ) -> Tensor:
-    """The definition by torch's own functions; with a group, by the formulas of `ops/batch_norm.py`."""
+    """The definition by torch's own functions; with a group, by the formulas of `ops/_batch_norm.py`."""
     if training and group is not None:
         return _run(
             _REFERENCE,
@@ -354,7 +354,8 @@ def _run(
     if training:
         mean, rstd, total = bn.synchronised(x, raw, (running_mean, running_var), momentum, eps, group)
     else:
-        assert running_mean is not None and running_var is not None
+        assert running_mean is not None
+        assert running_var is not None
         mean, rstd = running_mean, (running_var + eps).rsqrt()
     return _Given.apply(x, weight, bias, residual, mean, rstd, total, group, out, activation, raw)  # type: ignore[no-any-return]
 

@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from yolov9_fast.ops import library
-from yolov9_fast.ops.backend import Implementation, Operator, not_on, register, select
-from yolov9_fast.ops.boxes import REG_MAX, ciou_of_sides
-from yolov9_fast.ops.boxes import aspect as aspect_by_atan
+from yolov9_fast.ops import _library as library
+from yolov9_fast.ops._backend import Implementation, Operator, not_on, register, select
+from yolov9_fast.ops._boxes import REG_MAX, ciou_of_sides
+from yolov9_fast.ops._boxes import aspect as aspect_by_atan
 
 RULES = ("yolov9", "ultralytics", "mit")
 _YOLOV9, _ULTRALYTICS, _MIT = range(3)

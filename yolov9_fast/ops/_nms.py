@@ -9,9 +9,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from yolov9_fast.ops import library
-from yolov9_fast.ops.backend import Implementation, Operator, not_on, register, select
-from yolov9_fast.ops.boxes import xywh_to_xyxy
+from yolov9_fast.ops import _library as library
+from yolov9_fast.ops._backend import Implementation, Operator, not_on, register, select
+from yolov9_fast.ops._boxes import xywh_to_xyxy
 
 _log = logging.getLogger(__name__)
 _warned: set[str] = set()

@@ -1,4 +1,4 @@
-"""RepConv in training in one pass: silu(BN1(x1) + BN2(x2)) + residual; formulas in `ops/batch_norm.py`.
+"""RepConv in training in one pass: silu(BN1(x1) + BN2(x2)) + residual; formulas in `ops/_batch_norm.py`.
 
 Eager PyTorch moves 26 tensors through memory for forward and backward, the kernels 13; they save both inputs and two
 vectors each.
@@ -12,12 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from yolov9_fast.ops import batch_norm as bn
-from yolov9_fast.ops import library
-from yolov9_fast.ops.backend import Implementation, Operator, not_on, register, select
-from yolov9_fast.ops.batch_norm import Branch, Norm, Raw
-from yolov9_fast.ops.bn_silu import STATS
-from yolov9_fast.ops.interpreted import runs_triton, triton_missing
+from yolov9_fast.ops import _batch_norm as bn
+from yolov9_fast.ops import _library as library
+from yolov9_fast.ops._backend import Implementation, Operator, not_on, register, select
+from yolov9_fast.ops._batch_norm import Branch, Norm, Raw
+from yolov9_fast.ops._bn_silu import STATS
+from yolov9_fast.ops._interpreted import runs_triton, triton_missing
 
 
 def rep_bn_silu(
@@ -71,7 +71,7 @@ def rep_bn_silu_reference(
     activation: bool = True,
     group: Any = None,
 ) -> Tensor:
-    """The definition by torch's own functions; with a group, by the formulas of `ops/batch_norm.py`."""
+    """The definition by torch's own functions; with a group, by the formulas of `ops/_batch_norm.py`."""
     if training and group is not None:
         return _run(_REFERENCE, x1, norm1, x2, norm2, training, momentum, eps, residual, out, activation, group)
     y = sum(
@@ -292,7 +292,8 @@ def _run(
         if training:
             mean, rstd, total = bn.synchronised(x, raw, norm[2:], momentum, eps, group)
         else:
-            assert norm[2] is not None and norm[3] is not None
+            assert norm[2] is not None
+            assert norm[3] is not None
             mean, rstd = norm[2], (norm[3] + eps).rsqrt()
         statistics += [mean, rstd]
     return _Given.apply(*first, *second, residual, *statistics, total, group, out, activation, raw)  # type: ignore[no-any-return]

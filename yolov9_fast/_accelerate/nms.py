@@ -10,8 +10,8 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
-from yolov9_fast.ops.nms import nms, warn_if_cut
-from yolov9_fast.ops.nms_boxes import nms_boxes
+from yolov9_fast.ops._nms import nms, warn_if_cut
+from yolov9_fast.ops._nms_boxes import nms_boxes
 
 Labels = Sequence[Tensor]
 
@@ -118,10 +118,10 @@ def torchvision_batched_nms(boxes: Tensor, scores: Tensor, idxs: Tensor, iou_thr
 class NMSFunctions:
     """What `accelerate_nms` hands over, one function for each signature."""
 
-    wongkinyiu: Callable[..., list[Tensor]] = staticmethod(non_max_suppression_wongkinyiu)
-    ultralytics: Callable[..., list[Tensor]] = staticmethod(non_max_suppression_ultralytics)
-    nms: Callable[..., Tensor] = staticmethod(torchvision_nms)
-    batched_nms: Callable[..., Tensor] = staticmethod(torchvision_batched_nms)
+    wongkinyiu: Callable[..., list[Tensor]] = non_max_suppression_wongkinyiu
+    ultralytics: Callable[..., list[Tensor]] = non_max_suppression_ultralytics
+    nms: Callable[..., Tensor] = torchvision_nms
+    batched_nms: Callable[..., Tensor] = torchvision_batched_nms
 
 
 @overload

@@ -8,9 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from yolov9_fast.ops import library
-from yolov9_fast.ops.backend import Implementation, Operator, needs_gradient, not_on, register, select
-from yolov9_fast.ops.boxes import REG_MAX, STRIDES, anchor_points
+from yolov9_fast.ops import _library as library
+from yolov9_fast.ops._backend import Implementation, Operator, needs_gradient, not_on, register, select
+from yolov9_fast.ops._boxes import REG_MAX, STRIDES, anchor_points
 
 MAP_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 """Of the raw maps that compiled implementations take."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from yolov9_fast.ops import library
-from yolov9_fast.ops.backend import Implementation, Operator, needs_gradient, not_on, register, select
+from yolov9_fast.ops import _library as library
+from yolov9_fast.ops._backend import Implementation, Operator, needs_gradient, not_on, register, select
 
 
 def box_iou(a: Tensor, b: Tensor) -> Tensor:

@@ -1,0 +1,18 @@
+"""Drop-in: let code that someone else wrote use the operators: models, losses, NMS; each by one call, each undoable."""
+
+from __future__ import annotations
+
+from yolov9_fast._accelerate.loss import LossReport, accelerate_loss, restore_loss
+from yolov9_fast._accelerate.model import Report, accelerate, restore
+from yolov9_fast._accelerate.nms import NMSFunctions, accelerate_nms
+
+__all__ = [
+    "LossReport",
+    "NMSFunctions",
+    "Report",
+    "accelerate",
+    "accelerate_loss",
+    "accelerate_nms",
+    "restore",
+    "restore_loss",
+]

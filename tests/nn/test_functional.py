@@ -180,8 +180,9 @@ def test_the_backward_keeps_less(name: str, most: float) -> None:
 def test_a_whole_training_graph_is_as_exact_as_eager(name: str) -> None:
     """Outputs and gradients of the fused graph against the eager one, both measured against float64.
 
-    By the median over all tensors of two random batches: rounding is amplified through two hundred normalised layers,
-    and where it lets a max pool choose another pixel, single gradients jump, in either form.
+    A batch's error is the median over its tensors. Rounding is amplified through two hundred normalised layers, and
+    where it lets a max pool choose another pixel the error of that batch jumps, in either form and by chance. The
+    geometric mean over batches compares the forms without that chance.
     """
 
     def step(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
@@ -195,17 +196,19 @@ def test_a_whole_training_graph_is_as_exact_as_eager(name: str) -> None:
         torch.manual_seed(0)
         return create_model(name, 3)
 
-    errors: list[tuple[float, float]] = []
-    for seed in (2, 3):
+    medians = []
+    for seed in (2, 3, 4, 5):
         x = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(seed))
         fast = step(fresh().to(memory_format=torch.channels_last), x)
         with yf.backend("eager"):
             eager = step(fresh().to(memory_format=torch.channels_last), x)
             exact = step(fresh().double(), x.double())
         assert fast.keys() == eager.keys() == exact.keys()
-        for key, true in exact.items():
-            norm = true.norm().item() + 1e-12
-            errors.append(tuple((r[key].double() - true).norm().item() / norm for r in (fast, eager)))
-    fast_error, eager_error = torch.tensor(errors).median(0).values.tolist()
+        errors = [
+            [((form[key].double() - true).norm() / (true.norm() + 1e-12)).item() for form in (fast, eager)]
+            for key, true in exact.items()
+        ]
+        medians.append(torch.tensor(errors).median(0).values)
+    fast_error, eager_error = torch.stack(medians).log().mean(0).exp().tolist()
     assert fast_error <= 2 * eager_error
     assert fast_error < 0.02

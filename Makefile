@@ -19,6 +19,8 @@ $(BIN)/python:
 $(STAMP): $(SOURCES) | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check 'setuptools>=77' wheel '$(TORCH)'
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation -e '.[all,dev]' '$(TORCH)'
+	# Type checkers do not run import hooks; a path in a .pth file they follow.
+	echo '$(CURDIR)' > "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/yolov9_fast_source.pth"
 	touch $@
 
 demo: install

@@ -72,7 +72,7 @@ setup(
     package_dir={"yolov9_fast.kernels": "kernels", "yolov9_fast.bench": "bench"},
     include_package_data=False,
     package_data={
-        "yolov9_fast": ["**/*.yaml"],
+        "yolov9_fast": ["**/*.yaml", "py.typed"],
         "yolov9_fast.kernels": ["**/*.json"],
         "yolov9_fast.bench": ["counts.json", "instructions.cpp"],
     },

@@ -69,7 +69,7 @@ def imported(tree: ast.AST, package: str = "yolov9_fast") -> Iterator[tuple[int,
 
 def home_of_public_name(name: str) -> str:
     """`models` for the public name `create_model`, names of folders and modules as they are."""
-    return yf._MODULE_OF.get(name, f"yolov9_fast.{name}").split(".")[1]
+    return yf._MODULE_OF.get(name, name).split(".")[0]
 
 
 def violations(source: str, target: str) -> str | None:

@@ -1,41 +1,73 @@
-"""YOLOv9 with programmable gradient information: train, evaluate, predict; every public name loads when first used."""
+"""YOLOv9 with programmable gradient information: train, evaluate, predict.
+
+`import yolov9_fast as yf` loads this file alone; a public name imports what it needs when it is first used.
+"""
 
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
 
+if TYPE_CHECKING:
+    from yolov9_fast import data, engine, losses, metrics, models, nn, ops, viz
+    from yolov9_fast._accelerate import (
+        accelerate,
+        accelerate_loss,
+        accelerate_nms,
+        restore,
+        restore_loss,
+    )
+    from yolov9_fast.engine.predictor import Predictor
+    from yolov9_fast.models import create_model, fuse, load_checkpoint, to_deploy, unfuse
+    from yolov9_fast.nn import DetectionOutput
+    from yolov9_fast.ops._backend import backend, get_backend, set_backend
+
+__all__ = [
+    "DetectionOutput",
+    "Predictor",
+    "__version__",
+    "accelerate",
+    "accelerate_loss",
+    "accelerate_nms",
+    "backend",
+    "create_model",
+    "data",
+    "engine",
+    "fuse",
+    "get_backend",
+    "load_checkpoint",
+    "losses",
+    "metrics",
+    "models",
+    "nn",
+    "ops",
+    "restore",
+    "restore_loss",
+    "set_backend",
+    "to_deploy",
+    "unfuse",
+    "viz",
+]
+
 _MODULE_OF = {
-    "create_model": "yolov9_fast.models",
-    "load_checkpoint": "yolov9_fast.models",
-    "to_deploy": "yolov9_fast.models",
-    "fuse": "yolov9_fast.models",
-    "unfuse": "yolov9_fast.models",
-    "DetectionOutput": "yolov9_fast.models",
-    "Predictor": "yolov9_fast.engine.predictor",
-    "set_backend": "yolov9_fast.ops._backend",
-    "get_backend": "yolov9_fast.ops._backend",
-    "backend": "yolov9_fast.ops._backend",
-    "accelerate_loss": "yolov9_fast._accelerate",
-    "restore_loss": "yolov9_fast._accelerate",
-    "accelerate_nms": "yolov9_fast._accelerate",
-    "accelerate": "yolov9_fast._accelerate.model",
-    "restore": "yolov9_fast._accelerate.model",
+    **dict.fromkeys(("accelerate", "accelerate_loss", "accelerate_nms", "restore", "restore_loss"), "_accelerate"),
+    "Predictor": "engine.predictor",
+    **dict.fromkeys(("create_model", "fuse", "load_checkpoint", "to_deploy", "unfuse"), "models"),
+    "DetectionOutput": "nn",
+    **dict.fromkeys(("backend", "get_backend", "set_backend"), "ops._backend"),
 }
-_SUBMODULES = ("data", "engine", "losses", "metrics", "models", "nn", "ops", "viz")
+"""The module that holds each public name; all other names of `__all__` are subpackages."""
 
-__all__ = ["__version__", *_MODULE_OF, *_SUBMODULES]
+if not TYPE_CHECKING:  # a type checker sees the imports above and reports any other name
 
-
-def __getattr__(name: str) -> Any:
-    if name in _SUBMODULES:
-        return importlib.import_module(f"yolov9_fast.{name}")
-    if name in _MODULE_OF:
-        return getattr(importlib.import_module(_MODULE_OF[name]), name)
-    raise AttributeError(f"module 'yolov9_fast' has no attribute {name!r}")
+    def __getattr__(name: str) -> object:
+        if name not in __all__:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        module = importlib.import_module(f"{__name__}.{_MODULE_OF.get(name, name)}")
+        return getattr(module, name) if name in _MODULE_OF else module
 
 
 def __dir__() -> list[str]:
-    return sorted(set(globals()) | set(__all__))
+    return list(__all__)

@@ -10,18 +10,18 @@ import pytest
 
 from tests.data.drawing import box_of_colour, paint
 from yolov9_fast.data import AugmentConfig
-from yolov9_fast.data.augment import Scene, copy_paste, mixup, random_affine, random_flips, random_hsv
+from yolov9_fast.data.augment import LabelledImage, copy_paste, mixup, random_affine, random_flips, random_hsv
 
 NOTHING = AugmentConfig(0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0)
 
 
-def scene(
+def labelled(
     *objects: tuple[int, int, int, int, int], height: int = 120, width: int = 160, outlines: bool = False
-) -> Scene:
+) -> LabelledImage:
     boxes = np.array([item[1:] for item in objects], np.float32).reshape(-1, 4)
     corners = [np.array([[a, b], [c, b], [c, d], [a, d]], np.float32) for a, b, c, d in boxes]
     classes = np.array([item[0] for item in objects], np.float32)
-    return Scene(paint(height, width, list(objects)), classes, boxes, list(corners) if outlines else [])
+    return LabelledImage(paint(height, width, list(objects)), classes, boxes, list(corners) if outlines else [])
 
 
 def rng(seed: int = 0) -> np.random.Generator:
@@ -30,7 +30,7 @@ def rng(seed: int = 0) -> np.random.Generator:
 
 @pytest.mark.parametrize("kind", ["flipud", "fliplr"])
 def test_flip_takes_the_box_along(kind: str) -> None:
-    start = scene((0, 10, 20, 50, 40), (1, 100, 70, 130, 110))
+    start = labelled((0, 10, 20, 50, 40), (1, 100, 70, 130, 110))
     result = random_flips(start, replace(NOTHING, **{kind: 1.0}), rng())
     assert not np.array_equal(result.image, start.image)
     for label, box in zip(result.classes, result.boxes, strict=True):
@@ -52,7 +52,7 @@ def test_flip_takes_the_box_along(kind: str) -> None:
 def test_affine_takes_the_box_along(change: dict, tolerance: float, outlines: bool) -> None:
     found = 0
     for seed in range(12):
-        start = scene((0, 40, 40, 90, 80), outlines=outlines)
+        start = labelled((0, 40, 40, 90, 80), outlines=outlines)
         result = random_affine(start, (120, 160), replace(NOTHING, **change), rng(seed))
         seen = box_of_colour(result.image, 0)
         if len(result.boxes) == 0:
@@ -64,21 +64,21 @@ def test_affine_takes_the_box_along(change: dict, tolerance: float, outlines: bo
 
 
 def test_affine_without_strength_changes_nothing() -> None:
-    start = scene((0, 40, 40, 90, 80))
+    start = labelled((0, 40, 40, 90, 80))
     result = random_affine(start, (120, 160), NOTHING, rng())
     assert np.array_equal(result.image, start.image)
     np.testing.assert_allclose(result.boxes, start.boxes, atol=1e-4)
 
 
 def test_affine_to_a_smaller_canvas_keeps_the_middle() -> None:
-    result = random_affine(scene((0, 60, 50, 100, 70)), (60, 80), NOTHING, rng())
+    result = random_affine(labelled((0, 60, 50, 100, 70)), (60, 80), NOTHING, rng())
     assert result.image.shape == (60, 80, 3)
     np.testing.assert_allclose(result.boxes, [[20, 20, 60, 40]], atol=1e-4)
     assert box_of_colour(result.image, 0) == (20, 20, 60, 40)
 
 
 def test_turned_outline_gives_a_tighter_box_than_its_turned_box() -> None:
-    start = scene((0, 40, 20, 120, 100))
+    start = labelled((0, 40, 20, 120, 100))
     diamond = np.array([[80, 20], [120, 60], [80, 100], [40, 60]], np.float32)
     outlined = replace_outline(start, diamond)
     config = replace(NOTHING, degrees=45.0)
@@ -86,8 +86,8 @@ def test_turned_outline_gives_a_tighter_box_than_its_turned_box() -> None:
     assert np.prod(tight[2:] - tight[:2]) < 0.8 * np.prod(loose[2:] - loose[:2])
 
 
-def replace_outline(start: Scene, outline: np.ndarray) -> Scene:
-    return Scene(start.image, start.classes, start.boxes, [outline])
+def replace_outline(start: LabelledImage, outline: np.ndarray) -> LabelledImage:
+    return LabelledImage(start.image, start.classes, start.boxes, [outline])
 
 
 @pytest.mark.parametrize(
@@ -103,7 +103,7 @@ def replace_outline(start: Scene, outline: np.ndarray) -> Scene:
     ],
 )
 def test_only_what_is_still_visible_stays(box: tuple[int, int, int, int], outlines: bool, kept: bool) -> None:
-    start = scene((0, *box), height=140, width=160, outlines=outlines)
+    start = labelled((0, *box), height=140, width=160, outlines=outlines)
     result = random_affine(start, (60, 80), NOTHING, rng())  # the canvas is x 40..120, y 40..100
     assert (len(result.boxes) == 1) == kept
 
@@ -130,7 +130,7 @@ def test_hue_wraps_around() -> None:
 
 
 def test_mixup_blends_and_keeps_the_objects_of_both() -> None:
-    first, second = scene((0, 10, 10, 60, 60)), scene((1, 80, 50, 120, 100))
+    first, second = labelled((0, 10, 10, 60, 60)), labelled((1, 80, 50, 120, 100))
     result = mixup(first, second, rng())
     assert result.classes.tolist() == [0, 1]
     assert len(result.boxes) == 2
@@ -139,7 +139,7 @@ def test_mixup_blends_and_keeps_the_objects_of_both() -> None:
 
 
 def test_copy_paste_mirrors_object_and_box() -> None:
-    start = scene((0, 10, 20, 50, 60), outlines=True)
+    start = labelled((0, 10, 20, 50, 60), outlines=True)
     result = copy_paste(start, 1.0, rng())
     assert result.classes.tolist() == [0, 0]
     assert result.boxes[1].tolist() == [110, 20, 150, 60]
@@ -149,7 +149,7 @@ def test_copy_paste_mirrors_object_and_box() -> None:
 
 
 def test_copy_paste_never_hides_what_is_there() -> None:
-    start = scene((0, 10, 20, 50, 60), (1, 105, 15, 140, 65), outlines=True)
+    start = labelled((0, 10, 20, 50, 60), (1, 105, 15, 140, 65), outlines=True)
     start.outlines[1] = None
     before = start.image.copy()
     result = copy_paste(start, 1.0, rng())
@@ -158,18 +158,18 @@ def test_copy_paste_never_hides_what_is_there() -> None:
 
 
 def test_copy_paste_leaves_boxes_without_outline_alone() -> None:
-    start = scene((0, 10, 20, 50, 60))
+    start = labelled((0, 10, 20, 50, 60))
     assert copy_paste(start, 1.0, rng()) is start
 
 
 def test_copy_paste_takes_the_named_share() -> None:
     objects = [(0, 2, y, 12, y + 8) for y in range(0, 100, 10)]
-    result = copy_paste(scene(*objects, outlines=True), 0.3, rng())
+    result = copy_paste(labelled(*objects, outlines=True), 0.3, rng())
     assert len(result.boxes) == 13
 
 
 def test_image_without_objects_passes_through_everything() -> None:
-    empty = Scene(np.zeros((64, 64, 3), np.uint8), np.zeros(0, np.float32), np.zeros((0, 4), np.float32))
+    empty = LabelledImage(np.zeros((64, 64, 3), np.uint8), np.zeros(0, np.float32), np.zeros((0, 4), np.float32))
     config = AugmentConfig()
     result = copy_paste(empty, 1.0, rng())
     result = random_flips(random_affine(result, (64, 64), config, rng()), config, rng())

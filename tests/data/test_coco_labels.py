@@ -61,12 +61,12 @@ def test_crowds_are_ignored_in_training_and_kept_in_the_ground_truth(tmp_path: P
     assert len(record.boxes) == 1
     assert report.counts() == {"crowd or ignored region, not used in training": 1}
     assert load_split(config, "train", for_training=False)[1].skipped == []
-    truth = coco_ground_truth(config, "train", [record])
-    assert [(entry["id"], entry["iscrowd"], entry["area"]) for entry in truth["annotations"]] == [
+    gt = coco_ground_truth(config, "train", [record])
+    assert [(entry["id"], entry["iscrowd"], entry["area"]) for entry in gt["annotations"]] == [
         (1, 0, 150),
         (2, 1, 150),
     ]
-    assert truth["annotations"][1]["bbox"] == [0, 0, 60, 40]
+    assert gt["annotations"][1]["bbox"] == [0, 0, 60, 40]
 
 
 @pytest.mark.parametrize(

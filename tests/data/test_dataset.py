@@ -20,7 +20,7 @@ from yolov9_fast.data import (
     scale_boxes_to_original,
 )
 from yolov9_fast.data import dataset as dataset_module
-from yolov9_fast.data.dataset import Token
+from yolov9_fast.data.dataset import SampleKey
 from yolov9_fast.errors import DataError
 
 PLAIN = AugmentConfig(hsv_h=0, hsv_s=0, hsv_v=0, translate=0, scale=0)
@@ -111,7 +111,7 @@ def test_sample_depends_on_seed_epoch_and_index_alone(records: list[ImageRecord]
     assert not same(first[1], make(seed=1)[1])
     second.set_epoch(1)
     assert not same(first[1], second[1])
-    assert same(second[1], first[Token(1, True, 1)])
+    assert same(second[1], first[SampleKey(1, True, 1)])
 
 
 def test_closing_mosaic_closes_mixup_and_copy_paste_too(
@@ -125,7 +125,7 @@ def test_closing_mosaic_closes_mixup_and_copy_paste_too(
     dataset = DetectionDataset(records, image_size=64, augment=AugmentConfig(mixup=1.0, copy_paste=1.0))
     with pytest.raises(AssertionError):
         dataset[0]
-    assert dataset[Token(0, False, 0)].image.shape == (3, 64, 64)
+    assert dataset[SampleKey(0, False, 0)].image.shape == (3, 64, 64)
     dataset.close_mosaic()
     assert dataset[0].image.shape == (3, 64, 64)
 

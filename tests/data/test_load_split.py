@@ -196,9 +196,9 @@ def test_ground_truth_of_yolo_labels_is_in_pixels(tmp_path: Path) -> None:
     add_image(tmp_path, "a.png", PICTURE, LABEL)
     config = load_data_config(write_config(tmp_path))
     records, _ = load_split(config, "train", for_training=False)
-    truth = coco_ground_truth(config, "train", records)
-    [annotation] = truth["annotations"]
+    gt = coco_ground_truth(config, "train", records)
+    [annotation] = gt["annotations"]
     np.testing.assert_allclose(annotation["bbox"], [10, 10, 20, 10], atol=1e-4)
     assert annotation["area"] == pytest.approx(200, abs=1e-3)
     assert (annotation["category_id"], annotation["iscrowd"], annotation["id"]) == (2, 0, 1)
-    assert truth["categories"] == [{"id": 1, "name": "a"}, {"id": 2, "name": "b"}, {"id": 3, "name": "c"}]
+    assert gt["categories"] == [{"id": 1, "name": "a"}, {"id": 2, "name": "b"}, {"id": 3, "name": "c"}]

@@ -6,15 +6,15 @@ import numpy as np
 import pytest
 
 from tests.data.drawing import box_of_colour, paint
-from yolov9_fast.data.augment import Scene
+from yolov9_fast.data.augment import LabelledImage
 from yolov9_fast.data.mosaic import mosaic4
 
 
-def tile(height: int, width: int, *objects: tuple[int, int, int, int, int], outlines: bool = False) -> Scene:
+def tile(height: int, width: int, *objects: tuple[int, int, int, int, int], outlines: bool = False) -> LabelledImage:
     boxes = np.array([item[1:] for item in objects], np.float32).reshape(-1, 4)
     corners = [np.array([[a, b], [c, b], [c, d], [a, d]], np.float32) for a, b, c, d in boxes]
     classes = np.array([item[0] for item in objects], np.float32)
-    return Scene(paint(height, width, list(objects)), classes, boxes, list(corners) if outlines else [])
+    return LabelledImage(paint(height, width, list(objects)), classes, boxes, list(corners) if outlines else [])
 
 
 @pytest.mark.parametrize("seed", range(8))

@@ -36,8 +36,8 @@ def test_blood_cells_are_read_whole(tmp_path: Path, shared: Path, split: str, im
     config = bccd(tmp_path, shared)
     records, report = load_split(config, split, for_training=split == "train")
     assert (report.images, report.objects, report.skipped) == (images, objects, [])
-    truth = coco_ground_truth(config, split, records)
-    assert (len(truth["images"]), len(truth["annotations"])) == (images, objects)
+    gt = coco_ground_truth(config, split, records)
+    assert (len(gt["images"]), len(gt["annotations"])) == (images, objects)
     assert category_ids(config, split) == [1, 2, 3]
 
 
@@ -57,9 +57,9 @@ def test_coco_keeps_its_91_categories_and_crowds(tmp_path: Path, shared: Path) -
         tmp_path, path=str(folder), names=names, val={"images": "images", "annotations": "instances_val.json"}
     )
     records, report = load_split(config, "val", for_training=False)
-    truth = coco_ground_truth(config, "val", records)
+    gt = coco_ground_truth(config, "val", records)
     crowds = sum(entry["iscrowd"] for entry in source["annotations"])
-    assert (report.images, report.objects + crowds, len(truth["annotations"])) == (79, 750, 750)
+    assert (report.images, report.objects + crowds, len(gt["annotations"])) == (79, 750, 750)
     assert len(category_ids(config, "val")) == 80
     assert category_ids(config, "val")[-1] == 90
     assert sum(record.polygons is not None for record in records) > 70

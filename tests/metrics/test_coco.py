@@ -51,9 +51,9 @@ FAR = [200.0, 200.0, 50.0, 40.0]
 ONE = pytest.approx(1.0, abs=1e-9)
 
 
-def load(folder: Path, truth: str, found: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+def load(folder: Path, gt: str, found: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     root = folder / "data" / "coco_eval_reference"
-    return json.loads((root / truth).read_text()), json.loads((root / found).read_text())
+    return json.loads((root / gt).read_text()), json.loads((root / found).read_text())
 
 
 REFERENCES = {
@@ -93,8 +93,8 @@ REFERENCES = {
 
 @pytest.mark.parametrize("name", REFERENCES)
 def test_published_figures_are_met_to_six_places(shared: Path, name: str) -> None:
-    truth, found, expected = REFERENCES[name]
-    metrics = evaluate_coco(*load(shared, truth, found))
+    gt, found, expected = REFERENCES[name]
+    metrics = evaluate_coco(*load(shared, gt, found))
     got = {key: metrics.as_dict()[key] for key in expected}
     assert got == pytest.approx(expected, abs=6e-7, rel=0)
 
@@ -108,8 +108,8 @@ def test_per_class_figures_average_to_the_whole(shared: Path) -> None:
 
 
 def test_a_perfect_detector_scores_one() -> None:
-    truth = dataset([(0, 10, BOX), (1, 20, FAR)])
-    metrics = evaluate_coco(truth, [detection(0, 10, BOX, 0.9), detection(1, 20, FAR, 0.8)])
+    gt = dataset([(0, 10, BOX), (1, 20, FAR)])
+    metrics = evaluate_coco(gt, [detection(0, 10, BOX, 0.9), detection(1, 20, FAR, 0.8)])
     assert (metrics.ap, metrics.ap50, metrics.ar100) == (ONE, ONE, ONE)
     assert (metrics.precision, metrics.recall, metrics.f1) == (1.0, 1.0, 1.0)
     assert 0.3 < metrics.confidence < 0.8  # the middle of the range in which every figure is 1
@@ -117,16 +117,16 @@ def test_a_perfect_detector_scores_one() -> None:
 
 def test_annotation_id_zero_counts_as_any_other() -> None:
     """pycocotools by itself takes a match with id 0 for no match."""
-    truth = dataset([(0, 10, BOX)], images=1, categories=1)
-    assert truth["annotations"][0]["id"] == 0
-    assert evaluate_coco(truth, [detection(0, 10, BOX, 0.9)]).ap == ONE
+    gt = dataset([(0, 10, BOX)], images=1, categories=1)
+    assert gt["annotations"][0]["id"] == 0
+    assert evaluate_coco(gt, [detection(0, 10, BOX, 0.9)]).ap == ONE
 
 
 def test_duplicate_annotation_ids_do_not_lose_objects() -> None:
-    truth = dataset([(0, 10, BOX), (0, 10, FAR)], images=1, categories=1)
-    for annotation in truth["annotations"]:
+    gt = dataset([(0, 10, BOX), (0, 10, FAR)], images=1, categories=1)
+    for annotation in gt["annotations"]:
         annotation["id"] = 7
-    metrics = evaluate_coco(truth, [detection(0, 10, BOX, 0.9)])
+    metrics = evaluate_coco(gt, [detection(0, 10, BOX, 0.9)])
     assert metrics.per_class[0].objects == 2
     assert metrics.ar100 == 0.5
 
@@ -148,27 +148,27 @@ def test_no_objects_at_all_give_nan_without_failing() -> None:
 
 
 def test_crowds_neither_count_as_objects_nor_punish_detections() -> None:
-    truth = dataset([(0, 10, BOX), (0, 10, [0, 0, 300, 300])], images=1, categories=1)
-    truth["annotations"][1]["iscrowd"] = 1
+    gt = dataset([(0, 10, BOX), (0, 10, [0, 0, 300, 300])], images=1, categories=1)
+    gt["annotations"][1]["iscrowd"] = 1
     inside_crowd = detection(0, 10, [210.0, 210.0, 30.0, 30.0], 0.95)
-    metrics = evaluate_coco(truth, [detection(0, 10, BOX, 0.9), inside_crowd])
+    metrics = evaluate_coco(gt, [detection(0, 10, BOX, 0.9), inside_crowd])
     assert metrics.per_class[0].objects == 1
     assert (metrics.ap, metrics.precision) == (ONE, 1.0)
 
 
 def test_only_the_chosen_images_count() -> None:
-    truth = dataset([(0, 10, BOX), (1, 10, BOX)])
+    gt = dataset([(0, 10, BOX), (1, 10, BOX)])
     found = [detection(0, 10, BOX, 0.9), detection(1, 10, FAR, 0.95)]
-    assert evaluate_coco(truth, found, image_ids=[0]).ap == ONE
-    assert evaluate_coco(truth, found).ap < 0.6
-    assert evaluate_coco(truth, found, image_ids=[0]).per_class[0].objects == 1
+    assert evaluate_coco(gt, found, image_ids=[0]).ap == ONE
+    assert evaluate_coco(gt, found).ap < 0.6
+    assert evaluate_coco(gt, found, image_ids=[0]).per_class[0].objects == 1
 
 
 def test_precision_and_recall_by_hand() -> None:
     """Three objects; scores fall: right, wrong, right. F1 at each cut: 1/2, 2/5, 2/3."""
-    truth = dataset([(0, 10, BOX), (0, 10, FAR), (1, 10, BOX)], categories=1)
+    gt = dataset([(0, 10, BOX), (0, 10, FAR), (1, 10, BOX)], categories=1)
     found = [detection(0, 10, BOX, 0.9), detection(1, 10, FAR, 0.8), detection(1, 10, BOX, 0.7)]
-    only = evaluate_coco(truth, found).per_class[0]
+    only = evaluate_coco(gt, found).per_class[0]
     assert (only.images, only.objects) == (2, 3)
     assert only.precision == pytest.approx(2 / 3)
     assert only.recall == pytest.approx(2 / 3)
@@ -176,26 +176,26 @@ def test_precision_and_recall_by_hand() -> None:
 
 
 def test_names_follow_the_sorted_category_ids() -> None:
-    truth = dataset([(0, 10, BOX), (0, 20, FAR)])
-    truth["categories"].reverse()
-    by_file = evaluate_coco(truth, [])
-    by_caller = evaluate_coco(truth, [], names={0: "first", 1: "second"})
+    gt = dataset([(0, 10, BOX), (0, 20, FAR)])
+    gt["categories"].reverse()
+    by_file = evaluate_coco(gt, [])
+    by_caller = evaluate_coco(gt, [], names={0: "first", 1: "second"})
     assert [c.name for c in by_file.per_class] == ["thing0", "thing1"]
     assert [c.name for c in by_caller.per_class] == ["first", "second"]
 
 
 def test_nothing_is_printed_and_the_arguments_stay_as_they_were(capsys: pytest.CaptureFixture[str]) -> None:
-    truth, found = dataset([(0, 10, BOX)]), [detection(0, 10, BOX, 0.9)]
-    before = copy.deepcopy((truth, found))
-    evaluate_coco(truth, found)
+    gt, found = dataset([(0, 10, BOX)]), [detection(0, 10, BOX, 0.9)]
+    before = copy.deepcopy((gt, found))
+    evaluate_coco(gt, found)
     assert capsys.readouterr().out == ""
-    assert (truth, found) == before
+    assert (gt, found) == before
 
 
 def test_ids_may_be_strings() -> None:
-    truth = dataset([(0, 10, BOX)], images=1, categories=1)
-    truth["images"][0]["id"] = truth["annotations"][0]["image_id"] = "cat_07"
-    assert evaluate_coco(truth, [detection("cat_07", 10, BOX, 0.9)]).ap == ONE  # type: ignore[arg-type]
+    gt = dataset([(0, 10, BOX)], images=1, categories=1)
+    gt["images"][0]["id"] = gt["annotations"][0]["image_id"] = "cat_07"
+    assert evaluate_coco(gt, [detection("cat_07", 10, BOX, 0.9)]).ap == ONE  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -216,10 +216,10 @@ def test_bad_detections_are_named(change: dict[str, Any], message: str) -> None:
 
 @pytest.mark.parametrize("key", ["images", "annotations", "categories"])
 def test_a_ground_truth_without_its_lists_is_refused(key: str) -> None:
-    truth = dataset([(0, 10, BOX)])
-    del truth[key]
+    gt = dataset([(0, 10, BOX)])
+    del gt[key]
     with pytest.raises(DataError, match=f"'{key}'"):
-        evaluate_coco(truth, [])
+        evaluate_coco(gt, [])
 
 
 def test_unknown_chosen_images_are_refused() -> None:
@@ -228,9 +228,9 @@ def test_unknown_chosen_images_are_refused() -> None:
 
 
 def test_table_is_aligned_and_names_each_class() -> None:
-    truth = dataset([(0, 10, BOX), (1, 20, FAR)])
-    truth["categories"][0]["name"] = "a rather long name"
-    lines = evaluate_coco(truth, [detection(0, 10, BOX, 0.9)]).table().splitlines()
+    gt = dataset([(0, 10, BOX), (1, 20, FAR)])
+    gt["categories"][0]["name"] = "a rather long name"
+    lines = evaluate_coco(gt, [detection(0, 10, BOX, 0.9)]).table().splitlines()
     rows = lines[:5]
     assert len({len(row) for row in rows}) == 1
     assert rows[2].split()[:3] == ["all", "2", "2"]

@@ -42,9 +42,9 @@ def test_curves_equal_counting(found: list[tuple[int, bool]], missed: int) -> No
 
 def test_the_area_under_each_curve_is_the_ap50_of_its_class(shared: Path) -> None:
     root = shared / "data" / "coco_eval_reference" / "val2014_100"
-    truth = json.loads((root / "instances_val2014_100.json").read_text())
+    gt = json.loads((root / "instances_val2014_100.json").read_text())
     found = json.loads((root / "instances_val2014_fakebbox100_results.json").read_text())
-    curves = evaluate_coco(truth, found).curves
+    curves = evaluate_coco(gt, found).curves
     assert curves.precision_at_recall.mean() == pytest.approx(0.6969727247, abs=6e-7)
     assert (np.diff(curves.precision_at_recall, axis=1) <= 1e-12).all()
     assert (np.diff(curves.recall, axis=1) <= 0).all()

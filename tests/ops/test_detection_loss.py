@@ -123,7 +123,7 @@ def test_positive_weight_scales_the_positive_part() -> None:
     logits, target = torch.tensor([0.3]), torch.tensor([0.5])
     p = logits.sigmoid()
     expected = -(3 * target * p.log() + (1 - target) * (1 - p).log())
-    torch.testing.assert_close(class_loss(logits, target, pos_weight=3.0), expected[0])
+    torch.testing.assert_close(class_loss(logits, target, class_pos_weight=3.0), expected[0])
 
 
 def test_focal_loss_by_hand() -> None:

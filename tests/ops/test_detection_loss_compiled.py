@@ -112,13 +112,13 @@ def eager(case: Case, upstream: Tensor | None = None) -> tuple[Tensor, list[Tens
 
 def compiled(case: Case, upstream: Tensor | None = None, backend: str = "cpu") -> tuple[Tensor, list[Tensor]]:
     leaves = [level.detach().requires_grad_() for level in case.maps]
-    strides, pos_weight, smoothing, gamma, gains = case.options
+    strides, class_pos_weight, smoothing, gamma, gains = case.options
     with yf.backend(backend):
         items = detection_loss(
             leaves,
             *case.fixed(),
             strides=strides,
-            class_pos_weight=pos_weight,
+            class_pos_weight=class_pos_weight,
             label_smoothing=smoothing,
             focal_gamma=gamma,
             gains=gains,
@@ -339,11 +339,11 @@ def test_compiles_in_one_graph() -> None:
     case = random_case(3)
     expected = compiled(case)
     leaves = [level.detach().requires_grad_() for level in case.maps]
-    strides, pos_weight, smoothing, gamma, gains = case.options
+    strides, class_pos_weight, smoothing, gamma, gains = case.options
 
     def call(leaves: list[Tensor], assignment: Assignment, labels: Tensor, boxes: Tensor, normaliser: Tensor) -> Tensor:
         return detection_loss(
-            leaves, assignment, labels, boxes, normaliser, strides=strides, class_pos_weight=pos_weight,
+            leaves, assignment, labels, boxes, normaliser, strides=strides, class_pos_weight=class_pos_weight,
             label_smoothing=smoothing, focal_gamma=gamma, gains=gains,
         )  # fmt: skip
 

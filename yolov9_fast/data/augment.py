@@ -47,7 +47,7 @@ class AugmentConfig:
 
 
 @dataclass
-class Scene:
+class LabelledImage:
     """An image with its objects, in pixels.
 
     `image`: uint8 BGR [H, W, 3]; `classes`: float32 [n]; `boxes`: float32 [n, 4] x1, y1, x2, y2; `outlines`: per object
@@ -80,77 +80,81 @@ def random_hsv(image: Image, config: AugmentConfig, rng: Generator) -> Image:
     return cv2.cvtColor(changed, cv2.COLOR_HSV2BGR)
 
 
-def random_flips(scene: Scene, config: AugmentConfig, rng: Generator) -> Scene:
+def random_flips(labelled: LabelledImage, config: AugmentConfig, rng: Generator) -> LabelledImage:
     """Mirror upside down and left to right with their probabilities; outlines are dropped."""
-    height, width = scene.size
-    image, boxes = scene.image, scene.boxes
+    height, width = labelled.size
+    image, boxes = labelled.image, labelled.boxes
     if rng.random() < config.flipud:
         image = require("cv2").flip(image, 0)
         boxes = np.stack((boxes[:, 0], height - boxes[:, 3], boxes[:, 2], height - boxes[:, 1]), axis=1)
     if rng.random() < config.fliplr:
         image = require("cv2").flip(image, 1)
         boxes = np.stack((width - boxes[:, 2], boxes[:, 1], width - boxes[:, 0], boxes[:, 3]), axis=1)
-    return Scene(image, scene.classes, boxes)
+    return LabelledImage(image, labelled.classes, boxes)
 
 
-def random_affine(scene: Scene, shape: tuple[int, int], config: AugmentConfig, rng: Generator) -> Scene:
+def random_affine(
+    labelled: LabelledImage, shape: tuple[int, int], config: AugmentConfig, rng: Generator
+) -> LabelledImage:
     """Scale, rotate, shear and shift about the centre onto a grey canvas of `shape` (height, width).
 
     Boxes come from the outlines where there are any (a turned box would be too large), are cut to the canvas, and are
     kept if wider and higher than 2 px, not thinner than 1:100, and if 1 % (outlines) or 10 % (boxes) of their area is
     left.
     """
-    matrix, scale = _random_matrix(scene.size, shape, config, rng)
-    image = _warp(scene.image, matrix, shape, perspective=config.perspective > 0)
-    if not len(scene.boxes):
-        return Scene(image, scene.classes, scene.boxes)
-    boxes = _transform_boxes(scene.boxes, matrix)
+    matrix, scale = _random_matrix(labelled.size, shape, config, rng)
+    image = _warp(labelled.image, matrix, shape, perspective=config.perspective > 0)
+    if not len(labelled.boxes):
+        return LabelledImage(image, labelled.classes, labelled.boxes)
+    boxes = _transform_boxes(labelled.boxes, matrix)
     least = np.full(len(boxes), 0.10)
-    for index, outline in enumerate(scene.outlines):
+    for index, outline in enumerate(labelled.outlines):
         if outline is not None:
             boxes[index] = _outline_box(transform(resample(outline), matrix), shape)
             least[index] = 0.01
     boxes = clip(boxes, shape[1], shape[0])
-    keep = _still_visible(scene.boxes * scale, boxes, least)
-    return Scene(image, scene.classes[keep], boxes[keep])
+    keep = _still_visible(labelled.boxes * scale, boxes, least)
+    return LabelledImage(image, labelled.classes[keep], boxes[keep])
 
 
-def mixup(first: Scene, second: Scene, rng: Generator) -> Scene:
-    """Blend two scenes of one size, the share drawn from Beta(32, 32); the objects of both stay."""
+def mixup(first: LabelledImage, second: LabelledImage, rng: Generator) -> LabelledImage:
+    """Blend two labelled images of one size, the share drawn from Beta(32, 32); the objects of both stay."""
     share = float(rng.beta(32.0, 32.0))
     image = require("cv2").addWeighted(first.image, share, second.image, 1 - share, 0)
-    return Scene(image, np.concatenate((first.classes, second.classes)), np.concatenate((first.boxes, second.boxes)))
+    return LabelledImage(
+        image, np.concatenate((first.classes, second.classes)), np.concatenate((first.boxes, second.boxes))
+    )
 
 
-def copy_paste(scene: Scene, share: float, rng: Generator) -> Scene:
+def copy_paste(labelled: LabelledImage, share: float, rng: Generator) -> LabelledImage:
     """Paste mirrored copies of round(share · n) outlined objects at their mirrored places.
 
-    A copy is left out if its box would cover 30 % or more of any box present. Changes `scene.image` in place.
+    A copy is left out if its box would cover 30 % or more of any box present. Changes `labelled.image` in place.
     """
-    eligible = [index for index, outline in enumerate(scene.outlines) if outline is not None]
+    eligible = [index for index, outline in enumerate(labelled.outlines) if outline is not None]
     chosen = rng.permutation(eligible)[: round(share * len(eligible))]
     if not len(chosen):
-        return scene
-    width = scene.size[1]
-    boxes, classes, outlines = [*scene.boxes], [*scene.classes], list(scene.outlines)
+        return labelled
+    width = labelled.size[1]
+    boxes, classes, outlines = [*labelled.boxes], [*labelled.classes], list(labelled.outlines)
     # All patches are cut before any is pasted, so that no copy shows another.
     patches = []
     for index in chosen:
-        x1, y1, x2, y2 = scene.boxes[index]
+        x1, y1, x2, y2 = labelled.boxes[index]
         box = np.array([width - x2, y1, width - x1, y2], dtype=np.float32)
         if (covered_share(box, np.stack(boxes)) >= 0.30).any():
             continue
-        outline = scene.outlines[index]
+        outline = labelled.outlines[index]
         assert outline is not None
         mirrored = outline * np.array([-1, 1], dtype=np.float32) + np.array([width, 0], dtype=np.float32)
-        patches.append(_mirrored_patch(scene.image, mirrored))
+        patches.append(_mirrored_patch(labelled.image, mirrored))
         boxes.append(box)
-        classes.append(scene.classes[index])
+        classes.append(labelled.classes[index])
         outlines.append(mirrored)
     for left, top, patch, mask in patches:
-        region = scene.image[top : top + patch.shape[0], left : left + patch.shape[1]]
+        region = labelled.image[top : top + patch.shape[0], left : left + patch.shape[1]]
         np.copyto(region, patch, where=mask)
-    return Scene(scene.image, np.asarray(classes, np.float32), np.stack(boxes), outlines)
+    return LabelledImage(labelled.image, np.asarray(classes, np.float32), np.stack(boxes), outlines)
 
 
 def _mirrored_patch(image: Image, outline: Floats) -> tuple[int, int, Image, NDArray[np.bool_]]:

@@ -12,7 +12,15 @@ import torch
 from numpy.random import Generator
 from torch.utils.data import Dataset
 
-from yolov9_fast.data.augment import AugmentConfig, Scene, copy_paste, mixup, random_affine, random_flips, random_hsv
+from yolov9_fast.data.augment import (
+    AugmentConfig,
+    LabelledImage,
+    copy_paste,
+    mixup,
+    random_affine,
+    random_flips,
+    random_hsv,
+)
 from yolov9_fast.data.geometry import corners_from_normalised, normalised_from_corners
 from yolov9_fast.data.images import Image, check_size, pad_to, read_image, resize_long_side, scaled_size, to_tensor
 from yolov9_fast.data.mosaic import mosaic4
@@ -25,7 +33,7 @@ from yolov9_fast.errors import DataError
 
 
 @dataclass(frozen=True)
-class Token:
+class SampleKey:
     """What the loader asks for: epoch and mosaic travel with the index, so that long-lived workers know them too."""
 
     epoch: int
@@ -83,13 +91,13 @@ class DetectionDataset(Dataset[Sample]):
     def __len__(self) -> int:
         return len(self._packed)
 
-    def __getitem__(self, index: int | Token) -> Sample:
-        token = index if isinstance(index, Token) else Token(self.epoch, self.mosaic_enabled, index)
-        if not 0 <= token.index < len(self):
-            raise IndexError(f"sample {token.index} of {len(self)}")
+    def __getitem__(self, index: int | SampleKey) -> Sample:
+        key = index if isinstance(index, SampleKey) else SampleKey(self.epoch, self.mosaic_enabled, index)
+        if not 0 <= key.index < len(self):
+            raise IndexError(f"sample {key.index} of {len(self)}")
         if self.augment is None:
-            return self._evaluation_sample(token.index)
-        return self._training_sample(token, self.augment)
+            return self._evaluation_sample(key.index)
+        return self._training_sample(key, self.augment)
 
     def __getstate__(self) -> dict:
         # A spawned worker needs the packed arrays only.
@@ -110,47 +118,47 @@ class DetectionDataset(Dataset[Sample]):
         canvas, pad = pad_to(image, shape)
         rows = self._packed.boxes(index)
         boxes = corners_from_normalised(rows[:, 1:], width, height) + np.array([*pad, *pad], dtype=np.float32)
-        return self._sample(Scene(canvas, rows[:, 0], boxes), index, (height, width), pad)
+        return self._sample(LabelledImage(canvas, rows[:, 0], boxes), index, (height, width), pad)
 
-    def _training_sample(self, token: Token, augment: AugmentConfig) -> Sample:
-        rng = np.random.default_rng((self.seed, token.epoch, token.index))
+    def _training_sample(self, key: SampleKey, augment: AugmentConfig) -> Sample:
+        rng = np.random.default_rng((self.seed, key.epoch, key.index))
         size = self.image_size
-        if token.mosaic and rng.random() < augment.mosaic:
-            scene = self._mosaic(token.index, augment, rng)
+        if key.mosaic and rng.random() < augment.mosaic:
+            labelled = self._mosaic(key.index, augment, rng)
             if rng.random() < augment.mixup:
-                scene = mixup(scene, self._mosaic(int(rng.integers(len(self))), augment, rng), rng)
-            resized, pad = scaled_size(*self._packed.size(token.index), size), (0, 0)
+                labelled = mixup(labelled, self._mosaic(int(rng.integers(len(self))), augment, rng), rng)
+            resized, pad = scaled_size(*self._packed.size(key.index), size), (0, 0)
         else:
-            plain = self._scene(token.index)
+            plain = self._labelled(key.index)
             resized = plain.size
             canvas, pad = pad_to(plain.image, (size, size))
             moved = plain.boxes + np.array([*pad, *pad], dtype=np.float32)
-            scene = random_affine(Scene(canvas, plain.classes, moved), (size, size), augment, rng)
-        image = random_hsv(scene.image, augment, rng)
-        scene = random_flips(Scene(image, scene.classes, scene.boxes), augment, rng)
-        return self._sample(scene, token.index, resized, pad)
+            labelled = random_affine(LabelledImage(canvas, plain.classes, moved), (size, size), augment, rng)
+        image = random_hsv(labelled.image, augment, rng)
+        labelled = random_flips(LabelledImage(image, labelled.classes, labelled.boxes), augment, rng)
+        return self._sample(labelled, key.index, resized, pad)
 
-    def _mosaic(self, index: int, augment: AugmentConfig, rng: Generator) -> Scene:
+    def _mosaic(self, index: int, augment: AugmentConfig, rng: Generator) -> LabelledImage:
         members = rng.permutation([index, *rng.integers(len(self), size=3)])
-        canvas = mosaic4([self._scene(int(member)) for member in members], self.image_size, rng)
+        canvas = mosaic4([self._labelled(int(member)) for member in members], self.image_size, rng)
         canvas = copy_paste(canvas, augment.copy_paste, rng)
         return random_affine(canvas, (self.image_size, self.image_size), augment, rng)
 
-    def _scene(self, index: int) -> Scene:
+    def _labelled(self, index: int) -> LabelledImage:
         image = self._store.get(index)
         height, width = image.shape[:2]
         rows = self._packed.boxes(index)
         scale = np.array([width, height], dtype=np.float32)
         outlines = [None if outline is None else outline * scale for outline in self._packed.outlines(index)]
-        return Scene(image, rows[:, 0], corners_from_normalised(rows[:, 1:], width, height), outlines)
+        return LabelledImage(image, rows[:, 0], corners_from_normalised(rows[:, 1:], width, height), outlines)
 
-    def _sample(self, scene: Scene, index: int, resized: tuple[int, int], pad: tuple[int, int]) -> Sample:
-        height, width = scene.size
-        boxes = normalised_from_corners(scene.boxes, width, height)
-        targets = np.concatenate((scene.classes[:, None], boxes), axis=1).astype(np.float32)
+    def _sample(self, labelled: LabelledImage, index: int, resized: tuple[int, int], pad: tuple[int, int]) -> Sample:
+        height, width = labelled.size
+        boxes = normalised_from_corners(labelled.boxes, width, height)
+        targets = np.concatenate((labelled.classes[:, None], boxes), axis=1).astype(np.float32)
         original = self._packed.size(index)
         ratio = (resized[0] / original[0], resized[1] / original[1])
-        return Sample(to_tensor(scene.image), torch.from_numpy(targets), index, original, ratio, pad)
+        return Sample(to_tensor(labelled.image), torch.from_numpy(targets), index, original, ratio, pad)
 
     def _load(self, index: int) -> Image:
         image = read_image(self._packed.path(index))

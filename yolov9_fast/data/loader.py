@@ -11,7 +11,7 @@ import torch
 from torch.utils.data import DataLoader, Sampler
 
 from yolov9_fast._lazy import require
-from yolov9_fast.data.dataset import DetectionDataset, Token
+from yolov9_fast.data.dataset import DetectionDataset, SampleKey
 from yolov9_fast.data.sample import Batch, Sample, collate
 from yolov9_fast.errors import DataError
 
@@ -97,8 +97,8 @@ def _naming_deaths(batches: Iterator[Batch]) -> Iterator[Batch]:
         yield batch
 
 
-class BatchOrder(Sampler[list[Token]]):
-    """Batches of tokens for one rank; see `create_loader`."""
+class BatchOrder(Sampler[list[SampleKey]]):
+    """Batches of sample keys for one rank; see `create_loader`."""
 
     def __init__(
         self,
@@ -129,13 +129,13 @@ class BatchOrder(Sampler[list[Token]]):
     def __len__(self) -> int:
         return len(self._cuts())
 
-    def __iter__(self) -> Iterator[list[Token]]:
+    def __iter__(self) -> Iterator[list[SampleKey]]:
         order = self._base
         if self._shuffle:
             order = np.random.default_rng((self._seed, self.epoch)).permutation(order)
         epoch, mosaic = self.epoch, self.mosaic and self._dataset.mosaic_enabled
         for start, end in self._cuts():
-            yield [Token(epoch, mosaic, int(order[position % len(order)])) for position in range(start, end)]
+            yield [SampleKey(epoch, mosaic, int(order[position % len(order)])) for position in range(start, end)]
 
     def _cuts(self) -> list[tuple[int, int]]:
         """(start, end) of this rank's batches in the global order; `end` may pass its length where it wraps around."""

@@ -7,14 +7,14 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.random import Generator
 
-from yolov9_fast.data.augment import Scene
+from yolov9_fast.data.augment import LabelledImage
 from yolov9_fast.data.geometry import Floats, clip
 from yolov9_fast.data.images import GREY
 
 
-def mosaic4(tiles: Sequence[Scene], size: int, rng: Generator) -> Scene:
-    """Canvas [2 · size, 2 · size, 3] of four scenes: upper left, upper right, lower left, lower right of a point drawn
-    uniformly from its middle half. Boxes and outlines are shifted with their tile and cut to the canvas.
+def mosaic4(tiles: Sequence[LabelledImage], size: int, rng: Generator) -> LabelledImage:
+    """Canvas [2 · size, 2 · size, 3] of four images: upper left, upper right, lower left, lower right of a point
+    drawn uniformly from its middle half. Boxes and outlines are shifted with their tile and cut to the canvas.
     """
     side = 2 * size
     centre_y, centre_x = (int(value) for value in rng.uniform(size / 2, 3 * size / 2, 2))
@@ -33,9 +33,9 @@ def mosaic4(tiles: Sequence[Scene], size: int, rng: Generator) -> Scene:
         if with_outlines:
             outlines += _shift(tile, offset, side)
     classes = np.concatenate([tile.classes for tile in tiles])
-    return Scene(canvas, classes, np.concatenate(boxes), outlines)
+    return LabelledImage(canvas, classes, np.concatenate(boxes), outlines)
 
 
-def _shift(tile: Scene, offset: Floats, side: int) -> list[Floats | None]:
+def _shift(tile: LabelledImage, offset: Floats, side: int) -> list[Floats | None]:
     outlines = tile.outlines or [None] * len(tile.boxes)
     return [None if outline is None else np.clip(outline + offset, 0, side) for outline in outlines]

@@ -115,15 +115,15 @@ class DetectionLoss:
         main = output.main
         with torch.autocast(main[0].device.type, enabled=False):
             dtype = torch.float64 if main[0].dtype == torch.float64 else torch.float32
-            truth = self._truth(targets, main[0], size, dtype)
-            assignments = self._assignments(branches, truth)
-            normalisers = self._normalisers(assignments, truth)
+            gt = self._pad(targets, main[0], size, dtype)
+            assignments = self._assignments(branches, gt)
+            normalisers = self._normalisers(assignments, gt)
             # All factors go into the operator: the gradient that comes back to it is then one.
             batch = main[0].shape[0]
             factors = [batch * weight for weight in (1.0, self.auxiliary_weight)]
             items = torch.stack(
                 [
-                    self._branch(maps, assignment, truth, normaliser, factor)
+                    self._branch(maps, assignment, gt, normaliser, factor)
                     for maps, assignment, normaliser, factor in zip(
                         branches, assignments, normalisers, factors, strict=False
                     )
@@ -139,7 +139,7 @@ class DetectionLoss:
         """The same without gradient and without talking to other processes, for validation."""
         return self(output, targets, image_size)
 
-    def _truth(
+    def _pad(
         self, targets: Tensor | PaddedTargets, like: Tensor, size: tuple[int, int], dtype: torch.dtype
     ) -> PaddedTargets:
         if not isinstance(targets, PaddedTargets):
@@ -152,7 +152,7 @@ class DetectionLoss:
         self,
         maps: Sequence[Tensor],
         assignment: Assignment,
-        truth: PaddedTargets,
+        gt: PaddedTargets,
         normaliser: Tensor,
         factor: float,
     ) -> Tensor:
@@ -160,8 +160,8 @@ class DetectionLoss:
         return detection_loss(
             maps,
             assignment,
-            truth.labels,
-            truth.boxes,
+            gt.labels,
+            gt.boxes,
             normaliser,
             strides=self.strides,
             class_pos_weight=self.class_pos_weight,
@@ -171,13 +171,13 @@ class DetectionLoss:
         )
 
     @torch.no_grad()
-    def _assignments(self, branches: Sequence[Sequence[Tensor]], truth: PaddedTargets) -> list[Assignment]:
+    def _assignments(self, branches: Sequence[Sequence[Tensor]], gt: PaddedTargets) -> list[Assignment]:
         if self.lead_head_guided:
-            return [self._assign(branches[0], truth)] * len(branches)
-        return [self._assign(maps, truth) for maps in branches]
+            return [self._assign(branches[0], gt)] * len(branches)
+        return [self._assign(maps, gt) for maps in branches]
 
-    def _assign(self, maps: Sequence[Tensor], truth: PaddedTargets) -> Assignment:
-        given = decode_for_assignment(maps, truth.labels, self.strides)
+    def _assign(self, maps: Sequence[Tensor], gt: PaddedTargets) -> Assignment:
+        given = decode_for_assignment(maps, gt.labels, self.strides)
         options: dict[str, Any] = {}
         if self.assigner_rule != "yolov9":
             _, strides = map_anchor_points(maps, self.strides, given.points.dtype)
@@ -187,15 +187,15 @@ class DetectionLoss:
             given.boxes,
             given.points,
             given.columns,
-            truth.boxes,
-            truth.mask,
+            gt.boxes,
+            gt.mask,
             topk=self.topk,
             alpha=self.alpha,
             beta=self.beta,
             **options,
         )
 
-    def _normalisers(self, assignments: Sequence[Assignment], truth: PaddedTargets) -> Tensor:
+    def _normalisers(self, assignments: Sequence[Assignment], gt: PaddedTargets) -> Tensor:
         """S of each branch, [branches]."""
         own = assignments[:1] if self.lead_head_guided else assignments
         total = torch.stack([assignment.weight.sum() for assignment in own])
@@ -208,8 +208,8 @@ class DetectionLoss:
             total = torch.where(total > 0, total, torch.ones_like(total)).expand(len(assignments))
         else:
             total = total.clamp(min=1)
-        if truth.fits is not None:
-            total = total.masked_fill(~truth.fits, math.nan)
+        if gt.fits is not None:
+            total = total.masked_fill(~gt.fits, math.nan)
         return total / world
 
     def _check(self, maps: Sequence[Tensor], size: tuple[int, int]) -> None:

@@ -135,9 +135,9 @@ def detection_loss_reference(
         return items if gains == (1, 1, 1) else items * items.new_tensor(gains)
 
 
-def class_loss(logits: Tensor, target: Tensor, pos_weight: float = 1.0, focal_gamma: float = 0.0) -> Tensor:
+def class_loss(logits: Tensor, target: Tensor, class_pos_weight: float = 1.0, focal_gamma: float = 0.0) -> Tensor:
     """Sum of the binary cross entropies with logits, focal for `focal_gamma` > 0."""
-    positive = None if pos_weight == 1 else torch.tensor(pos_weight, device=logits.device, dtype=logits.dtype)
+    positive = None if class_pos_weight == 1 else logits.new_tensor(class_pos_weight)
     if focal_gamma == 0:
         return F.binary_cross_entropy_with_logits(logits, target, pos_weight=positive, reduction="sum")
     loss = F.binary_cross_entropy_with_logits(logits, target, pos_weight=positive, reduction="none")
@@ -239,14 +239,14 @@ def _supports(device: str) -> Any:
 
 
 _FIXED = "Tensor gt_index, Tensor weight, Tensor gt_labels, Tensor gt_boxes, Tensor normaliser"
-_OPTIONS = "int[] strides, float pos_weight, float label_smoothing, float focal_gamma, float[] gains"
+_OPTIONS = "int[] strides, float class_pos_weight, float label_smoothing, float focal_gamma, float[] gains"
 
 
 def _as_options(
-    strides: Sequence[int], pos_weight: float, label_smoothing: float, focal_gamma: float, gains: Sequence[float]
+    strides: Sequence[int], class_pos_weight: float, label_smoothing: float, focal_gamma: float, gains: Sequence[float]
 ) -> LossOptions:
     box, cls, dfl = gains
-    return LossOptions(tuple(strides), pos_weight, label_smoothing, focal_gamma, (box, cls, dfl))
+    return LossOptions(tuple(strides), class_pos_weight, label_smoothing, focal_gamma, (box, cls, dfl))
 
 
 def _forward_reference(

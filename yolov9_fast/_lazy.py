@@ -1,9 +1,13 @@
-"""Imports of optional packages, with an error that names the `pip install` that provides them."""
+"""Imports by name: optional packages, whose absence is an error that says how to install them, and users' modules."""
 
 from __future__ import annotations
 
 import importlib
+import os
+import sys
+from collections.abc import Callable
 from types import ModuleType
+from typing import Any
 
 from yolov9_fast.errors import UserError
 
@@ -30,3 +34,34 @@ def require(module: str) -> ModuleType:
             f"{module} cannot be imported ({error}); install it with `pip install {package}` or all extras with "
             f"`pip install 'yolov9-fast[all]'`"
         ) from error
+
+
+def import_module(name: str) -> ModuleType:
+    """Import a user's module; the working folder is searched first, as `python -m` does.
+
+    Raises:
+        ValueError: there is none, or importing it fails.
+    """
+    folder = os.getcwd()
+    sys.path.insert(0, folder)
+    try:
+        return importlib.import_module(name)
+    except Exception as error:  # a module may fail in any way
+        raise ValueError(f"cannot import {name!r}: {type(error).__name__}: {error}") from error
+    finally:
+        sys.path.remove(folder)
+
+
+def import_callable(path: str) -> Callable[..., Any]:
+    """The function or other callable at a user's import path `module:function`.
+
+    Raises:
+        ValueError: there is none.
+    """
+    module, _, name = path.partition(":")
+    if not module or not name:
+        raise ValueError(f"expected an import path module:function, got {path!r}")
+    found = getattr(import_module(module), name, None)
+    if not callable(found):
+        raise ValueError(f"{path!r}: module {module} has no function {name}")
+    return found  # type: ignore[no-any-return]

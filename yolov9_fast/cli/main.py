@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from types import ModuleType
 
 from yolov9_fast import __version__
+from yolov9_fast._lazy import import_module
 from yolov9_fast.cli.output import add_shared_flags, calm_progress_bars, is_main_process, set_up_logging, silence_stdout
 from yolov9_fast.errors import UserError
 
@@ -80,8 +81,6 @@ def _run(module: ModuleType, arguments: argparse.Namespace) -> int:
 def import_modules(names: Sequence[str]) -> None:
     """Import a user's modules, from the working folder too."""
     for name in names:
-        from yolov9_fast.nn.gelan import import_module
-
         try:
             import_module(name)
         except ValueError as error:

@@ -15,15 +15,14 @@ A3, A4, A5, which an auxiliary head supervises while training; `Graph.deploy` ta
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any
 
 import torch
 
+from yolov9_fast._lazy import import_callable
 from yolov9_fast.models.graph import ATTACHED, Graph, GraphError, Layer, build_layer, graph_from_dict
-from yolov9_fast.nn.gelan import import_module
 from yolov9_fast.ops._boxes import STRIDES
 
 _PROBE_SIZE = 128
@@ -139,12 +138,7 @@ def find_branch(name: str) -> Branch:
         ValueError: there is none.
     """
     if ":" in name:
-        module, _, attribute = name.partition(":")
-        import_module(module)
-        branch = getattr(sys.modules[module], attribute, None)
-        if not callable(branch):
-            raise ValueError(f"auxiliary branch {name!r}: {module} has no function {attribute}")
-        return branch
+        return import_callable(name)
     if name not in _branches:
         raise ValueError(
             f"unknown auxiliary branch {name!r}; known are {', '.join(branch_names())}, or a path module:function"

@@ -7,9 +7,7 @@ that maps [B, in_channels, H, W] to [B, out_channels, H, W]. Known by name are t
 
 from __future__ import annotations
 
-import importlib
 import itertools
-import os
 import re
 import sys
 from collections.abc import Callable
@@ -18,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from yolov9_fast._lazy import import_module
 from yolov9_fast.nn.blocks import Conv, ELANBase, RepConv, RepCSP
 
 Block = Callable[[int, int, int], nn.Module]
@@ -116,22 +115,6 @@ def load_block(name: str) -> Block:
     if _PATH.fullmatch(name):
         import_module(name.partition(":")[0])
     return find_block(name)
-
-
-def import_module(name: str) -> None:
-    """Import a module by name; the working folder is searched first, as `python -m` does.
-
-    Raises:
-        ValueError: there is none, or it fails.
-    """
-    folder = os.getcwd()
-    sys.path.insert(0, folder)
-    try:
-        importlib.import_module(name)
-    except Exception as error:  # a module may fail in any way
-        raise ValueError(f"cannot import {name!r}: {type(error).__name__}: {error}") from error
-    finally:
-        sys.path.remove(folder)
 
 
 def find_block(name: str) -> Block:

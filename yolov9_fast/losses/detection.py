@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from yolov9_fast.losses.targets import PaddedTargets, pad_targets
+from yolov9_fast.losses.terms import STANDARD_TERMS, LossTerm
 from yolov9_fast.nn.output import DetectionOutput
 from yolov9_fast.ops._assign import Assignment, assign
 from yolov9_fast.ops._boxes import REG_MAX, STRIDES
@@ -19,12 +20,26 @@ from yolov9_fast.ops._detection_loss import detection_loss
 
 
 class Loss(NamedTuple):
-    """`total` (with gradient, times the batch size) and its parts after gains, detached, not times the batch size."""
+    """Loss of a batch, float32.
+
+    `total`: 0-dimensional, with gradient, times the batch size. `items` [terms]: its terms in the order of
+    `DetectionLoss.names`, after gains and weights, detached, not times the batch size.
+    """
 
     total: Tensor
-    box: Tensor
-    cls: Tensor
-    dfl: Tensor
+    items: Tensor
+
+    @property
+    def box(self) -> Tensor:
+        return self.items[0]
+
+    @property
+    def cls(self) -> Tensor:
+        return self.items[1]
+
+    @property
+    def dfl(self) -> Tensor:
+        return self.items[2]
 
 
 class DetectionLoss:
@@ -48,6 +63,10 @@ class DetectionLoss:
         sync_normaliser: while training with several processes, S is the mean over them, and its least value 1 holds
             for their sum. The processes' totals then add up to the total of one process that sees all images; DDP
             averages gradients, so a trainer multiplies each total by the number of processes.
+        terms: further terms, computed for each branch and divided by its S like the three of the paper.
+
+    Attributes:
+        names: of the terms, in the order of `Loss.items`: "box", "cls", "dfl", then those of `terms`.
     """
 
     def __init__(
@@ -69,6 +88,7 @@ class DetectionLoss:
         sync_normaliser: bool = True,
         assigner_rule: str = "yolov9",
         max_objects: int | None = None,
+        terms: Sequence[LossTerm] = (),
     ) -> None:
         if num_classes < 1:
             raise ValueError(f"num_classes: expected at least 1, got {num_classes}")
@@ -76,6 +96,10 @@ class DetectionLoss:
             raise ValueError(f"label_smoothing: expected a value in [0, 1), got {label_smoothing}")
         if max_objects is not None and max_objects < 0:
             raise ValueError(f"max_objects: expected at least 0, got {max_objects}")
+        self.names = (*STANDARD_TERMS, *(term.name for term in terms))
+        if len(set(self.names)) < len(self.names):
+            raise ValueError(f"terms: expected names that differ, got {', '.join(self.names)}")
+        self.terms = tuple(terms)
         self.num_classes = num_classes
         self.lead_head_guided = lead_head_guided
         self.auxiliary_weight = auxiliary_weight
@@ -118,19 +142,15 @@ class DetectionLoss:
             gt = self._pad(targets, main[0], size, dtype)
             assignments = self._assignments(branches, gt)
             normalisers = self._normalisers(assignments, gt)
-            # All factors go into the operator: the gradient that comes back to it is then one.
             batch = main[0].shape[0]
             factors = [batch * weight for weight in (1.0, self.auxiliary_weight)]
-            items = torch.stack(
-                [
-                    self._branch(maps, assignment, gt, normaliser, factor)
-                    for maps, assignment, normaliser, factor in zip(
-                        branches, assignments, normalisers, factors, strict=False
-                    )
-                ]
-            ).sum(0)
-            box, cls, dfl = items.detach() / batch
-            return Loss(items.sum(), box, cls, dfl)
+            parts = list(zip(branches, assignments, normalisers, factors, strict=False))
+            items = torch.stack([self._standard_terms(*part, gt) for part in parts]).sum(0)
+            total = items.sum()
+            if self.terms:
+                further = torch.stack([self._further_terms(*part, gt) for part in parts]).sum(0)
+                total, items = total + further.sum(), torch.cat((items, further))
+            return Loss(total, items.detach() / batch)
 
     @torch.no_grad()
     def evaluate(
@@ -148,14 +168,11 @@ class DetectionLoss:
             raise ValueError(f"targets: expected {like.shape[0]} images, got {targets.labels.shape[0]}")
         return targets.to(like.device, dtype)
 
-    def _branch(
-        self,
-        maps: Sequence[Tensor],
-        assignment: Assignment,
-        gt: PaddedTargets,
-        normaliser: Tensor,
-        factor: float,
+    def _standard_terms(
+        self, maps: Sequence[Tensor], assignment: Assignment, normaliser: Tensor, factor: float, gt: PaddedTargets
     ) -> Tensor:
+        """Box, cls and dfl of a branch, [3]."""
+        # All factors are given to the operator: the gradient that comes back to it is then one.
         box, cls, dfl = (gain * factor for gain in self.gains)
         return detection_loss(
             maps,
@@ -169,6 +186,13 @@ class DetectionLoss:
             focal_gamma=self.focal_gamma,
             gains=(box, cls, dfl),
         )
+
+    def _further_terms(
+        self, maps: Sequence[Tensor], assignment: Assignment, normaliser: Tensor, factor: float, gt: PaddedTargets
+    ) -> Tensor:
+        """`terms` of a branch, [len(terms)]."""
+        maps = [level.to(gt.boxes.dtype) for level in maps]
+        return torch.stack([term(maps, assignment, gt) * (term.weight * factor) for term in self.terms]) / normaliser
 
     @torch.no_grad()
     def _assignments(self, branches: Sequence[Sequence[Tensor]], gt: PaddedTargets) -> list[Assignment]:

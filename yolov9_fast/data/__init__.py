@@ -1,8 +1,9 @@
 """Datasets: the data file, checked labels, augmentation, loaders, and sources of images to predict on."""
 
-from yolov9_fast.data.augment import AugmentConfig
+from yolov9_fast.data.augment import AugmentConfig, LabelledImage
 from yolov9_fast.data.coco import category_ids, coco_ground_truth
 from yolov9_fast.data.config import DataConfig, Split, load_data_config
+from yolov9_fast.data.custom import Augmentation
 from yolov9_fast.data.dataset import DetectionDataset
 from yolov9_fast.data.images import Letterboxed, letterbox, read_image, scale_boxes_to_original, to_tensor
 from yolov9_fast.data.labels import load_split
@@ -13,6 +14,7 @@ from yolov9_fast.data.sources import Frame, open_source
 
 __all__ = [
     "AugmentConfig",
+    "Augmentation",
     "Batch",
     "DataConfig",
     "DetectionDataset",
@@ -20,6 +22,7 @@ __all__ = [
     "Frame",
     "ImageRecord",
     "LabelReport",
+    "LabelledImage",
     "Letterboxed",
     "Sample",
     "Split",

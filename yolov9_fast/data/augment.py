@@ -50,8 +50,8 @@ class AugmentConfig:
 class LabelledImage:
     """An image with its objects, in pixels.
 
-    `image`: uint8 BGR [H, W, 3]; `classes`: float32 [n]; `boxes`: float32 [n, 4] x1, y1, x2, y2; `outlines`: per object
-    its polygon [k, 2] or None; an empty list when none has one.
+    `image`: uint8 [H, W, 3], BGR, but RGB in an `Augmentation`; `classes`: float32 [n]; `boxes`: float32 [n, 4] rows
+    x1, y1, x2, y2; `outlines`: per object its polygon, float32 [k, 2], or None; an empty list when no object has one.
     """
 
     image: Image
@@ -77,7 +77,8 @@ def random_hsv(image: Image, config: AugmentConfig, rng: Generator) -> Image:
         (ramp * gains[0] % 180, np.clip(ramp * gains[1], 0, 255), np.clip(ramp * gains[2], 0, 255)), axis=1
     )
     changed = cv2.LUT(cv2.cvtColor(image, cv2.COLOR_BGR2HSV), tables.astype(np.uint8)[None])
-    return cv2.cvtColor(changed, cv2.COLOR_HSV2BGR)
+    result: Image = cv2.cvtColor(changed, cv2.COLOR_HSV2BGR)
+    return result
 
 
 def random_flips(labelled: LabelledImage, config: AugmentConfig, rng: Generator) -> LabelledImage:
@@ -193,10 +194,9 @@ def _warp(image: Image, matrix: NDArray[np.float64], shape: tuple[int, int], *, 
     half = np.eye(3)
     half[:2, 2] = 0.5
     matrix = np.linalg.inv(half) @ matrix @ half
-    size, border = (shape[1], shape[0]), (GREY, GREY, GREY)
-    if perspective:
-        return cv2.warpPerspective(image, matrix, dsize=size, borderValue=border)
-    return cv2.warpAffine(image, matrix[:2], dsize=size, borderValue=border)
+    function, matrix = (cv2.warpPerspective, matrix) if perspective else (cv2.warpAffine, matrix[:2])
+    result: Image = function(image, matrix, dsize=(shape[1], shape[0]), borderValue=(GREY, GREY, GREY))
+    return result
 
 
 def _transform_boxes(boxes: Floats, matrix: NDArray[np.float64]) -> Floats:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from yolov9_fast.data.augment import (
     random_flips,
     random_hsv,
 )
+from yolov9_fast.data.custom import Augmentation, apply_augmentations, resolve_augmentations
 from yolov9_fast.data.geometry import corners_from_normalised, normalised_from_corners
 from yolov9_fast.data.images import Image, check_size, pad_to, read_image, resize_long_side, scaled_size, to_tensor
 from yolov9_fast.data.mosaic import mosaic4
@@ -46,7 +47,9 @@ class DetectionDataset(Dataset[Sample]):
 
     `augment`: the training pipeline, or None for evaluation (letterbox only). `image_size`: side in pixels, a multiple
     of `stride`. `rect`: evaluation canvases of `rectangular_batches` for loaders of `batch_size`. `cache`: keep resized
-    images in "ram" or on "disk" (`cache_dir`). All random draws of a sample come from (`seed`, epoch, index) alone.
+    images in "ram" or on "disk" (`cache_dir`). `augmentations`: further functions, or import paths `module:function` of
+    them, called in this order on the augmented image. All random draws of a sample come from (`seed`, epoch, index)
+    alone.
     """
 
     def __init__(
@@ -62,6 +65,7 @@ class DetectionDataset(Dataset[Sample]):
         cache: Literal["ram", "disk"] | None = None,
         cache_dir: str | Path | None = None,
         seed: int = 0,
+        augmentations: Sequence[Augmentation | str] = (),
     ) -> None:
         check_size(image_size, stride)
         if not records:
@@ -72,14 +76,13 @@ class DetectionDataset(Dataset[Sample]):
             raise ValueError("rect batches are for evaluation: they need augment=None")
         if cache not in (None, "ram", "disk"):
             raise ValueError(f"cache must be None, 'ram' or 'disk', got {cache!r}")
+        if augmentations and augment is None:
+            raise ValueError("augmentations: expected none with augment=None")
         self.records: list[ImageRecord] | None = list(records)
-        self.image_size, self.augment, self.seed, self.rect, self.batch_size = (
-            image_size,
-            augment,
-            seed,
-            rect,
-            batch_size,
-        )
+        self.image_size, self.augment, self.seed = image_size, augment, seed
+        self.rect, self.batch_size = rect, batch_size
+        self._given_augmentations = tuple(augmentations)
+        self._augmentations = resolve_augmentations(augmentations)
         self.epoch, self.mosaic_enabled = 0, True
         self._packed = PackedRecords(records)
         self.order = list(range(len(records)))
@@ -99,9 +102,14 @@ class DetectionDataset(Dataset[Sample]):
             return self._evaluation_sample(key.index)
         return self._training_sample(key, self.augment)
 
-    def __getstate__(self) -> dict:
-        # A spawned worker needs the packed arrays only.
-        return {**self.__dict__, "records": None}
+    def __getstate__(self) -> dict[str, Any]:
+        # A spawned worker needs the packed arrays only. It imports again what was given by import path: the working
+        # folder, which `resolve_augmentations` searches, is not on its module path.
+        return {**self.__dict__, "records": None, "_augmentations": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._augmentations = resolve_augmentations(self._given_augmentations)
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the random draws of `dataset[index]`; a loader passes its own epoch with each index."""
@@ -136,6 +144,7 @@ class DetectionDataset(Dataset[Sample]):
             labelled = random_affine(LabelledImage(canvas, plain.classes, moved), (size, size), augment, rng)
         image = random_hsv(labelled.image, augment, rng)
         labelled = random_flips(LabelledImage(image, labelled.classes, labelled.boxes), augment, rng)
+        labelled = apply_augmentations(self._augmentations, labelled, rng)
         return self._sample(labelled, key.index, resized, pad)
 
     def _mosaic(self, index: int, augment: AugmentConfig, rng: Generator) -> LabelledImage:

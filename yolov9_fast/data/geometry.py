@@ -34,7 +34,8 @@ def covered_share(box: Floats, boxes: Floats) -> Floats:
     low = np.maximum(box[:2], boxes[:, :2])
     high = np.minimum(box[2:], boxes[:, 2:])
     area = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
-    return np.clip(high - low, 0, None).prod(1) / (area + 1e-7)
+    share: Floats = np.clip(high - low, 0, None).prod(1) / (area + 1e-7)
+    return share
 
 
 def resample(outline: Floats, points: int = OUTLINE_POINTS) -> Floats:

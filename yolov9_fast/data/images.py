@@ -42,7 +42,7 @@ def decode_image(data: NDArray[np.uint8], name: str) -> Image:
         raise DataError(f"image file is truncated: {name}")
     cv2 = require("cv2")
     try:
-        image = cv2.imdecode(data, cv2.IMREAD_COLOR)
+        image: Image | None = cv2.imdecode(data, cv2.IMREAD_COLOR)
     except cv2.error as error:
         raise DataError(f"image file cannot be decoded: {name}: {error}") from error
     if image is None:
@@ -85,8 +85,9 @@ def resize_long_side(image: Image, size: int, *, training: bool) -> Image:
     new_height, new_width = scaled_size(height, width, size)
     if (new_height, new_width) == (height, width):
         return image
-    bilinear = training or size > max(height, width)
-    return cv2.resize(image, (new_width, new_height), interpolation=cv2.INTER_LINEAR if bilinear else cv2.INTER_AREA)
+    interpolation = cv2.INTER_LINEAR if training or size > max(height, width) else cv2.INTER_AREA
+    result: Image = cv2.resize(image, (new_width, new_height), interpolation=interpolation)
+    return result
 
 
 @dataclass(frozen=True)

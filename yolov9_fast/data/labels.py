@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -115,7 +116,7 @@ def _coco_records(config: DataConfig, split: str, report: LabelReport, for_train
     return records
 
 
-def _reject_doubles(images: list[dict], file: Path) -> None:
+def _reject_doubles(images: list[dict[str, Any]], file: Path) -> None:
     repeated = [image_id for image_id, count in Counter(image["id"] for image in images).items() if count > 1]
     if repeated:
         raise DataError(f"{file}: image id {repeated[0]} is given to more than one image")
@@ -126,7 +127,7 @@ def _find(name: str, folders: tuple[Path, ...]) -> Path:
     return next((path for path in candidates if path.is_file()), candidates[0])
 
 
-def _size_mismatch(image: dict, width: int, height: int) -> str | None:
+def _size_mismatch(image: dict[str, Any], width: int, height: int) -> str | None:
     stated = (image.get("width", width), image.get("height", height))
     if stated == (width, height):
         return None

@@ -88,6 +88,9 @@ def _naming_deaths(batches: Iterator[Batch]) -> Iterator[Batch]:
             batch = next(batches)
         except StopIteration:
             return
+        except DataError as error:
+            # A worker's error comes with its traceback, which ends with the message.
+            raise DataError(str(error).rpartition("DataError: ")[2].strip()) from error
         except (ConnectionError, EOFError, RuntimeError) as error:
             if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
                 raise

@@ -147,15 +147,17 @@ def _ramp(rng: Generator, height: int, width: int) -> NDArray[np.float64]:
     """[H, W] rising from 0 to 1 in a random direction."""
     angle = rng.uniform(0, 2 * np.pi)
     y, x = np.mgrid[0:height, 0:width]
-    ramp = x * np.cos(angle) + y * np.sin(angle)
-    return (ramp - ramp.min()) / max(float(np.ptp(ramp)), 1e-9)
+    ramp: NDArray[np.float64] = x * np.cos(angle) + y * np.sin(angle)
+    ramp = (ramp - ramp.min()) / max(float(np.ptp(ramp)), 1e-9)
+    return ramp
 
 
 def _background(rng: Generator, height: int, width: int) -> Image:
     first, second = rng.uniform(20, 235, (2, 3))
     share = _PATTERNS[int(rng.integers(len(_PATTERNS)))](rng, height, width)[..., None]
     grain = rng.normal(0, rng.uniform(0, 8), (height, width, 1))
-    return np.clip(first * (1 - share) + second * share + grain, 0, 255).astype(np.uint8)
+    image: Image = np.clip(first * (1 - share) + second * share + grain, 0, 255).astype(np.uint8)
+    return image
 
 
 def _noise(rng: Generator, height: int, width: int) -> NDArray[np.float64]:
@@ -164,18 +166,22 @@ def _noise(rng: Generator, height: int, width: int) -> NDArray[np.float64]:
 
 def _clouds(rng: Generator, height: int, width: int) -> NDArray[np.float64]:
     """Smooth blobs: coarse noise enlarged."""
+    cv2 = require("cv2")
     coarse = rng.random((int(rng.integers(3, 9)), int(rng.integers(3, 9))))
-    return np.clip(require("cv2").resize(coarse, (width, height), interpolation=require("cv2").INTER_CUBIC), 0, 1)
+    blobs: NDArray[np.float64] = cv2.resize(coarse, (width, height), interpolation=cv2.INTER_CUBIC)
+    return np.clip(blobs, 0, 1)
 
 
 def _stripes(rng: Generator, height: int, width: int) -> NDArray[np.float64]:
-    return 0.5 + 0.5 * np.sin(_ramp(rng, height, width) * rng.uniform(10, 60))
+    wave: NDArray[np.float64] = np.sin(_ramp(rng, height, width) * rng.uniform(10, 60))
+    return 0.5 + 0.5 * wave
 
 
 def _checks(rng: Generator, height: int, width: int) -> NDArray[np.float64]:
     cell = int(rng.integers(6, 24))
     y, x = np.mgrid[0:height, 0:width]
-    return ((x // cell + y // cell) % 2).astype(np.float64)
+    parity: NDArray[np.float64] = ((x // cell + y // cell) % 2).astype(np.float64)
+    return parity
 
 
 _PATTERNS = (_ramp, _noise, _clouds, _stripes, _checks)

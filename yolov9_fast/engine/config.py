@@ -88,6 +88,7 @@ class TrainConfig:
     label_smoothing: float = _option(0.0, "label smoothing")
     fl_gamma: float = _option(0.0, "gamma of focal loss (0: off)")
     auxiliary_weight: float = _option(0.25, "weight of the auxiliary branch's loss")
+    loss_terms: str = _option("", "loss terms of your own: module:function or module:function=WEIGHT, comma-separated")
     lead_head_guided: bool = _option(False, "assign the auxiliary branch by the main head")
     class_tower: int | None = _option(None, "width of the class branch")
     box_groups: int | None = _option(None, "groups of the box branch: 4 as published, 1 dense (default: the graph's)")
@@ -101,6 +102,7 @@ class TrainConfig:
     max_det: int = _option(300, "detections per image in validation")
     plots: bool = _option(True, "draw plots")
     tensorboard: bool = _option(True, "write TensorBoard events where tensorboard is installed")
+    augmentations: str = _option("", "augmentations of your own: module:function, comma-separated")
     augment: AugmentConfig = field(default_factory=AugmentConfig)
 
     def check(self) -> None:

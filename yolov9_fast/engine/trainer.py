@@ -12,6 +12,7 @@ import logging
 import os
 import random
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ from yolov9_fast.engine.start_weights import build_model
 from yolov9_fast.engine.training_state import TrainingState
 from yolov9_fast.engine.validator import ValidationResult, autocast, open_evaluation_set, prepare_images, validate
 from yolov9_fast.errors import CheckpointError, UserError
-from yolov9_fast.losses import DetectionLoss
+from yolov9_fast.losses import DetectionLoss, parse_terms
 from yolov9_fast.models import load_checkpoint, save_weights
 from yolov9_fast.nn.sync_batch_norm import convert_sync_batch_norm
 
@@ -152,6 +153,7 @@ class Trainer:
             augment=config.augment,
             cache=config.cache,
             seed=config.seed,
+            augmentations=[path for path in config.augmentations.split(",") if path],
         )
         self.labels = np.concatenate([r.boxes for r in records]) if records else np.zeros((0, 5), np.float32)
         self.loader = create_loader(
@@ -219,6 +221,7 @@ class Trainer:
             class_pos_weight=config.cls_pw,
             label_smoothing=config.label_smoothing,
             focal_gamma=config.fl_gamma,
+            terms=parse_terms(config.loss_terms),
         )
 
     def _calibration_images(self) -> list[Tensor]:
@@ -294,7 +297,8 @@ class Trainer:
         config, device, state = self.config, self.world.device, self.state
         self.loader.set_epoch(epoch, mosaic=epoch < config.epochs - config.close_mosaic)
         self._train_mode()
-        totals = torch.zeros(4, dtype=torch.float64, device=device)
+        names = self.criterion.names
+        totals = torch.zeros(len(names) + 1, dtype=torch.float64, device=device)
         clock = dict.fromkeys(PHASES, 0.0)
         steps = skipped = 0
         title = f"epoch {epoch + 1}/{config.epochs}"
@@ -324,13 +328,14 @@ class Trainer:
                 taken = self._step()
                 steps, skipped = steps + 1, skipped + (not taken)
                 state.last_step = iteration
-            items = torch.stack([loss.box, loss.cls, loss.dfl]).detach().double()
+            items = loss.items.double()
             totals += torch.where(torch.isfinite(items).all(), torch.cat((items, items.new_ones(1))), 0.0)
             mark = time.perf_counter()
             for name, began, ended in zip(PHASES, marks, [*marks[1:], mark], strict=True):
                 clock[name] += ended - began
             if not bar.disable and (index % 10 == 0 or index == len(self.loader) - 1):
-                bar.set_postfix_str(_loss_text((totals[:3] / totals[3].clamp_min(1)).tolist()), refresh=False)
+                means = (totals[:-1] / totals[-1].clamp_min(1)).tolist()
+                bar.set_postfix_str(_loss_text(dict(zip(names, means, strict=True))), refresh=False)
         state.skipped_steps += skipped
         # fp16 starts by halving its loss scale until gradients fit; only then are skipped steps the run's fault.
         searching_scale = self.amp == "fp16" and state.scaler.get_scale() >= 1
@@ -341,8 +346,9 @@ class Trainer:
         if skipped:
             self._say(f"epoch {epoch + 1}: {skipped} of {steps} optimiser steps skipped (gradients not finite)")
         totals = self.world.sum(totals)
-        box, cls, dfl = (totals[:3] / totals[3].clamp_min(1)).tolist()
-        row: dict[str, Any] = {"epoch": epoch + 1, "train/box": box, "train/cls": cls, "train/dfl": dfl}
+        means = (totals[:-1] / totals[-1].clamp_min(1)).tolist()
+        row: dict[str, Any] = {"epoch": epoch + 1}
+        row |= {f"train/{name}": value for name, value in zip(names, means, strict=True)}
         groups = zip(("bias", "weight", "bn"), state.optimizer.param_groups, strict=True)
         row |= {f"lr/{name}": group["lr"] for name, group in groups}
         return row | {"skipped_steps": skipped} | {f"seconds/{name}": value for name, value in clock.items()}
@@ -402,7 +408,7 @@ class Trainer:
             assert result.metrics is not None
             assert result.loss is not None
             metrics = result.metrics
-            row |= dict(zip(("val/box", "val/cls", "val/dfl"), result.loss, strict=True))
+            row |= {f"val/{name}": value for name, value in result.loss.items()}
             for name in ("ap", "ap50", "ap75", "precision", "recall"):
                 row[f"metrics/{name}"] = getattr(metrics, name)
             sizes = {f"metrics/ap_{size}": getattr(metrics, f"ap_{size}") for size in ("small", "medium", "large")}
@@ -417,8 +423,8 @@ class Trainer:
             self.events.scalars(row, epoch + 1)
             self._say(
                 f"epoch {epoch + 1}/{self.config.epochs}: "
-                f"train {_loss_text([row['train/box'], row['train/cls'], row['train/dfl']])} | "
-                f"val {_loss_text(list(result.loss))} | AP {metrics.ap:.4f} AP50 {metrics.ap50:.4f} | "
+                f"train {_loss_text({name: row[f'train/{name}'] for name in result.loss})} | "
+                f"val {_loss_text(result.loss)} | AP {metrics.ap:.4f} AP50 {metrics.ap50:.4f} | "
                 f"{row['seconds']:.1f} s"
             )
             stop = bool(patience) and epoch - state.best_epoch >= patience
@@ -476,8 +482,8 @@ class Trainer:
         return result
 
 
-def _loss_text(items: list[float]) -> str:
-    return " ".join(f"{name} {value:.3f}" for name, value in zip(("box", "cls", "dfl"), items, strict=True))
+def _loss_text(losses: Mapping[str, float]) -> str:
+    return " ".join(f"{name} {value:.3f}" for name, value in losses.items())
 
 
 def train(config: TrainConfig) -> ValidationResult | None:

@@ -53,7 +53,7 @@ class ValidationResult:
     """What an evaluation found; on other ranks than 0 only `loss` means anything."""
 
     metrics: CocoMetrics | None
-    loss: tuple[float, float, float] | None
+    loss: dict[str, float] | None
     detections: list[dict[str, Any]]
     confusion: ConfusionMatrix
     images: int
@@ -149,7 +149,7 @@ def validate(
         model: in any mode; only its main branch is computed.
         conf, iou, max_det: of NMS.
         amp: off, bf16 or fp16.
-        criterion: also compute the main branch's loss (box, cls, dfl; weighted by images).
+        criterion: also compute the main branch's loss: each of its terms by name, weighted by images.
     """
     device = next(model.parameters()).device
     world = world or World(0, 1, device)
@@ -157,7 +157,8 @@ def validate(
         raise UserError(f"the model has {model.num_classes} classes, the data has {len(evaluation.names)}")
     detections: list[dict[str, Any]] = []
     confusion = ConfusionMatrix(model.num_classes)
-    losses = torch.zeros(4, dtype=torch.float64, device=device)
+    names = () if criterion is None else criterion.names
+    losses = torch.zeros(len(names) + 1, dtype=torch.float64, device=device)
     clock = {"data": 0.0, "forward": 0.0, "nms": 0.0, "metrics": 0.0}
     tqdm = require("tqdm").tqdm
     bar = tqdm(evaluation.loader, desc=title, unit="batch", leave=False, disable=not (progress and world.is_main))
@@ -172,8 +173,7 @@ def validate(
             if criterion is not None:
                 size = (images.shape[2], images.shape[3])
                 loss = criterion.evaluate(DetectionOutput(maps), batch.targets.to(device), size)
-                items = torch.stack([loss.box, loss.cls, loss.dfl]).double()
-                losses += torch.cat((items * len(images), items.new_tensor([len(images)])))
+                losses += torch.cat((loss.items.double() * len(images), losses.new_tensor([len(images)])))
             prediction = model.decode(maps)
             forwarded = time.perf_counter()
             clock["forward"] += forwarded - started
@@ -203,8 +203,6 @@ def validate(
             image_ids=[record.image_id for record in evaluation.records],
         )
         clock["metrics"] = time.perf_counter() - started
-    loss_items = None
-    if criterion is not None:
-        box, cls, dfl = (losses[:3] / losses[3].clamp_min(1)).tolist()
-        loss_items = (box, cls, dfl)
-    return ValidationResult(metrics, loss_items, detections, confusion, len(evaluation.records), clock)
+    means = (losses[:-1] / losses[-1].clamp_min(1)).tolist()
+    losses_by_name = None if criterion is None else dict(zip(names, means, strict=True))
+    return ValidationResult(metrics, losses_by_name, detections, confusion, len(evaluation.records), clock)

@@ -19,9 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from yolov9_fast._layout import check_map, layout_of, memory_format_of
 from yolov9_fast.ops import _library as library
 from yolov9_fast.ops._backend import Implementation, Operator, not_on, register, select
-from yolov9_fast.ops._layout import check_map, layout_of, memory_format_of
 
 
 class ConcatBuffer:

@@ -15,11 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from yolov9_fast._layout import check_map, in_layout_of, layout_of, memory_format_of, row_stride
 from yolov9_fast.ops import _library as library
 from yolov9_fast.ops._backend import Implementation, Operator, get_backend, not_on, register, select
 from yolov9_fast.ops._concat import placed
 from yolov9_fast.ops._interpreted import runs_triton, triton_launcher, triton_missing
-from yolov9_fast.ops._layout import check_map, in_layout_of, layout_of, memory_format_of, row_stride
 
 
 def conv1x1(

@@ -1,4 +1,12 @@
-# One command each: make install, make demo, make test, make lint, make clean.
+# make install    venv with torch, the compiled operators and all extras
+# make demo       train, evaluate and predict in a few minutes
+# make check      lint and the tests of operators, layers and losses: for the inner loop
+# make test       the tests that are not marked slow
+# make test-slow  the others
+# make test-all   both
+# make coverage   `make test` with a coverage report
+# make lint       ruff and mypy
+# make clean      remove what was built
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV ?= .venv
@@ -6,9 +14,12 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.yolov9_fast_installed
 SOURCES := pyproject.toml setup.py MANIFEST.in $(shell find csrc -type f -name '*.[ch]*' -o -path 'csrc/*.py')
 
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+CHECKED := tests/test_architecture.py tests/ops tests/nn tests/losses tests/metrics
+
 export MPLBACKEND ?= Agg
 
-.PHONY: install demo test lint clean
+.PHONY: install demo check test test-slow test-all coverage lint clean
 
 install: $(STAMP)
 
@@ -26,8 +37,20 @@ $(STAMP): $(SOURCES) | $(BIN)/python
 demo: install
 	$(BIN)/yolov9-fast demo
 
-test: install lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+check: lint
+	$(PYTEST) -m "not slow" $(CHECKED)
+
+test: install
+	$(PYTEST) -m "not slow"
+
+test-slow: install
+	$(PYTEST) -m slow
+
+test-all: install
+	$(PYTEST)
+
+coverage: install
+	$(PYTEST) -m "not slow" --cov --cov-report=term:skip-covered --cov-report=html
 
 lint: install
 	$(BIN)/ruff check .
@@ -35,6 +58,6 @@ lint: install
 	$(BIN)/mypy
 
 clean:
-	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks $(STAMP)
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks .coverage htmlcov $(STAMP)
 	find yolov9_fast -name '_C_*.so' -delete
 	find yolov9_fast -name '_build_info.json' -delete

@@ -7,16 +7,21 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 
 # Without a GPU the Triton kernels are tested by interpreting them; triton reads this when it is imported.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+settings.register_profile("fixed", derandomize=True, deadline=None, database=None, max_examples=50)
+settings.register_profile("thorough", deadline=None, max_examples=2000)
+settings.load_profile("fixed")  # `pytest --hypothesis-profile thorough` draws other and more examples
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
 def shared_folder() -> Path:
-    """Folder with golden numbers and real data: YOLOV9_FAST_SHARED, default `../shared` beside the repository."""
+    """Folder with real images and weights: YOLOV9_FAST_SHARED, by default `../shared` next to the repository."""
     return Path(os.environ.get("YOLOV9_FAST_SHARED", ROOT.parent / "shared"))
 
 
@@ -24,6 +29,12 @@ def shared_folder() -> Path:
 def own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Tests leave the user's cache of checked images alone; processes that they start inherit this."""
     os.environ["YOLOV9_FAST_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="session")
+def golden_folder() -> Path:
+    """Folder with outputs of the published implementation, see its README.md."""
+    return ROOT / "tests" / "golden"
 
 
 @pytest.fixture(scope="session")

@@ -13,6 +13,7 @@ from yolov9_fast.ops import nms
 CPU = torch.device("cpu")
 
 
+@pytest.mark.slow
 def test_one_command_prints_the_table(capsys: pytest.CaptureFixture[str]) -> None:
     words = "--model yolov9-t --imgsz 64 --batch 1 --seconds 0.1 --device cpu"
     assert main(["bench", *words.split()]) == 0

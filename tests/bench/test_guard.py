@@ -40,6 +40,7 @@ def own_file(tmp_path: Path, own_counts: dict[str, Any]) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_a_planted_copy_is_found_and_named(own_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     raw = DetectionModel.raw
 

@@ -68,6 +68,7 @@ def test_unknown_families_and_cases_are_errors(tmp_path: Path) -> None:
         run(tmp_path, only=("nms",), match="nothing like it")
 
 
+@pytest.mark.slow
 def test_the_full_suite_has_every_family_and_quick_is_a_part_of_it() -> None:
     quick = all_cases(Settings(), CPU, FAMILIES)
     full = all_cases(Settings(full=True), CPU, FAMILIES)

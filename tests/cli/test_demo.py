@@ -11,6 +11,7 @@ from yolov9_fast.cli.main import main
 from yolov9_fast.errors import UserError
 
 
+@pytest.mark.slow
 def test_an_untrained_demo_leaves_everything_and_says_that_it_failed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

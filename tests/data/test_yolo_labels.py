@@ -6,7 +6,7 @@ import re
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from yolov9_fast.data.yolo import parse_yolo
@@ -66,7 +66,6 @@ def test_rounding_beyond_the_border_is_pulled_in() -> None:
     np.testing.assert_allclose([cx - width / 2, cy], [0.95 - 0.1005 / 2, 0.5], atol=1e-6)
 
 
-@settings(max_examples=200, deadline=None)
 @given(st.text(alphabet="0123456789.-+e naif\n\t", max_size=80))
 def test_any_text_gives_boxes_inside_the_image(text: str) -> None:
     boxes = parse_yolo(text, 3).boxes

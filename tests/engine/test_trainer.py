@@ -66,6 +66,7 @@ def test_a_run_leaves_weights_state_table_and_plots(tiny_config: Make) -> None:
     assert list(model.names.values())
 
 
+@pytest.mark.slow
 def test_the_network_learns(tiny_config: Make) -> None:
     plain = AugmentConfig(mosaic=0.0, mixup=0.0, copy_paste=0.0, scale=0.0, translate=0.0)
     train(tiny_config(epochs=20, optimizer="adamw", lr0=0.01, warmup_epochs=0.0, augment=plain))
@@ -244,7 +245,7 @@ def test_multi_scale_draws_sizes_by_seed_and_iteration(tiny_config: Make) -> Non
     assert sizes == [trainer._rescaled(images, i).shape[-1] for i in range(30)]
 
 
-@pytest.mark.parametrize("amp", ["bf16", "fp16"])
+@pytest.mark.parametrize("amp", ["bf16", pytest.param("fp16", marks=pytest.mark.slow)])
 def test_mixed_precision_trains_on_a_cpu(tiny_config: Make, amp: str) -> None:
     trainer = Trainer(tiny_config(epochs=8, amp=amp))
     trainer.run()

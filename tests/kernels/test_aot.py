@@ -37,6 +37,7 @@ print("TOO LARGE", *aot.table([aot.build(dataclasses.replace(launch, constants=c
 """
 
 
+@pytest.mark.slow
 def test_representative_variants_compile_for_every_architecture_without_a_fault() -> None:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run([sys.executable, "-c", CHILD], env=environment, capture_output=True, text=True, timeout=600)
@@ -64,6 +65,7 @@ def test_every_variant_compiles_for_every_architecture_without_a_fault() -> None
     assert done.stdout.splitlines()[-1] == f"{expected} variants, 0 faults"
 
 
+@pytest.mark.slow
 def test_the_list_holds_what_the_tuner_may_choose() -> None:
     listed = set(map(aot.key, aot.everything(90)))
     x = torch.empty((32, 64, 160, 160), dtype=torch.bfloat16, device="meta", memory_format=torch.channels_last)
@@ -111,6 +113,7 @@ def test_the_summary_counts_variants_and_faults() -> None:
     assert total == "2 variants, 1 faults"
 
 
+@pytest.mark.slow
 def test_no_launcher_leaves_the_list() -> None:
     listed = set(aot.launches(90, (*cases.TYPICAL, *cases.EVERY)))
     draw = random.Random(0)

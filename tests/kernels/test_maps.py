@@ -16,6 +16,12 @@ from yolov9_fast.kernels import adown_pool, cbfuse, conv1x1, spp
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LAYOUTS = (torch.channels_last, torch.contiguous_format)
+# Interpreted, a case takes a second: `make test` runs one dtype in one layout, `make test-all` every pair.
+CASES = [
+    pytest.param(dtype, layout, marks=[] if dtype == torch.bfloat16 and layout == LAYOUTS[0] else [pytest.mark.slow])
+    for dtype in DTYPES
+    for layout in LAYOUTS
+]
 
 
 def new(shape: Sequence[int], dtype: torch.dtype, layout: torch.memory_format) -> Tensor:
@@ -34,8 +40,7 @@ def assert_close(got: Tensor, exact: Tensor, roundings: float = 1.0) -> None:
     assert float((got.double() - exact).abs().max()) <= allowed
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("dtype", "layout"), CASES)
 @pytest.mark.parametrize(
     ("channels", "outputs", "size"),
     [((24, 8, 16, 40), 16, (7, 5)), ((3, 5), 7, (3, 3)), ((16,), 48, (4, 4)), ((1, 2, 3, 4, 5, 6), 1, (2, 3))],
@@ -73,8 +78,7 @@ def test_conv1x1_reads_and_writes_slices(
     assert_close(conv1x1.conv1x1_weight_grad(dy, inputs), matrix.grad)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("dtype", DTYPES[:2])
+@pytest.mark.parametrize(("dtype", "layout"), CASES[:4])
 @pytest.mark.parametrize("shape", [(2, 24, 7, 5), (1, 3, 3, 9)])
 def test_spp_with_ties_is_three_max_pools(
     shape: tuple[int, ...], dtype: torch.dtype, layout: torch.memory_format
@@ -106,8 +110,7 @@ def test_spp_passes_nan_and_minus_infinity_on_as_torch_does() -> None:
         torch.testing.assert_close(got, want, equal_nan=True)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("dtype", "layout"), CASES)
 @pytest.mark.parametrize("split", [True, False])
 @pytest.mark.parametrize("shape", [(2, 16, 8, 8), (1, 6, 7, 5), (1, 2, 2, 3)])
 def test_adown_pool_is_torchs_two_pools(
@@ -134,8 +137,7 @@ def test_adown_pool_is_torchs_two_pools(
         assert not alone[:, : shape[1] // 2].any()
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("dtype", "layout"), CASES)
 @pytest.mark.parametrize("shape", [(2, 24, 7, 5), (1, 3, 8, 12)])
 def test_cbfuse_resizes_up_and_down_as_torch_does(
     shape: tuple[int, ...], dtype: torch.dtype, layout: torch.memory_format

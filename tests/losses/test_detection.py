@@ -45,8 +45,8 @@ def gradients(output: DetectionOutput) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("case", ["single", "dual", "dual_lead_head"])
-def test_equals_the_published_loss(shared: Path, case: str) -> None:
-    golden = {k: torch.from_numpy(np.asarray(v)) for k, v in np.load(shared / f"golden/ops/loss_{case}.npz").items()}
+def test_equals_the_published_loss(golden_folder: Path, case: str) -> None:
+    golden = {k: torch.from_numpy(np.asarray(v)) for k, v in np.load(golden_folder / f"ops/loss_{case}.npz").items()}
     count = 1 if case == "single" else 2
     branches = [[golden[f"pred_b{b}_l{level}"].requires_grad_() for level in range(3)] for b in range(count)]
     output = DetectionOutput(branches[-1], branches[0] if count == 2 else None)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from yolov9_fast.metrics import evaluate_coco
@@ -24,7 +24,6 @@ def test_curves_by_hand() -> None:
     np.testing.assert_allclose(f1, [4 / 7, 4 / 7, 2 / 6, 2 / 6, 2 / 5, 0])
 
 
-@settings(max_examples=50, deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 20), st.booleans()), max_size=30), st.integers(0, 5))
 def test_curves_equal_counting(found: list[tuple[int, bool]], missed: int) -> None:
     scores = np.array([score / 20 for score, _ in found], dtype=np.float64)

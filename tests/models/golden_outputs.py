@@ -4,35 +4,29 @@ The golden numbers were computed with 256-bit vector units. Batch statistics ove
 the order of summation, so the caller sets ONEDNN_MAX_CPU_ISA=AVX2 and the eager backend runs: then the same order is
 taken, bit for bit. How the fused blocks compare with eager is for tests/nn/test_functional.py.
 
-    python golden_outputs.py SHARED NAME OUT.npz
+    python -m tests.models.golden_outputs NAME OUT.npz
 """
 
 from __future__ import annotations
 
-import importlib.util
 import sys
-from pathlib import Path
 
 import numpy as np
 import torch
 
 import yolov9_fast as yf
+from tests.golden import deterministic
 from yolov9_fast.models import create_model
 from yolov9_fast.ops._decode import decode
 
 
-def main(shared: str, name: str, out: str) -> None:
+def main(name: str, out: str) -> None:
     torch.set_num_threads(2)
     yf.set_backend("eager")
-    spec = importlib.util.spec_from_file_location("deterministic", Path(shared) / "golden" / "deterministic.py")
-    assert spec is not None
-    assert spec.loader is not None
-    rules = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(rules)
     model = create_model(name)
     shapes = {key: tuple(value.shape) for key, value in model.state_dict().items()}
-    model.load_state_dict({k: torch.from_numpy(np.asarray(rules.parameter(k, s))) for k, s in shapes.items()})
-    image = torch.from_numpy(rules.image("image", (2, 3, 96, 64)))
+    model.load_state_dict({k: torch.from_numpy(np.asarray(deterministic.parameter(k, s))) for k, s in shapes.items()})
+    image = torch.from_numpy(deterministic.image("image", (2, 3, 96, 64)))
     results = {"state_keys": np.array(list(shapes)), "state_shapes": np.array([str(list(s)) for s in shapes.values()])}
     with torch.no_grad():
         output = model.eval().raw(image)

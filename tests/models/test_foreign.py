@@ -302,8 +302,8 @@ def test_converting_by_graph_equals_dropping_the_branch(training: DetectionModel
     assert all(torch.equal(found[k], v) for k, v in expected.items())
 
 
-def test_golden_keys_are_recognised(shared: Path) -> None:
-    for path in sorted((shared / "golden" / "models").glob("*.npz")):
+def test_golden_keys_are_recognised(golden_folder: Path) -> None:
+    for path in sorted((golden_folder / "models").glob("*.npz")):
         with np.load(path) as archive:
             keys, shapes = archive["state_keys"].tolist(), archive["state_shapes"].tolist()
         parsed = [tuple(json.loads(f"[{str(s).strip('()[] ,')}]")) for s in shapes]

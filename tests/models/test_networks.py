@@ -25,7 +25,8 @@ PUBLISHED = {
     "c": ((51_182_080, 50_880_768, 25_498_752, 25_288_768), (238.65, 237.63, 102.82, 102.14)),
     "e": ((69_529_664, 68_669_632, 58_114_432, 57_345_920), (243.96, 241.34, 191.15, 188.95)),
 }
-GOLDEN = ("gelan-t", "yolov9-t", "gelan-s", "yolov9-s", "gelan-c", "yolov9-c")
+LARGE = [pytest.param(name, marks=pytest.mark.slow) for name in ("gelan-s", "yolov9-s", "gelan-c", "yolov9-c")]
+GOLDEN = ["gelan-t", "yolov9-t", *LARGE]
 
 
 class Golden(NamedTuple):
@@ -33,7 +34,7 @@ class Golden(NamedTuple):
     ours: dict[str, np.ndarray]
 
 
-@pytest.mark.parametrize("size", PUBLISHED)
+@pytest.mark.parametrize("size", ["t", *(pytest.param(size, marks=pytest.mark.slow) for size in "smce")])
 def test_parameters_and_gflops_are_as_published(size: str) -> None:
     parameters, gflops = PUBLISHED[size]
     costs = network_costs(f"yolov9-{size}")
@@ -50,6 +51,7 @@ def test_the_published_figures_of_t_have_a_class_tower_80_wide() -> None:
     assert round(costs[-1].gflops, 2) == 7.71
 
 
+@pytest.mark.slow
 def test_a_dense_box_tower_adds_92160_parameters() -> None:
     grouped, dense = (network_costs("gelan-c", box_groups=g)[0].parameters for g in (4, 1))
     assert dense - grouped == 92_160
@@ -63,15 +65,15 @@ def test_dropping_the_auxiliary_branch_of_yolov9_gives_gelan(size: str) -> None:
 
 
 @pytest.fixture(scope="module", params=GOLDEN)
-def golden(request: pytest.FixtureRequest, shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Golden:
+def golden(request: pytest.FixtureRequest, golden_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Golden:
     """What a golden file holds, and what we compute for the same weights and image."""
     if platform.machine() not in ("x86_64", "AMD64"):
         pytest.skip("the golden numbers were summed in the order of x86 vector units")
     out = tmp_path_factory.mktemp("golden") / f"{request.param}.npz"
-    script = Path(__file__).with_name("golden_outputs.py")
     environment = {**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX2", "OMP_NUM_THREADS": "2"}
-    subprocess.run([sys.executable, script, shared, request.param, out], check=True, env=environment, timeout=300)
-    return Golden(dict(np.load(shared / "golden" / "models" / f"{request.param}.npz")), dict(np.load(out)))
+    command = [sys.executable, "-m", "tests.models.golden_outputs", request.param, out]
+    subprocess.run(command, check=True, env=environment, timeout=300, cwd=golden_folder.parents[1])
+    return Golden(dict(np.load(golden_folder / "models" / f"{request.param}.npz")), dict(np.load(out)))
 
 
 def test_state_dict_keys_and_shapes_are_the_official_ones_in_order(golden: Golden) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
@@ -158,13 +158,11 @@ def test_a_list_that_holds_itself_is_read() -> None:
     ),
     st.integers(0, pickle.HIGHEST_PROTOCOL),
 )
-@settings(max_examples=60, deadline=None)
 def test_any_plain_data_reads_as_pickle_reads_it(data: Any, protocol: int) -> None:
     assert unpickle(pickle.dumps(data, protocol=protocol)) == data
 
 
 @given(st.binary(max_size=200))
-@settings(max_examples=200, deadline=None)
 def test_random_bytes_give_an_error_or_data(data: bytes) -> None:
     with contextlib.suppress(PickleError):
         unpickle(data)

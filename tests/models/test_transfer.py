@@ -61,7 +61,7 @@ def published_key(size: str, key: str) -> str:
 RENAMED = {"cv2": "cv4", "cv3": "cv5", "dfl": "dfl2"}
 
 
-@pytest.mark.parametrize("size", ["t", "s", "m", "c", "e"])
+@pytest.mark.parametrize("size", ["t", "s", *(pytest.param(size, marks=pytest.mark.slow) for size in "mce")])
 def test_the_keys_of_deployed_and_training_graphs_correspond_as_published(size: str) -> None:
     with torch.device("meta"):
         deployed, training = create_model(f"gelan-{size}", 3), create_model(f"yolov9-{size}", 3)
@@ -123,6 +123,7 @@ def test_fused_weights_are_unfused_for_training(training: str) -> None:
     assert close(model, source)
 
 
+@pytest.mark.slow
 def test_unfused_weights_are_fused_for_a_fused_network() -> None:
     source, model = small_model("gelan-t", 3), fuse(create_model("gelan-t", 3))
     transfer_weights(model, source.state_dict())
@@ -147,6 +148,7 @@ def test_weights_of_no_known_network_are_an_error() -> None:
         transfer_weights(create_model("gelan-t", 3), {"fc.weight": torch.zeros(2)})
 
 
+@pytest.mark.slow
 def test_load_pretrained_reads_a_file_and_logs_the_report(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     source = fuse(small_model("gelan-t", 3, class_tower=80, box_groups=1))
     path = tmp_path / "w.npz"
@@ -160,6 +162,7 @@ def test_load_pretrained_reads_a_file_and_logs_the_report(tmp_path: Path, caplog
     assert "layers 22, 25, 28-29" in caplog.text
 
 
+@pytest.mark.slow
 def test_real_fused_weights_start_a_training_graph(shared: Path) -> None:
     path = shared / "data" / "weights" / "yolov9t_coco_fused.npz"
     layout = suggest_architecture(path)

@@ -46,7 +46,7 @@ def _work(rank: int, folder: str, momentum: float | None) -> None:
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("momentum", [0.03, None])
+@pytest.mark.parametrize("momentum", [0.03, pytest.param(None, marks=pytest.mark.slow)])
 def test_two_processes_equal_one(tmp_path: Path, momentum: float | None) -> None:
     mp.spawn(_work, args=(str(tmp_path), momentum), nprocs=2)
     parts = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]

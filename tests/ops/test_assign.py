@@ -60,8 +60,8 @@ def run(score: Tensor, box: Tensor, labels: list[int], truths: list[list[float]]
 
 
 @pytest.mark.parametrize("case", ["plain", "ties", "empty_images", "tiny_boxes"])
-def test_equals_the_published_assignment(shared: Path, case: str) -> None:
-    golden = {k: torch.from_numpy(v) for k, v in np.load(shared / f"golden/ops/tal_{case}.npz").items()}
+def test_equals_the_published_assignment(golden_folder: Path, case: str) -> None:
+    golden = {k: torch.from_numpy(v) for k, v in np.load(golden_folder / f"ops/tal_{case}.npz").items()}
     result = assign(
         golden["pd_scores"],
         golden["pd_bboxes"],

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -128,6 +128,7 @@ def dense_scene(objects: int, batch: int = 1, size: int = 640, classes: int = 80
     return (scores, boxes, points, labels, truths, torch.ones(batch, objects)), {"strides": stride}
 
 
+@pytest.mark.slow
 @needs_cpu
 def test_two_thousand_cases_agree_bit_for_bit() -> None:
     assigned = contested = 0
@@ -145,7 +146,6 @@ def test_two_thousand_cases_agree_bit_for_bit() -> None:
 
 
 @needs_cpu
-@settings(max_examples=60, deadline=None)
 @given(st.integers(0, 10**9), st.integers(1, 256), st.integers(0, 2**31 - 1))
 def test_the_phases_agree_for_any_threads_in_any_order(seed: int, threads: int, order: int) -> None:
     case = wild_case(seed)
@@ -260,7 +260,6 @@ def _ciou(a: list[float], b: list[float]) -> float:
     return iou - rho2 / c2 - v * v / (v - iou + 1 + eps)
 
 
-@settings(max_examples=15, deadline=None)
 @given(seed=st.integers(0, 10**6), truths=st.integers(1, 6), topk=st.integers(1, 12))
 def test_equals_a_loop_over_the_definition(seed: int, truths: int, topk: int) -> None:
     case, _ = random_truths(seed, truths)

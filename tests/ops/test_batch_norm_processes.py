@@ -16,6 +16,7 @@ from yolov9_fast.ops import Norm
 
 SPLIT = 3
 SHAPE = (5, 4, 3, 2)
+OTHERS = [(1, "auto", SPLIT), (1, "eager", SPLIT), (1, "auto", 0)]
 
 
 class Unit(nn.Module):
@@ -51,7 +52,8 @@ def _work(rank: int, folder: str, branches: int, backend: str, split: int) -> No
 
 
 @pytest.mark.parametrize(
-    ("branches", "backend", "split"), [(1, "auto", SPLIT), (2, "auto", SPLIT), (1, "eager", SPLIT), (1, "auto", 0)]
+    ("branches", "backend", "split"),
+    [(2, "auto", SPLIT), *(pytest.param(*case, marks=pytest.mark.slow) for case in OTHERS)],
 )
 def test_two_processes_equal_one(tmp_path: Path, branches: int, backend: str, split: int) -> None:
     mp.spawn(_work, args=(str(tmp_path), branches, backend, split), nprocs=2)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -81,7 +81,6 @@ def test_interpreted_triton(options: dict[str, Any]) -> None:
 
 
 @needs_cpu
-@settings(max_examples=100, deadline=None)
 @given(
     st.integers(1, 4),
     st.integers(1, 70),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -53,7 +53,6 @@ def test_close_to_float64(name: str, n: int, m: int) -> None:
 
 
 @needs_cpu
-@settings(max_examples=40, deadline=None)
 @given(st.integers(0, 40), st.integers(0, 40), st.integers(0, 10_000))
 def test_compiled_and_eager_give_the_same_bits(n: int, m: int, seed: int) -> None:
     a, b = random_boxes(n, seed), random_boxes(m, seed + 1).round()

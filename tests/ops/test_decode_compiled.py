@@ -48,6 +48,7 @@ def random_maps(seed: int, dtype: torch.dtype = torch.float32) -> tuple[list[Ten
     return maps, strides
 
 
+@pytest.mark.slow
 def test_2000_random_cases_agree_with_eager() -> None:
     for seed in range(2000):
         maps, strides = random_maps(seed)

@@ -143,6 +143,7 @@ def assert_as_good_as_eager(got: tuple[Tensor, list[Tensor]], case: Case, upstre
     assert (error <= 2 * own + 3e-7 * scale + 1e-30).all(), (error, own, scale)
 
 
+@pytest.mark.slow
 def test_2000_random_cases_agree_with_eager() -> None:
     for seed in range(2000):
         case = random_case(seed)

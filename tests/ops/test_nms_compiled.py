@@ -47,6 +47,7 @@ def same(found: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> bool:
     )
 
 
+@pytest.mark.slow
 @needs_cpu
 @pytest.mark.parametrize("name", COMPILED)
 def test_random_cases_equal_the_reference(name: str) -> None:
@@ -62,6 +63,7 @@ def test_random_cases_equal_the_reference(name: str) -> None:
     assert cut > CASES / 20, "the cases say nothing"
 
 
+@pytest.mark.slow
 @needs_cpu
 @pytest.mark.parametrize("name", COMPILED)
 def test_random_boxes_equal_the_reference(name: str) -> None:
@@ -71,7 +73,7 @@ def test_random_boxes_equal_the_reference(name: str) -> None:
 
 
 @needs_cpu
-@settings(max_examples=min(CASES, 100), deadline=None)
+@settings(max_examples=min(CASES, 50))
 @given(seed=st.integers(0, 2**50), most_anchors=st.integers(3, 400))
 def test_larger_cases_equal_the_reference(seed: int, most_anchors: int) -> None:
     prediction, options = nms_case(seed, most_anchors)

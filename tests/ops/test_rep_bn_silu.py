@@ -63,6 +63,7 @@ def test_interpreted_triton(options: dict[str, Any]) -> None:
     assert_no_worse_than_eager(make_case(2, **options), "triton")
 
 
+@pytest.mark.slow
 @needs_cpu
 def test_a_thousand_seeded_cases_in_float64() -> None:
     for seed in range(1000):

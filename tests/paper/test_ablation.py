@@ -22,6 +22,7 @@ def row(name: str, ap: dict[int, float], group: str = "g", **published: float) -
     return Row(System(group, name, load_graph("gelan-t"), published=paper), 2.44, 9.82, 2.5, results)
 
 
+@pytest.mark.slow
 def test_every_table_agrees_with_the_paper(capsys: pytest.CaptureFixture[str]) -> None:
     """Every cell of parameters and GFLOPs that the paper prints for tables 1 to 6, within its last digit."""
     assert main(["paper", "tables", "--dry"]) == 0
@@ -57,6 +58,7 @@ def test_spread_is_the_sample_deviation_and_differences_pair_the_seeds() -> None
     assert "+2.00 ± 0.58" in text
 
 
+@pytest.mark.slow
 def test_a_table_is_trained_once_and_written(
     few_pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

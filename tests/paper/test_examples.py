@@ -56,6 +56,7 @@ def test_an_example_is_short(name: str) -> None:
     assert len(lines) <= 20
 
 
+@pytest.mark.slow
 def test_a_block_of_ones_own(examples: Path, few_pictures: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["paper", "table2", "--dry", "--size", "t", "--import", "my_blocks", "--block", "depthwise"]) == 0
     assert "depthwise" in capsys.readouterr().out

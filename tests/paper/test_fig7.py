@@ -91,6 +91,7 @@ def test_spread_over_seeds() -> None:
     assert one["concentration"] == {"mean": 3.0, "min": 1.0, "max": 6.0}
 
 
+@pytest.mark.slow
 def test_the_pair_is_trained_once_and_used_again(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

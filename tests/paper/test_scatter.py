@@ -23,7 +23,7 @@ def test_a_result_is_read_from_its_words() -> None:
     assert parse_result("a:b:1:2:3").name == "a:b", "a name may have colons"
 
 
-@pytest.mark.parametrize("name", ["gelan-t", "yolov9-t"])
+@pytest.mark.parametrize("name", ["gelan-t", pytest.param("yolov9-t", marks=pytest.mark.slow)])
 def test_weights_are_counted_as_they_are_deployed(tmp_path: Path, name: str) -> None:
     torch.manual_seed(0)
     path = save_weights(create_model(name, 80), tmp_path / "mine.safetensors")

@@ -12,13 +12,16 @@ from yolov9_fast.paper.rows import counted
 from yolov9_fast.paper.systems import BRANCH_ROWS, TABLES, System, table2, table4, table5
 
 SYSTEMS = {system.name: system for system in (*table4(), *table5(), *table4(["t", "s"]), *table5(["t"]))}
+SMALL = {system.name for system in (*table4(["t"]), *table5(["t"]))}
 
 
 def size_of(system: System) -> str:
     return system.group.rpartition("-")[2].lower()
 
 
-@pytest.mark.parametrize("name", SYSTEMS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name in SMALL else [pytest.mark.slow]) for name in SYSTEMS]
+)
 def test_it_trains_a_step_and_deploys_to_its_gelan(name: str) -> None:
     system = SYSTEMS[name]
     torch.manual_seed(0)
@@ -38,7 +41,7 @@ def test_it_trains_a_step_and_deploys_to_its_gelan(name: str) -> None:
         assert torch.equal(deployed.eval()(image), expected)
 
 
-@pytest.mark.parametrize("size", ["t", "s", "m", "c", "e"])
+@pytest.mark.parametrize("size", ["t", *(pytest.param(size, marks=pytest.mark.slow) for size in "smce")])
 def test_inference_costs_exactly_what_gelan_costs(size: str) -> None:
     plain = graph_cost(f"gelan-{size}")
     rows = counted([*table4([size]), *table5([size])])
@@ -46,6 +49,7 @@ def test_inference_costs_exactly_what_gelan_costs(size: str) -> None:
     assert all(row.train_params * 1e6 >= plain.parameters for row in rows)
 
 
+@pytest.mark.slow
 def test_the_branches_themselves_cost_something_in_training() -> None:
     plain = graph_cost("gelan-t", deployed=False).parameters
     costs = {s.row: graph_cost(s.graph, deployed=False).parameters for s in table4(["t"], ["pfh", "fpn", "pan", "icn"])}
@@ -73,6 +77,7 @@ def test_a_block_of_ones_own_is_a_row_of_table_2() -> None:
     assert not set(mine.name) & set(":/,")
 
 
+@pytest.mark.slow
 def test_names_are_unique_within_a_table() -> None:
     for table in TABLES.values():
         names = [(system.group, system.row) for system in table()]

@@ -148,6 +148,7 @@ def test_counts_of_a_confusion_matrix_can_be_shown(tmp_path: Path, figures: list
     assert sorted(t.get_text() for t in figures[0].axes[0].texts) == ["1", "6"]
 
 
+@pytest.mark.slow
 def test_a_large_confusion_matrix_names_all_classes_and_writes_no_cells(tmp_path: Path, figures: list[Any]) -> None:
     plot_confusion_matrix(np.eye(81), [f"class {k}" for k in range(80)], tmp_path / "confusion.png")
     axes = figures[0].axes[0]
@@ -204,6 +205,7 @@ def test_plots_leave_no_other_file_and_choose_the_format_by_suffix(tmp_path: Pat
     assert b"<svg" in (tmp_path / "confusion.svg").read_bytes()
 
 
+@pytest.mark.slow
 def test_importing_the_package_loads_neither_opencv_nor_matplotlib_nor_pycocotools() -> None:
     code = (
         "import sys, yolov9_fast.viz, yolov9_fast.metrics;"

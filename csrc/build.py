@@ -7,7 +7,7 @@ every torch from 2.10 on. A missing tool is no error; the reason goes into `_bui
     YOLOV9_FAST_SKIP_CUDA=1     compile the CPU part only
     YOLOV9_FAST_FORCE_CUDA=1    compile CUDA although torch was built for another CUDA major version
     YOLOV9_FAST_PORTABLE=1      for any CPU of this architecture, not only those with this one's vector units
-    YOLOV9_FAST_SANITIZE        such as "address,undefined": instrument the CPU part, for tests/ops/test_sanitizers.py
+    YOLOV9_FAST_SANITIZE        such as "address,undefined": instrument the CPU part, as csrc/sanitize.py does
     YOLOV9_FAST_CUDA_ARCHS      such as "8.0;9.0+PTX"; default: what nvcc knows of DEFAULT_ARCHS, PTX of the newest
     MAX_JOBS                    compilers at a time; default min(cores / 2, free memory / 5 GB)
     CXX, CUDA_HOME              the compiler (default c++) and the CUDA toolkit (default: the one of the nvcc on PATH)
@@ -140,6 +140,15 @@ def build_part(
     )
 
 
+def build_emulated(source: Path, output: Path, scratch: Path) -> Part:
+    """Build `_C_emulated.so`, CUDA's block algorithms run by the host, into `output`: for tests, never installed."""
+    try:
+        torch = find_torch()
+    except Unbuildable as error:
+        return Part(reason=str(error))
+    return build_part("emulated", "*.cpp", cpu_recipe, torch, source, output, scratch)
+
+
 def compile_and_link(
     recipe: Recipe, sources: Sequence[Path], root: Path, library: Path, scratch: Path, torch: Torch
 ) -> dict[str, str]:
@@ -148,14 +157,12 @@ def compile_and_link(
     Returns what the compiler said of each source file, kept beside its object.
     """
     scratch.mkdir(parents=True, exist_ok=True)
-    headers = sorted([*root.rglob("*.h"), *root.rglob("*.cuh")])
-    common = hashlib.sha256(repr((recipe, version_line(recipe.compiler), torch.version)).encode())
-    for header in headers:
-        common.update(header.read_bytes())
+    settings = repr((recipe, version_line(recipe.compiler), torch.version)).encode()
 
     def compile_one(path: Path) -> Path:
-        key = common.copy()
-        key.update(path.read_bytes())
+        key = hashlib.sha256(settings)
+        for file in sorted({path, *headers_of(path, root)}):
+            key.update(file.read_bytes())
         compiled = scratch / f"{path.stem}-{key.hexdigest()[:16]}.o"
         if not compiled.exists():
             partial = compiled.with_suffix(".part.o")
@@ -171,6 +178,18 @@ def compile_and_link(
     partial.replace(library)
     logs = (compiled.with_suffix(".log") for compiled in objects)
     return {path.name: log.read_text() for path, log in zip(sources, logs, strict=True) if log.exists()}
+
+
+def headers_of(path: Path, root: Path) -> set[Path]:
+    """The headers below `root` that `path` includes with quotes, directly or through others."""
+    found: set[Path] = set()
+    waiting = [path]
+    while waiting:
+        names = re.findall(r'^#include "(.+)"', waiting.pop().read_text(), re.MULTILINE)
+        new = {root / name for name in names} - found
+        found |= new
+        waiting += new
+    return found
 
 
 def kernel_report(file: str, log: str) -> list[dict[str, str | int]]:

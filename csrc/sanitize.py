@@ -1,9 +1,9 @@
 """Run tests over the C++ operators built with AddressSanitizer and UndefinedBehaviorSanitizer; the first finding fails.
 
-    python csrc/sanitize.py [pytest arguments; default: the operators' tests but the slow]
+    python -m csrc.sanitize [pytest arguments; default: the operators' tests that are not slow]
 
-The library lies in build/sanitized, apart from the installed one, and only what changed is compiled again.
-`YOLOV9_FAST_TEST_CASES` (default here 60) shortens tests that count their random cases by it.
+The libraries are built in build/sanitized; only what changed is compiled again. `YOLOV9_FAST_TEST_CASES` (here 60 by
+default) is the number of random cases of the tests that read it.
 """
 
 from __future__ import annotations
@@ -14,41 +14,40 @@ import subprocess
 import sys
 from pathlib import Path
 
+from csrc import build
+
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "build" / "sanitized"
 SANITIZERS = "address,undefined"
 
 
 def build_sanitized(source: Path = ROOT / "csrc", folder: Path = FOLDER) -> Path:
-    """Build `_C_cpu.so` with sanitizers into `folder`; `RuntimeError` with the reason where that cannot be."""
-    sys.path.insert(0, str(ROOT / "csrc"))
-    try:
-        import build
-    finally:
-        sys.path.remove(str(ROOT / "csrc"))
+    """Build `_C_cpu.so` and `_C_emulated.so` with sanitizers into `folder`; `RuntimeError` says why not."""
     folder.mkdir(parents=True, exist_ok=True)
     changed = {"YOLOV9_FAST_SANITIZE": SANITIZERS, "YOLOV9_FAST_SKIP_CUDA": "1"}
     changed["MAX_JOBS"] = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
     before = {name: os.environ.get(name) for name in changed}
     os.environ.update(changed)
     try:
-        written = build.build(source, folder, folder / "objects")
+        build.build(source, folder, folder / "objects")
+        emulated = build.build_emulated(source, folder, folder / "objects")
     finally:
         for name, value in before.items():
             if value is None:
                 os.environ.pop(name, None)
             else:
                 os.environ[name] = value
-    if folder / "_C_cpu.so" not in written:
-        reason = json.loads(written[-1].read_text())["parts"]["cpu"]["reason"]
-        raise RuntimeError(f"no library with sanitizers: {reason}")
+    cpu = json.loads((folder / build.INFO_NAME).read_text())["parts"]["cpu"]
+    reason = cpu["reason"] or emulated.reason
+    if reason:
+        raise RuntimeError(f"no libraries with sanitizers: {reason}")
     return folder
 
 
 def environment(folder: Path = FOLDER) -> dict[str, str]:
-    """For a process that uses the library of `build_sanitized`: the sanitizer's runtime has to be loaded first."""
+    """For a process that uses the libraries of `build_sanitized`: the sanitizer's runtime has to be loaded first."""
     compiler = os.environ.get("CXX", "c++").split()[0]
-    # libstdc++ too: the runtime looks for what throws exceptions when it starts, and Python does not bring that.
+    # libstdc++ too: the runtime looks for the function that throws exceptions when it starts.
     runtime = [
         subprocess.check_output([compiler, f"-print-file-name={name}"], text=True).strip()
         for name in ("libasan.so", "libstdc++.so.6")
@@ -58,7 +57,7 @@ def environment(folder: Path = FOLDER) -> dict[str, str]:
         **os.environ,
         "LD_PRELOAD": ":".join(runtime),
         "YOLOV9_FAST_LIBRARY_FOLDER": str(folder),
-        # Python frees little when it ends; that is no leak of ours.
+        # Python frees little when it ends, so leaks cannot be told from that.
         "ASAN_OPTIONS": "detect_leaks=0",
         "UBSAN_OPTIONS": "print_stacktrace=1",
         "OMP_NUM_THREADS": "1",

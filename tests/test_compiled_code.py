@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
+from csrc import build, sanitize
 from yolov9_fast.ops import _library as library
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -18,20 +17,10 @@ CUDA = library.build_info().get("parts", {}).get("cuda", {})
 no_cuda = pytest.mark.skipif(CUDA.get("file") is None, reason=f"no CUDA part: {CUDA.get('reason')}")
 
 
-def load(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"yolov9_fast_{name}", ROOT / "csrc" / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
 def sanitizer_runtime() -> str | None:
     """Why there is none here."""
     try:
-        preloaded = load("sanitize").environment()["LD_PRELOAD"].split(":")
+        preloaded = sanitize.environment()["LD_PRELOAD"].split(":")
     except (OSError, subprocess.CalledProcessError) as error:
         return str(error)
     missing = [path for path in preloaded if not Path(path).is_absolute()]
@@ -45,7 +34,7 @@ needs_sanitizers = pytest.mark.skipif(RUNTIME_REASON is not None, reason=f"no sa
 @pytest.mark.slow
 @needs_sanitizers
 def test_the_operators_tests_are_clean_under_sanitizers() -> None:
-    done = subprocess.run([sys.executable, "csrc/sanitize.py"], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-m", "csrc.sanitize"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
     assert " passed" in done.stdout
 
@@ -60,7 +49,6 @@ def test_the_operators_tests_are_clean_under_sanitizers() -> None:
     ],
 )
 def test_the_sanitizers_see_an_error(tmp_path: Path, statement: str, finding: str) -> None:
-    sanitize = load("sanitize")
     (tmp_path / "cpu").mkdir()
     code = f'extern "C" __attribute__((visibility("default"))) int wrong(int at) {{ {statement} }}\n'
     (tmp_path / "cpu" / "wrong.cpp").write_text(code)
@@ -104,7 +92,7 @@ def test_the_report_reads_what_ptxas_says() -> None:
         "    8 bytes stack frame, 16 bytes spill stores, 24 bytes spill loads\n"
         "ptxas info    : Used 40 registers, used 1 barriers, 8 bytes cumulative stack size, 36 bytes smem\n"
     )
-    assert load("build").kernel_report("k.cu", log) == [
+    assert build.kernel_report("k.cu", log) == [
         {
             "file": "k.cu",
             "kernel": "_Z1kPf",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import shutil
@@ -10,11 +9,11 @@ import subprocess
 import sys
 import tarfile
 import zipfile
-from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 
 import pytest
+
+from csrc import build as recipe
 
 ROOT = Path(__file__).resolve().parent.parent
 INGREDIENTS = (
@@ -165,18 +164,6 @@ def test_a_compiled_wheel_serves_every_python_and_loads(tree: Path) -> None:
 
 
 @pytest.fixture
-def recipe() -> Iterator[ModuleType]:
-    spec = importlib.util.spec_from_file_location("yolov9_fast_build", ROOT / "csrc" / "build.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules[spec.name]
-
-
-@pytest.fixture
 def nvcc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A program that answers as nvcc 12.6 does, which does not know compute_100 yet."""
     folder = tmp_path / "cuda" / "bin"
@@ -196,7 +183,7 @@ def nvcc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return program
 
 
-def test_default_architectures_are_those_that_nvcc_knows_with_ptx_of_the_newest(recipe: ModuleType, nvcc: Path) -> None:
+def test_default_architectures_are_those_that_nvcc_knows_with_ptx_of_the_newest(nvcc: Path) -> None:
     assert recipe.architecture_flags(str(nvcc)) == [
         "-gencode=arch=compute_80,code=sm_80",
         "-gencode=arch=compute_90,code=sm_90",
@@ -204,7 +191,7 @@ def test_default_architectures_are_those_that_nvcc_knows_with_ptx_of_the_newest(
     ]
 
 
-def test_architectures_can_be_chosen(recipe: ModuleType, nvcc: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_architectures_can_be_chosen(nvcc: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("YOLOV9_FAST_CUDA_ARCHS", "7.0+PTX; 90a")
     assert recipe.architecture_flags(str(nvcc)) == [
         "-gencode=arch=compute_70,code=sm_70",
@@ -218,7 +205,7 @@ def test_architectures_can_be_chosen(recipe: ModuleType, nvcc: Path, monkeypatch
 
 @pytest.mark.skipif(not HAS_COMPILER, reason="no C++ compiler")
 def test_cuda_is_compiled_for_a_cpu_torch_and_not_for_another_major_version(
-    recipe: ModuleType, nvcc: Path, monkeypatch: pytest.MonkeyPatch
+    nvcc: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def torch_of(cuda: str | None) -> object:
         return recipe.Torch("2.10.0", cuda, ["/include"], Path("/lib"))
@@ -231,7 +218,7 @@ def test_cuda_is_compiled_for_a_cpu_torch_and_not_for_another_major_version(
     assert recipe.cuda_recipe(torch_of("13.0")).compiler[0] == str(nvcc)
 
 
-def test_no_nvcc_is_a_reason(recipe: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_nvcc_is_a_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     for name in ("CUDA_HOME", "CUDA_PATH"):
         monkeypatch.delenv(name, raising=False)
@@ -239,7 +226,7 @@ def test_no_nvcc_is_a_reason(recipe: ModuleType, tmp_path: Path, monkeypatch: py
         recipe.find_nvcc()
 
 
-def test_jobs_are_at_least_one_and_as_asked(recipe: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_jobs_are_at_least_one_and_as_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MAX_JOBS", raising=False)
     assert 1 <= recipe.max_jobs() <= max(1, (os.cpu_count() or 1) // 2)
     monkeypatch.setenv("MAX_JOBS", "7")
@@ -247,9 +234,7 @@ def test_jobs_are_at_least_one_and_as_asked(recipe: ModuleType, monkeypatch: pyt
 
 
 @pytest.mark.skipif(not HAS_COMPILER, reason="no C++ compiler")
-def test_only_what_changed_is_compiled_again(
-    recipe: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_only_what_changed_is_compiled_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = tmp_path / "csrc"
     (source / "cpu").mkdir(parents=True)
     for name in ("one", "two"):

@@ -1,7 +1,7 @@
 // Task-aligned assignment: the operator's tensors checked and turned into pointers, for the CPU and for the GPU.
 #pragma once
 
-#include "common/assign_phases.h"
+#include "common/assign_block.h"
 
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>

@@ -1,4 +1,4 @@
-// assign on the GPU: the four launches of common/assign_phases.h. Reads of the boxes and scores the anchors inside a ground
+// assign on the GPU: the four launches of common/assign_block.h. Reads of the boxes and scores the anchors inside a ground
 // truth only, 4 to 36 bytes each; writes 12 bytes per anchor; waits for nothing and allocates O(A + B·N) beside its outputs.
 #include "common/assign_arguments.h"
 #include "cuda/stream.cuh"

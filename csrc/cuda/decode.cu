@@ -1,7 +1,7 @@
-// decode on the GPU: one launch of common/decode_phases.h, a block per tile of 64 anchors. At batch 32, 640 px, 80 classes
+// decode on the GPU: one launch of common/decode_block.h, a block per tile of 64 anchors. At batch 32, 640 px, 80 classes
 // in bfloat16 it reads 77 MB and writes 90 MB; for the assignment it reads 34 MB and the logits of the wanted classes.
 #include "common/decode_arguments.h"
-#include "common/decode_phases.h"
+#include "common/decode_block.h"
 #include "cuda/stream.cuh"
 
 #include <torch/csrc/stable/accelerator.h>

@@ -1,6 +1,6 @@
 """assign: the published task-aligned assignment, from golden numbers, small cases by hand, and a loop in numpy.
 
-Every test runs by the eager reference, by the compiled operator and by the GPU's phases on the host.
+Every test runs by the eager reference, by the compiled operator and by the emulated CUDA blocks.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 import yolov9_fast as yf
+from tests.ops import emulated
 from yolov9_fast.ops import _library as library
 from yolov9_fast.ops import assign
 from yolov9_fast.ops._backend import BackendUnavailable
@@ -24,17 +25,18 @@ from yolov9_fast.ops._boxes import anchor_points
 GRID = 5
 STRIDE = 8
 MODULE = importlib.import_module("yolov9_fast.ops._assign")
-PHASES_MISSING = library.missing("assign_phases", "cpu")
+MISSING = library.missing("assign", "cpu")
 
 
-@pytest.fixture(autouse=True, params=["eager", "cpu", "phases"])
+@pytest.fixture(autouse=True, params=["eager", "cpu", "emulated"])
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """Which implementation `assign` runs in this test."""
     name = request.param
-    if name != "eager" and PHASES_MISSING is not None:
-        pytest.skip(f"no compiled assign: {PHASES_MISSING}")
-    if name == "phases":
-        monkeypatch.setattr(MODULE, "select", lambda operator, *args: lambda *args: MODULE.assign_phases(*args, 32, 1))
+    if name == "cpu" and MISSING is not None:
+        pytest.skip(f"no compiled assign: {MISSING}")
+    if name == "emulated":
+        raw = emulated.operators().assign
+        monkeypatch.setattr(MODULE, "select", lambda operator, *args: lambda *args: raw(*args, 32, 1))
     with yf.backend("cpu" if name == "cpu" else "eager"):
         yield name
 

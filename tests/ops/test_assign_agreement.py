@@ -1,4 +1,4 @@
-"""assign: one result, bit for bit, by the reference, the compiled operator, the GPU's phases on the host, and a GPU."""
+"""assign: one result, bit for bit, by the reference, the compiled operator, emulated CUDA blocks, and a GPU."""
 
 from __future__ import annotations
 
@@ -15,12 +15,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import yolov9_fast as yf
+from tests.ops import emulated
 from yolov9_fast.ops import Assignment, assign
 from yolov9_fast.ops import _library as library
 from yolov9_fast.ops._boxes import anchor_points
 
 MODULE = importlib.import_module("yolov9_fast.ops._assign")
-MISSING = library.missing("assign", "cpu") or library.missing("assign_phases", "cpu")
+MISSING = library.missing("assign", "cpu")
 needs_cpu = pytest.mark.skipif(MISSING is not None, reason=f"no compiled assign: {MISSING}")
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 Case = tuple[tuple[Tensor, ...], dict[str, Any]]
@@ -28,15 +29,14 @@ ODD = torch.tensor([math.nan, math.inf, -math.inf, 1e20, -1e20, 0.0, 1e38])
 
 
 def by(name: str, case: Case, threads: int = 32, seed: int = 0) -> Assignment:
-    """The assignment by "eager", "cpu", "cuda", or the GPU's phases on the host with so many threads, so shuffled."""
+    """The assignment by "eager", "cpu", "cuda", or "emulated" with `threads` a block and an order drawn from `seed`."""
     tensors, options = case
-    if name != "phases":
+    if name != "emulated":
         with yf.backend(name):
             return assign(*tensors, **options)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            MODULE, "select", lambda operator, *args: lambda *args: MODULE.assign_phases(*args, threads, seed)
-        )
+        raw = emulated.operators().assign
+        patch.setattr(MODULE, "select", lambda operator, *args: lambda *args: raw(*args, threads, seed))
         return assign(*tensors, **options)
 
 
@@ -137,7 +137,7 @@ def test_two_thousand_cases_agree_bit_for_bit() -> None:
         eager = by("eager", case)
         assert_same(eager, by("cpu", case), f"seed {seed}, compiled")
         threads = (1, 7, 32, 64, 128, 256)[seed % 6]
-        assert_same(eager, by("phases", case, threads, seed % 5), f"seed {seed}, {threads} threads")
+        assert_same(eager, by("emulated", case, threads, seed % 5), f"seed {seed}, {threads} threads")
         assigned += int((eager.gt_index >= 0).sum() > 0)
         contested += int(eager.gt_index.unique().numel() > 2)
     # The cases are about something: half assign, many of them to several ground truths.
@@ -147,9 +147,9 @@ def test_two_thousand_cases_agree_bit_for_bit() -> None:
 
 @needs_cpu
 @given(st.integers(0, 10**9), st.integers(1, 256), st.integers(0, 2**31 - 1))
-def test_the_phases_agree_for_any_threads_in_any_order(seed: int, threads: int, order: int) -> None:
+def test_emulated_blocks_agree_for_any_threads_in_any_order(seed: int, threads: int, order: int) -> None:
     case = wild_case(seed)
-    assert_same(by("cpu", case), by("phases", case, threads, order))
+    assert_same(by("cpu", case), by("emulated", case, threads, order))
 
 
 @needs_cpu
@@ -159,7 +159,7 @@ def test_full_size_agrees(rule: str) -> None:
     case = tensors, {**options, "rule": rule}
     eager = by("eager", case)
     assert_same(eager, by("cpu", case))
-    assert_same(eager, by("phases", case, 128, 3))
+    assert_same(eager, by("emulated", case, 128, 3))
 
 
 @needs_cpu
@@ -170,7 +170,7 @@ def test_five_thousand_objects_agree(rule: str) -> None:
     compiled = by("cpu", case)
     assert bool((compiled.gt_index >= 0).float().mean() > 0.5)
     assert_same(by("eager", case), compiled)
-    assert_same(compiled, by("phases", case, 128, 3))
+    assert_same(compiled, by("emulated", case, 128, 3))
 
 
 @needs_cpu
@@ -279,7 +279,6 @@ def test_opcheck(truths: int, rule: int) -> None:
     strides = options["strides"].reshape(-1) if rule == 2 else None
     args = (scores, boxes, points, labels, gt_boxes, mask > 0, strides, 10, 0.5, 6.0, rule)
     torch.library.opcheck(torch.ops.yolov9_fast.assign.default, args, test_utils=OPCHECK)
-    torch.library.opcheck(torch.ops.yolov9_fast.assign_phases.default, (*args, 8, 0), test_utils=OPCHECK)
 
 
 @needs_cpu

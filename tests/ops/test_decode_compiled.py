@@ -1,4 +1,4 @@
-"""The compiled decode, on the CPU and as the GPU's phases on the host, against eager and float64."""
+"""The compiled decode, on the CPU and by emulated CUDA blocks, against eager and float64."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import yolov9_fast as yf
+from tests.ops import emulated
 from yolov9_fast.ops import _library as library
 from yolov9_fast.ops import decode
 from yolov9_fast.ops._backend import why_not
@@ -18,8 +19,6 @@ from yolov9_fast.ops._decode import (
     decode_for_assignment,
     decode_for_assignment_reference,
     decode_reference,
-    for_assignment_phases,
-    phases,
     rows_in_step,
 )
 
@@ -85,15 +84,16 @@ def test_float64_stays() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize(("threads", "shuffle"), [(1, 0), (37, 1), (256, 2)])
-def test_the_phases_of_the_gpu_give_the_bits_of_the_cpu(dtype: torch.dtype, threads: int, shuffle: int) -> None:
+def test_emulated_blocks_give_the_bits_of_the_cpu(dtype: torch.dtype, threads: int, shuffle: int) -> None:
+    operators = emulated.operators()
     for seed in range(15):
         maps, strides = random_maps(30_000 + seed, dtype)
         maps = [rows_in_step(level) for level in maps]
         labels = torch.randint(0, maps[0].shape[1] - 64, (maps[0].shape[0], seed % 4))
         with yf.backend("cpu"):
-            assert torch.equal(phases(maps, strides, threads, shuffle), decode(maps, strides))
+            assert torch.equal(operators.decode(maps, strides, threads, shuffle), decode(maps, strides))
         for wanted in (labels, None):
-            got = for_assignment_phases(maps, wanted, strides, threads, shuffle)
+            got = operators.decode_for_assignment(maps, wanted, strides, threads, shuffle)
             own = torch.ops.yolov9_fast.decode_for_assignment(maps, wanted, strides)
             assert all(torch.equal(a, b) for a, b in zip(got, own, strict=True))
 

@@ -1,4 +1,4 @@
-"""The compiled detection_loss, on the CPU and as the GPU's phases on the host, against eager and float64 autograd."""
+"""The compiled detection_loss, on the CPU and by emulated CUDA blocks, against eager and float64 autograd."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 
 import yolov9_fast as yf
+from tests.ops import emulated
 from yolov9_fast.ops import Assignment, detection_loss
 from yolov9_fast.ops import _library as library
 from yolov9_fast.ops._backend import why_not
 from yolov9_fast.ops._decode import rows_in_step
-from yolov9_fast.ops._detection_loss import OPERATOR, LossOptions, detection_loss_reference, phases
+from yolov9_fast.ops._detection_loss import OPERATOR, LossOptions, detection_loss_reference
 
 REASON = why_not(OPERATOR, "cpu")
 pytestmark = pytest.mark.skipif(REASON is not None, reason=f"no compiled detection_loss: {REASON}")
@@ -186,28 +187,32 @@ def test_gradcheck_in_float64() -> None:
 
 
 @pytest.mark.parametrize(("threads", "shuffle"), [(1, 0), (3, 1), (32, 2), (256, 3)])
-def test_the_phases_of_the_gpu_agree_with_the_cpu(threads: int, shuffle: int) -> None:
+def test_emulated_blocks_agree_with_the_cpu(threads: int, shuffle: int) -> None:
     for seed in range(75):
         case = random_case(30_000 + seed)
-        items, gradients = phases(None, case.in_step(), *case.raw(), True, threads, shuffle)
+        items, gradients = emulated.operators().detection_loss(
+            None, case.in_step(), *case.raw(), True, threads, shuffle
+        )
         expected, own = compiled(case)
         torch.testing.assert_close(items, expected, rtol=3e-6, atol=1e-6)
         for a, b in zip(gradients, own, strict=True):
             assert torch.equal(a, b)
         upstream = torch.tensor([0.5, 2.0, 3.0])
-        _, gradients = phases(upstream, case.in_step(), *case.raw(), True, threads, shuffle)
+        _, gradients = emulated.operators().detection_loss(
+            upstream, case.in_step(), *case.raw(), True, threads, shuffle
+        )
         for a, b in zip(gradients, compiled(case, upstream)[1], strict=True):
             assert torch.equal(a, b)
-        alone, none = phases(None, case.in_step(), *case.raw(), False, threads, shuffle)
+        alone, none = emulated.operators().detection_loss(None, case.in_step(), *case.raw(), False, threads, shuffle)
         assert torch.equal(alone, items)
         assert not none
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
-def test_the_phases_take_every_dtype(dtype: torch.dtype) -> None:
+def test_emulated_blocks_take_every_dtype(dtype: torch.dtype) -> None:
     for seed in range(20):
         case = random_case(40_000 + seed, dtype)
-        items, gradients = phases(None, case.in_step(), *case.raw(), True, 64, 1)
+        items, gradients = emulated.operators().detection_loss(None, case.in_step(), *case.raw(), True, 64, 1)
         torch.testing.assert_close(items, compiled(case)[0], rtol=3e-6, atol=1e-6)
         for level, each in zip(case.maps, gradients, strict=True):
             assert each.dtype == dtype
@@ -219,7 +224,7 @@ def test_an_index_out_of_range_is_an_error_on_the_cpu_and_nan_on_the_gpu() -> No
     wild = case._replace(labels=torch.full_like(case.labels, 1000))
     with pytest.raises(RuntimeError):
         compiled(wild)
-    items, _ = phases(None, wild.in_step(), *wild.raw(), False, 32, 0)
+    items, _ = emulated.operators().detection_loss(None, wild.in_step(), *wild.raw(), False, 32, 0)
     assert items[1].isnan()
 
 
@@ -248,7 +253,7 @@ def test_a_batch_without_images_is_zero() -> None:
     case = Case([torch.zeros(0, 67, 3, 3)], nothing, torch.zeros(0, 2, dtype=torch.long), torch.zeros(0, 2, 4),
                 torch.tensor(1.0), LossOptions((8,)))  # fmt: skip
     assert compiled(case)[0].tolist() == [0, 0, 0]
-    assert phases(None, case.in_step(), *case.raw(), True, 32, 0)[0].tolist() == [0, 0, 0]
+    assert emulated.operators().detection_loss(None, case.in_step(), *case.raw(), True, 32, 0)[0].tolist() == [0, 0, 0]
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])

@@ -1,4 +1,4 @@
-"""nms and nms_boxes compiled: the reference's bits, always: C++, the GPU's algorithm run by the host, the GPU."""
+"""nms and nms_boxes compiled: the reference's bits, always: C++, emulated CUDA blocks, the GPU."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import yolov9_fast as yf
+from tests.ops import emulated
 from tests.ops.nms_cases import nms_boxes_case, nms_case
 from yolov9_fast.ops import _library as library
 from yolov9_fast.ops import nms, nms_boxes
-from yolov9_fast.ops._backend import why_not
+from yolov9_fast.ops._backend import operators, select, why_not
 from yolov9_fast.ops._nms import OPERATOR, nms_reference
 from yolov9_fast.ops._nms_boxes import nms_boxes_reference
 
@@ -34,9 +35,9 @@ def block(seed: int) -> tuple[int, int, bool]:
 
 COMPILED: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "cpu": (lambda seed, *args: raw.nms(*args), lambda seed, *args: raw.nms_boxes(*args)),
-    "phases": (
-        lambda seed, *args: raw.nms_phases(*args, *block(seed)),
-        lambda seed, *args: raw.nms_boxes_phases(*args, *block(seed)),
+    "emulated": (
+        lambda seed, *args: emulated.operators().nms(*args, *block(seed)),
+        lambda seed, *args: emulated.operators().nms_boxes(*args, *block(seed)),
     ),
 }
 
@@ -111,7 +112,7 @@ def test_the_filter_narrows_the_cut_digit_by_digit(levels: int) -> None:
     prediction = crowded(1, 5, 200, levels=levels)
     for limit in range(1, 1000, 37):
         options = (prediction, 0.001, 0.6, True, False, None, 20, limit)
-        assert same(raw.nms_phases(*options, 32, limit, True), nms_reference(*options)), limit
+        assert same(emulated.operators().nms(*options, 32, limit, True), nms_reference(*options)), limit
 
 
 @needs_cpu
@@ -146,10 +147,10 @@ def test_the_result_does_not_depend_on_the_number_of_threads() -> None:
 def test_auto_runs_the_compiled_form() -> None:
     prediction = crowded(1, 2, 20)
     for operator, arguments in (
-        (yf.ops.backend.operators["nms"], (prediction, 0.1, 0.5, True, False, None, 300, 30000)),
-        (yf.ops.backend.operators["nms_boxes"], (torch.rand(3, 4), torch.rand(3), None, 0.5, 3)),
+        (operators["nms"], (prediction, 0.1, 0.5, True, False, None, 300, 30000)),
+        (operators["nms_boxes"], (torch.rand(3, 4), torch.rand(3), None, 0.5, 3)),
     ):
-        assert yf.ops.backend.select(operator, *arguments) is operator.implementations["cpu"].call
+        assert select(operator, *arguments) is operator.implementations["cpu"].call
 
 
 @needs_cpu
@@ -220,10 +221,8 @@ def test_cuda_asked_for_with_tensors_on_the_cpu_raises() -> None:
 def test_opcheck() -> None:
     options = (0.1, 0.5, True, False, [0, 2], 20, 100)
     torch.library.opcheck(raw.nms.default, (crowded(2, 3, 40), *options))
-    torch.library.opcheck(raw.nms_phases.default, (crowded(2, 3, 40), *options, 8, 1, True))
     boxes, scores = torch.rand(9, 4), torch.rand(9)
     torch.library.opcheck(raw.nms_boxes.default, (boxes, scores, torch.arange(9) % 2, 0.5, 9))
-    torch.library.opcheck(raw.nms_boxes_phases.default, (boxes, scores, None, 0.5, 4, 8, 1, True))
 
 
 @pytest.mark.slow

@@ -357,10 +357,6 @@ def _fake(scores: Tensor, boxes: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     return boxes.new_empty(shape, dtype=torch.int64), boxes.new_empty(shape)
 
 
-def _phases_reference(*args: Any) -> tuple[Tensor, Tensor]:
-    return assign_reference(*args[:-2])
-
-
 def _supports(device: str) -> Any:
     def supports(scores: Tensor, boxes: Tensor, *rest: Any) -> str | None:
         tensors: Sequence[Any] = rest[:5]
@@ -378,10 +374,6 @@ _ARGUMENTS = (
     "Tensor? strides, int topk, float alpha, float beta, int rule"
 )
 _compiled = library.define(f"assign({_ARGUMENTS}) -> (Tensor, Tensor)", fake=_fake, reference=assign_reference)
-# The GPU's algorithm run by the host thread by thread, for tests: a block's threads, and a seed for their order.
-assign_phases = library.define(
-    f"assign_phases({_ARGUMENTS}, int threads, int seed) -> (Tensor, Tensor)", fake=_fake, reference=_phases_reference
-)
 
 OPERATOR = register(
     Operator(

@@ -201,18 +201,6 @@ _for_assignment = library.define(
     fake=_assignment_fake,
     reference=_assignment_raw_reference,
 )
-# The GPU's phases on the host, `threads` threads one after the other, shuffled by `seed` unless 0: for tests.
-phases = library.define(
-    "decode_phases(Tensor[] maps, int[] strides, int threads, int seed) -> Tensor",
-    fake=lambda maps, strides, threads, seed: _decode_fake(maps, strides),
-    reference=lambda maps, strides, threads, seed: decode_reference(maps, strides),
-)
-for_assignment_phases = library.define(
-    "decode_for_assignment_phases(Tensor[] maps, Tensor? labels, int[] strides, int threads, int seed)"
-    " -> (Tensor, Tensor, Tensor)",
-    fake=lambda maps, labels, strides, threads, seed: _assignment_fake(maps, labels, strides),
-    reference=lambda maps, labels, strides, threads, seed: _assignment_raw_reference(maps, labels, strides),
-)
 
 OPERATOR = register(
     Operator(

@@ -317,23 +317,6 @@ _unless_ones = library.define(
     reference=_unless_ones_reference,
 )
 
-
-def _phases_reference(upstream: Tensor | None, maps: Sequence[Tensor], *rest: Any) -> tuple[Tensor, list[Tensor]]:
-    *call, gradient, _, _ = rest
-    items, gradients = _forward_reference(maps, *call, gradient)
-    if upstream is not None and gradient:
-        gradients = _backward_reference(upstream, maps, *call)
-    return items, gradients
-
-
-phases = library.define(
-    f"detection_loss_phases(Tensor? upstream, Tensor[] maps, {_FIXED}, {_OPTIONS}, bool gradient, "
-    "int threads, int seed) -> (Tensor, Tensor[])",
-    fake=lambda upstream, maps, *rest: _forward_fake(maps, *rest[:-2]),
-    reference=_phases_reference,
-)
-"""The GPU's phases on the host, `threads` threads one after the other, shuffled by `seed` unless 0: for tests."""
-
 OPERATOR = register(
     Operator(
         "detection_loss",

@@ -235,13 +235,6 @@ _ARGUMENTS = (
 )
 _RESULTS = "(Tensor boxes, Tensor count, Tensor candidates, Tensor anchor)"
 _compiled = library.define(f"nms({_ARGUMENTS}) -> {_RESULTS}", fake=_fake, reference=nms_reference)
-# The GPU's algorithm run by the CPU, thread by thread, for tests: `threads` of a block, the order of threads and blocks
-# drawn from `seed` (0: none), and with `small` buffers so small that a few candidates fill them.
-library.define(
-    f"nms_phases({_ARGUMENTS}, int threads, int seed, bool small) -> {_RESULTS}",
-    fake=lambda *args: _fake(*args[:8]),
-    reference=lambda *args: nms_reference(*args[:8]),
-)
 
 
 def _run_compiled(

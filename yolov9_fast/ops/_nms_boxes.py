@@ -96,12 +96,6 @@ _ARGUMENTS = "Tensor boxes, Tensor scores, Tensor? labels, float iou, int max_de
 _compiled = library.define(
     f"nms_boxes({_ARGUMENTS}) -> (Tensor index, Tensor count)", fake=_fake, reference=nms_boxes_reference
 )
-# The GPU's algorithm run by the CPU, as `nms_phases`.
-library.define(
-    f"nms_boxes_phases({_ARGUMENTS}, int threads, int seed, bool small) -> (Tensor index, Tensor count)",
-    fake=lambda *args: _fake(*args[:5]),
-    reference=lambda *args: nms_boxes_reference(*args[:5]),
-)
 
 
 def _cannot(device: str, boxes: Tensor) -> str | None:

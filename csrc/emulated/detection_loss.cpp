@@ -1,10 +1,12 @@
-// detection_loss by the GPU's phases, thread by thread on the host: for tests, which vary the threads and their order.
-#include "common/detection_loss_phases.h"
-
+// detection_loss on the host by the block algorithms of common/detection_loss_block.h: for tests, which vary the number
+// of threads and their order.
 #include <torch/csrc/stable/library.h>
 
 #include <tuple>
 #include <vector>
+
+#include "common/detection_loss_block.h"
+#include "emulated/host_block.h"
 
 namespace {
 
@@ -16,23 +18,23 @@ void run(const Problem<T, Real>& p, const HostBlock& block) {
   SumShared<Real> shared;
   const bool focal = p.targets.options.focal_gamma > Real(0);
   for (int64_t i = 0; i < p.class_blocks(); ++i) {
-    focal ? classes<T, Real, true, kGradient>(block, shared, p, i) : classes<T, Real, false, kGradient>(block, shared, p, i);
+    focal ? classes<T, Real, true, kGradient>(block, shared, p, i)
+          : classes<T, Real, false, kGradient>(block, shared, p, i);
   }
   for (int64_t i = 0; i < p.anchor_blocks(); ++i) anchors<T, Real, kGradient>(block, shared, p, i);
 }
 
-// `upstream` absent: items and, if asked for, gradients; else gradients alone, as detection_loss_backward.
-std::tuple<Tensor, std::vector<Tensor>> detection_loss_phases(
+// Without `upstream`: the items and, if asked for, their gradients; with it: the gradients of detection_loss_backward.
+std::tuple<Tensor, std::vector<Tensor>> detection_loss(
     const std::optional<Tensor>& upstream, const std::vector<Tensor>& maps, const Tensor& gt_index,
     const Tensor& weight, const Tensor& gt_labels, const Tensor& gt_boxes, const Tensor& normaliser,
     const std::vector<int64_t>& strides, double pos_weight, double label_smoothing, double focal_gamma,
     const std::vector<double>& gains, bool gradient, int64_t threads, int64_t seed) {
-  STD_TORCH_CHECK(threads >= 1 && threads <= kMaxThreads, "detection_loss_phases: threads must lie in [1, 256]");
   const Arguments given{maps,    gt_index,   weight,          gt_labels,   gt_boxes, normaliser,
                         strides, pos_weight, label_smoothing, focal_gamma, gains};
   Tensor items = torch::stable::new_empty(normaliser, {3});
   const std::vector<Tensor> gradients = gradient ? empty_like(maps) : std::vector<Tensor>();
-  const HostBlock block(static_cast<int>(threads), static_cast<uint32_t>(seed));
+  const HostBlock block(threads, seed, kMaxThreads);
   given.dispatch([&](auto element, auto real) {
     using T = decltype(element);
     using Real = decltype(real);
@@ -54,6 +56,12 @@ std::tuple<Tensor, std::vector<Tensor>> detection_loss_phases(
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(yolov9_fast, CPU, library) {
-  library.impl("detection_loss_phases", TORCH_BOX(&detection_loss_phases));
+STABLE_TORCH_LIBRARY_FRAGMENT(yolov9_fast_emulated, library) {
+  library.def(
+      "detection_loss(Tensor? upstream, Tensor[] maps, Tensor gt_index, Tensor weight, Tensor gt_labels, "
+      "Tensor gt_boxes, Tensor normaliser, int[] strides, float pos_weight, float label_smoothing, float focal_gamma, "
+      "float[] gains, bool gradient, int threads, int seed) -> (Tensor, Tensor[])");
+}
+STABLE_TORCH_LIBRARY_IMPL(yolov9_fast_emulated, CPU, library) {
+  library.impl("detection_loss", TORCH_BOX(&detection_loss));
 }

@@ -67,6 +67,8 @@ class Operator:
 operators: dict[str, Operator] = {}
 _chosen: dict[str, str] = {}
 _GLOBAL = ""
+generation = 0
+"""Counts the changes of settings and of registered operators, so that callers can keep what they derived from them."""
 
 
 def set_backend(name: str | None, op: str | None = None) -> None:
@@ -75,11 +77,13 @@ def set_backend(name: str | None, op: str | None = None) -> None:
     None takes a setting back. Raises `ValueError` for an unknown name. Whether the backend can run is decided at
     each call, by its arguments; there it raises `RuntimeError` with the reason if it cannot.
     """
+    global generation
     key = _key(op)
     if name is None:
         _chosen.pop(key, None)
     else:
         _chosen[key] = _checked(name, "backend")
+    generation += 1
 
 
 def get_backend(op: str | None = None) -> str:
@@ -102,7 +106,9 @@ def backend(name: str, op: str | None = None) -> Iterator[None]:
 
 def register(operator: Operator) -> Operator:
     """Make `operator` known to `set_backend` and `info`, and read its `YOLOV9_FAST_BACKEND_<OP>`."""
+    global generation
     operators[operator.name] = operator
+    generation += 1
     _read_environment(f"YOLOV9_FAST_BACKEND_{operator.name.upper()}", operator.name)
     return operator
 

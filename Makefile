@@ -6,6 +6,7 @@
 # make test-all   both
 # make coverage   `make test` with a coverage report
 # make lint       ruff and mypy
+# make docs       the documentation site, in site/
 # make clean      remove what was built
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
@@ -19,7 +20,7 @@ CHECKED := tests/test_architecture.py tests/ops tests/nn tests/losses tests/metr
 
 export MPLBACKEND ?= Agg
 
-.PHONY: install demo check test test-slow test-all coverage lint clean
+.PHONY: install demo check test test-slow test-all coverage lint docs clean
 
 install: $(STAMP)
 
@@ -57,7 +58,11 @@ lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+docs: install
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[docs]' --no-build-isolation
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+
 clean:
-	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks .coverage htmlcov $(STAMP)
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks .coverage htmlcov site $(STAMP)
 	find yolov9_fast -name '_C_*.so' -delete
 	find yolov9_fast -name '_build_info.json' -delete

@@ -15,7 +15,7 @@ CPU = torch.device("cpu")
 
 @pytest.mark.slow
 def test_one_command_prints_the_table(capsys: pytest.CaptureFixture[str]) -> None:
-    words = "--model yolov9-t --imgsz 64 --batch 1 --seconds 0.1 --device cpu"
+    words = "--model yolov9-t --imgsz 128 --batch 2 --seconds 0.1 --device cpu"
     assert main(["bench", *words.split()]) == 0
     text = capsys.readouterr().out
     rows = {line.strip().split("  ")[0]: line for line in text.splitlines()}
@@ -38,7 +38,7 @@ def test_a_fused_side_with_wrong_gradients_has_no_speed(
         return found
 
     monkeypatch.setattr(TrainingStep, "results", wrong)
-    assert main(["bench", "--imgsz", "64", "--batch", "1", "--seconds", "0.1", "--device", "cpu"]) == 1
+    assert main(["bench", "--imgsz", "128", "--batch", "2", "--seconds", "0.1", "--device", "cpu"]) == 1
     text = capsys.readouterr().out
     step = next(line for line in text.splitlines() if line.startswith("training step, ms"))
     assert step.endswith("no speed")

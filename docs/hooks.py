@@ -1,0 +1,46 @@
+"""What the site takes from outside `docs/`: README, CONTRIBUTING, CHANGELOG, and the records of the benchmarks."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = {"README.md": "index.md", "CONTRIBUTING.md": "CONTRIBUTING.md", "CHANGELOG.md": "CHANGELOG.md"}
+"""Pages of the repository's root and what they are called in the site."""
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    for source, page in PAGES.items():
+        files.append(File.generated(config, page, content=(ROOT / source).read_text(encoding="utf-8")))
+    for path in [ROOT / "LICENSE", ROOT / "bench" / "METHOD.md", *sorted((ROOT / "bench" / "results").rglob("*"))]:
+        name = path.relative_to(ROOT).as_posix()
+        if path.is_file():
+            files.append(File.generated(config, name, abs_src_path=str(path)))
+    for folder in [ROOT / "bench" / "results", *sorted((ROOT / "bench" / "results").glob("**/"))]:
+        name = f"{folder.relative_to(ROOT).as_posix()}/index.md"
+        if not files.get_file_from_path(name):
+            files.append(File.generated(config, name, content=_listing(folder)))
+    return files
+
+
+def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Links that are right in the repository, rewritten for the site, where `docs/` is the root."""
+    if page.file.src_uri in PAGES.values():
+        markdown = markdown.replace("](docs/", "](").replace("](README.md", "](index.md")
+    markdown = markdown.replace("](../bench/", "](bench/")
+    return re.sub(r"\]\((bench/[^)#\s]+)\)", _to_index, markdown)
+
+
+def _to_index(link: re.Match[str]) -> str:
+    """A link to a folder of records, as a link to its list of files."""
+    return f"]({link[1]}/index.md)" if (ROOT / link[1]).is_dir() else link[0]
+
+
+def _listing(folder: Path) -> str:
+    rows = [f"- [{path.name}]({path.name}{'/index.md' if path.is_dir() else ''})" for path in sorted(folder.iterdir())]
+    return "\n".join([f"# {folder.relative_to(ROOT).as_posix()}", "", *rows, ""])

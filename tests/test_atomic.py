@@ -76,7 +76,7 @@ def test_a_full_disk_is_an_error_that_names_the_file_and_keeps_the_previous_one(
     result = subprocess.run(
         [sys.executable, "-c", _FULL_DISK, str(path), kind], capture_output=True, text=True, timeout=120
     )
-    assert f"cannot write {path}" in result.stdout, result.stderr
+    assert f"{path}: cannot be written" in result.stdout, result.stderr
     assert "previous file is intact" in result.stdout, result.stderr
     assert path.read_text() == "before"
     assert list(tmp_path.iterdir()) == [path]

@@ -1,4 +1,4 @@
-"""Files written whole or not at all: a temporary file beside the target, flushed to disk, then renamed over it."""
+"""Atomic writing of files: a temporary file in the same folder, flushed to disk, then renamed to the target."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from yolov9_fast.errors import UserError
 
 
 def atomic_write(path: str | Path, content: bytes | str | Callable[[BinaryIO], object]) -> Path:
-    """Write `path` so that a reader, a crash or a full disk never sees half a file.
+    """Write `path` so that it never holds half a file, also after a crash or on a full disk.
 
     Args:
         path: the target; missing parent folders are made.
-        content: bytes, text (UTF-8), or a function that writes to the open binary file it is given.
+        content: bytes, text (UTF-8), or a function that gets the open binary file and writes to it.
 
     Returns:
         The target as a `Path`.
 
     Raises:
-        UserError: the system refused (disk full, no permission); names the path, and the previous file is intact.
-            Whatever else `content` raises passes through, likewise with the previous file intact.
+        UserError: the operating system failed (disk full, no permission). Other exceptions of `content` are raised as
+            they are. The previous file is intact in both cases.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
@@ -46,18 +46,18 @@ def atomic_write(path: str | Path, content: bytes | str | Callable[[BinaryIO], o
             raise
         state = "the previous file is intact" if path.exists() else "nothing was written"
         reason = system_error.strerror or str(system_error)
-        raise UserError(f"cannot write {path}: {reason}; {state}") from error
+        raise UserError(f"{path}: cannot be written: {reason}; {state}") from error
     return path
 
 
 def _remove(temporary: Path) -> None:
-    # The folder itself may be what failed; the error on its way says more.
+    # The folder may be what failed; the error being raised says more.
     with contextlib.suppress(OSError):
         temporary.unlink(missing_ok=True)
 
 
 def _sync_folder(folder: Path) -> None:
-    """The rename itself survives a power cut only once its folder is flushed."""
+    """Flush the folder: the rename survives a power failure only then."""
     if os.name != "posix":
         return
     descriptor = os.open(folder, os.O_RDONLY)
@@ -70,7 +70,7 @@ def _sync_folder(folder: Path) -> None:
 
 
 def _system_error(error: BaseException) -> OSError | None:
-    """The operating system's error behind `error`: serialisers such as torch.save wrap it in their own."""
+    """The operating system's error that caused `error`; torch.save and others wrap it in their own."""
     if not isinstance(error, Exception):
         return None
     seen: BaseException | None = error

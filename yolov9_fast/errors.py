@@ -1,10 +1,10 @@
-"""Errors that a user can cause and mend; the command line prints their message without a traceback."""
+"""Errors that users can cause and correct; the command line prints their message without a traceback."""
 
 from __future__ import annotations
 
 
 class UserError(Exception):
-    """A wrong file, option or environment; the message says what was expected, what came and what to do."""
+    """A wrong file, option or environment; the message says what was expected and what was found."""
 
 
 class DataError(UserError):

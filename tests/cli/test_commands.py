@@ -28,7 +28,7 @@ def test_val_prints_tables_and_leaves_its_files(
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--split", "test"], "no split 'test'"),
+        (["--split", "test"], "expected one of train, val, got 'test'"),
         (["--weights", "absent.pt"], "no such checkpoint"),
         (["--data", "absent.yaml"], "does not exist"),
         (["--conf", "7"], "conf must lie in"),

@@ -74,7 +74,7 @@ def test_flags_win_over_the_recipe_file_and_the_file_over_the_defaults(tmp_path:
     ("words", "message"),
     [
         ([], "no data file"),
-        (["--data", "d.yaml", "--hsv-h", "3"], "hsv_h must lie in"),
+        (["--data", "d.yaml", "--hsv-h", "3"], "hsv_h: expected 0..1"),
         (["--data", "d.yaml", "--batch", "0"], "batch must be at least 1"),
         (["--config", "absent.yaml"], "absent.yaml"),
     ],

@@ -16,12 +16,12 @@ NOTHING = AugmentConfig(0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0)
 
 
 def labelled(
-    *objects: tuple[int, int, int, int, int], height: int = 120, width: int = 160, outlines: bool = False
+    *objects: tuple[int, int, int, int, int], height: int = 120, width: int = 160, polygons: bool = False
 ) -> LabelledImage:
     boxes = np.array([item[1:] for item in objects], np.float32).reshape(-1, 4)
     corners = [np.array([[a, b], [c, b], [c, d], [a, d]], np.float32) for a, b, c, d in boxes]
     classes = np.array([item[0] for item in objects], np.float32)
-    return LabelledImage(paint(height, width, list(objects)), classes, boxes, list(corners) if outlines else [])
+    return LabelledImage(paint(height, width, list(objects)), classes, boxes, list(corners) if polygons else [])
 
 
 def rng(seed: int = 0) -> np.random.Generator:
@@ -48,11 +48,11 @@ def test_flip_takes_the_box_along(kind: str) -> None:
         ({"scale": 0.3, "degrees": 20.0, "translate": 0.1, "shear": 5.0}, 1.5),
     ],
 )
-@pytest.mark.parametrize("outlines", [False, True])
-def test_affine_takes_the_box_along(change: dict, tolerance: float, outlines: bool) -> None:
+@pytest.mark.parametrize("polygons", [False, True])
+def test_affine_takes_the_box_along(change: dict, tolerance: float, polygons: bool) -> None:
     found = 0
     for seed in range(12):
-        start = labelled((0, 40, 40, 90, 80), outlines=outlines)
+        start = labelled((0, 40, 40, 90, 80), polygons=polygons)
         result = random_affine(start, (120, 160), replace(NOTHING, **change), rng(seed))
         seen = box_of_colour(result.image, 0)
         if len(result.boxes) == 0:
@@ -77,33 +77,33 @@ def test_affine_to_a_smaller_canvas_keeps_the_middle() -> None:
     assert box_of_colour(result.image, 0) == (20, 20, 60, 40)
 
 
-def test_turned_outline_gives_a_tighter_box_than_its_turned_box() -> None:
+def test_turned_polygon_gives_a_tighter_box_than_its_turned_box() -> None:
     start = labelled((0, 40, 20, 120, 100))
     diamond = np.array([[80, 20], [120, 60], [80, 100], [40, 60]], np.float32)
-    outlined = replace_outline(start, diamond)
+    with_polygon = replace_polygon(start, diamond)
     config = replace(NOTHING, degrees=45.0)
-    loose, tight = (random_affine(item, (120, 160), config, rng(1)).boxes[0] for item in (start, outlined))
+    loose, tight = (random_affine(item, (120, 160), config, rng(1)).boxes[0] for item in (start, with_polygon))
     assert np.prod(tight[2:] - tight[:2]) < 0.8 * np.prod(loose[2:] - loose[:2])
 
 
-def replace_outline(start: LabelledImage, outline: np.ndarray) -> LabelledImage:
-    return LabelledImage(start.image, start.classes, start.boxes, [outline])
+def replace_polygon(start: LabelledImage, polygon: np.ndarray) -> LabelledImage:
+    return LabelledImage(start.image, start.classes, start.boxes, [polygon])
 
 
 @pytest.mark.parametrize(
-    ("box", "outlines", "kept"),
+    ("box", "polygons", "kept"),
     [
         ((0, 0, 100, 100), False, True),  # 36 % of the box is on the canvas
         ((0, 0, 47, 100), False, False),  # 7/47 × 60/100 = 9 %
-        ((0, 0, 47, 100), True, True),  # an outline stays down to 1 %
+        ((0, 0, 47, 100), True, True),  # a polygon stays down to 1 %
         ((60, 60, 62, 90), False, False),  # 2 px wide
         ((60, 60, 63, 90), False, True),
         ((0, 0, 30, 30), False, False),  # outside
         ((0, 0, 30, 30), True, False),
     ],
 )
-def test_only_what_is_still_visible_stays(box: tuple[int, int, int, int], outlines: bool, kept: bool) -> None:
-    start = labelled((0, *box), height=140, width=160, outlines=outlines)
+def test_only_what_is_still_visible_stays(box: tuple[int, int, int, int], polygons: bool, kept: bool) -> None:
+    start = labelled((0, *box), height=140, width=160, polygons=polygons)
     result = random_affine(start, (60, 80), NOTHING, rng())  # the canvas is x 40..120, y 40..100
     assert (len(result.boxes) == 1) == kept
 
@@ -139,32 +139,32 @@ def test_mixup_blends_and_keeps_the_objects_of_both() -> None:
 
 
 def test_copy_paste_mirrors_object_and_box() -> None:
-    start = labelled((0, 10, 20, 50, 60), outlines=True)
+    start = labelled((0, 10, 20, 50, 60), polygons=True)
     result = copy_paste(start, 1.0, rng())
     assert result.classes.tolist() == [0, 0]
     assert result.boxes[1].tolist() == [110, 20, 150, 60]
     assert box_of_colour(result.image[:, 80:], 0) == (30, 20, 70, 60)
-    assert result.outlines[1] is not None
-    assert result.outlines[1][:, 0].min() == 110
+    assert result.polygons[1] is not None
+    assert result.polygons[1][:, 0].min() == 110
 
 
 def test_copy_paste_never_hides_what_is_there() -> None:
-    start = labelled((0, 10, 20, 50, 60), (1, 105, 15, 140, 65), outlines=True)
-    start.outlines[1] = None
+    start = labelled((0, 10, 20, 50, 60), (1, 105, 15, 140, 65), polygons=True)
+    start.polygons[1] = None
     before = start.image.copy()
     result = copy_paste(start, 1.0, rng())
     assert len(result.boxes) == 2
     assert np.array_equal(result.image, before)
 
 
-def test_copy_paste_leaves_boxes_without_outline_alone() -> None:
+def test_copy_paste_leaves_boxes_without_polygon_alone() -> None:
     start = labelled((0, 10, 20, 50, 60))
     assert copy_paste(start, 1.0, rng()) is start
 
 
 def test_copy_paste_takes_the_named_share() -> None:
     objects = [(0, 2, y, 12, y + 8) for y in range(0, 100, 10)]
-    result = copy_paste(labelled(*objects, outlines=True), 0.3, rng())
+    result = copy_paste(labelled(*objects, polygons=True), 0.3, rng())
     assert len(result.boxes) == 13
 
 

@@ -102,7 +102,7 @@ def test_image_that_is_missing_or_of_another_size_is_a_counted_skip(tmp_path: Pa
     records, report = load_split(config, "train", for_training=True)
     assert len(records) == 1
     assert report.counts() == {"image file is missing": 1, "image size differs from the annotations'": 1}
-    assert "1 annotations belong to images that a.json does not list" in report.summary()
+    assert "1 annotations belong to images that are not listed in a.json" in report.summary()
 
 
 def test_annotation_ids_that_pycocotools_misreads_are_renumbered(tmp_path: Path) -> None:
@@ -111,14 +111,14 @@ def test_annotation_ids_that_pycocotools_misreads_are_renumbered(tmp_path: Path)
     assert [entry["id"] for entry in coco_ground_truth(config, "train", records)["annotations"]] == [1, 2]
 
 
-def test_parts_of_an_object_become_one_outline_without_filling_the_gap(tmp_path: Path) -> None:
+def test_parts_of_an_object_become_one_polygon_without_filling_the_gap(tmp_path: Path) -> None:
     parts = [[10, 10, 20, 10, 20, 20, 10, 20], [40, 10, 50, 10, 50, 20, 40, 20]]
     config = write(tmp_path, [annotation(1, segmentation=parts, bbox=[10, 10, 40, 10])])
     [record], _ = load_split(config, "train", for_training=True)
     assert record.polygons is not None
     assert record.polygons[0] is not None
-    outline = np.round(record.polygons[0] * [60, 40]).astype(np.int32)
-    mask = cv2.fillPoly(np.zeros((40, 60), np.uint8), [outline], 1)
+    polygon = np.round(record.polygons[0] * [60, 40]).astype(np.int32)
+    mask = cv2.fillPoly(np.zeros((40, 60), np.uint8), [polygon], 1)
     assert mask[12:19, 12:19].all()
     assert mask[12:19, 42:49].all()
     assert mask[:, 25:35].sum() <= 2 * 10  # the bridge is a line
@@ -127,11 +127,14 @@ def test_parts_of_an_object_become_one_outline_without_filling_the_gap(tmp_path:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{", "cannot be read as JSON"),
-        ("[]", "no list 'images'"),
-        ('{"images": [], "annotations": []}', "no list 'categories'"),
-        ('{"images": [{"id": 1}], "annotations": [], "categories": []}', r"images\[0\] needs 'file_name'"),
-        ('{"images": [], "annotations": [3], "categories": []}', r"annotations\[0\] needs 'image_id'"),
+        ("{", "expected a JSON file"),
+        ("[]", "with a list 'images'"),
+        ('{"images": [], "annotations": []}', "with a list 'categories'"),
+        (
+            '{"images": [{"id": 1}], "annotations": [], "categories": []}',
+            r"images\[0\]: expected 'file_name' ",
+        ),
+        ('{"images": [], "annotations": [3], "categories": []}', r"annotations\[0\]: expected 'image_id' \(int\), got"),
     ],
 )
 def test_file_in_another_form_is_an_error(tmp_path: Path, text: str, message: str) -> None:
@@ -146,7 +149,7 @@ def test_missing_annotation_file_and_images_are_errors(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"none of the 1 images of .*a.json is in .*pics"):
         load_split(config, "train", for_training=True)
     (tmp_path / "a.json").unlink()
-    with pytest.raises(DataError, match=r"a\.json does not exist"):
+    with pytest.raises(DataError, match=r"a\.json: annotation file does not exist"):
         load_split(config, "train", for_training=True)
     config = write(tmp_path, [], images=[])
     with pytest.raises(DataError, match=r"is empty: .*a.json lists no images"):

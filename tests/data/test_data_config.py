@@ -36,17 +36,17 @@ def test_names_as_mapping_and_coco_split(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("names: [a]\ntrain: x\nnc: 2", "nc is 2"),
-        ("names: {0: a, 2: b}\ntrain: x", "without gaps"),
-        ("names: {a: 0}\ntrain: x", "whole numbers"),
-        ("train: x", "names must be"),
-        ("names: []\ntrain: x", "names must be"),
-        ("names: [a]", "none of the keys"),
-        ("names: [a]\ntrain: 3", "train must be"),
-        ("names: [a]\ntrain: {annotations: x.json}", "needs `images`"),
-        ("names: [a\ntrain: x", "not valid YAML"),
-        ("- a", "must be a mapping"),
-        ("names: [a]\ntrain: x\npath: 3", "path must be"),
+        ("names: [a]\ntrain: x\nnc: 2", "nc: expected 1 as there are names, got 2"),
+        ("names: {0: a, 2: b}\ntrain: x", "names: expected the keys 0 to 1, got"),
+        ("names: {a: 0}\ntrain: x", "names: expected integers as keys"),
+        ("train: x", "names: expected"),
+        ("names: []\ntrain: x", "names: expected"),
+        ("names: [a]", "expected at least one of the keys"),
+        ("names: [a]\ntrain: 3", "train: expected a folder"),
+        ("names: [a]\ntrain: {annotations: x.json}", "train: expected `images`"),
+        ("names: [a\ntrain: x", "expected a YAML file"),
+        ("- a", "expected a mapping"),
+        ("names: [a]\ntrain: x\npath: 3", "path: expected"),
     ],
 )
 def test_bad_data_file_is_named(tmp_path: Path, text: str, message: str) -> None:
@@ -55,11 +55,11 @@ def test_bad_data_file_is_named(tmp_path: Path, text: str, message: str) -> None
 
 
 def test_missing_data_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"none\.yaml does not exist"):
+    with pytest.raises(DataError, match=r"none\.yaml: data file does not exist"):
         load_data_config(tmp_path / "none.yaml")
 
 
 def test_unknown_split_lists_those_there_are(tmp_path: Path) -> None:
     config = load_data_config(write(tmp_path, "names: [a]\ntrain: x\nval: y"))
-    with pytest.raises(DataError, match="no split 'test'; it has train, val"):
+    with pytest.raises(DataError, match="split: expected one of train, val, got 'test'"):
         load_split(config, "test", for_training=False)

@@ -76,7 +76,7 @@ def test_boxes_are_cut_to_the_original_image_and_the_input_stays() -> None:
     assert result.tolist() == [[0, 0, 80, 60]]
     assert boxes[0, 0] == -50
     assert scale_boxes_to_original(torch.zeros(0, 4), (1, 1), (0, 0), (5, 5)).shape == (0, 4)
-    with pytest.raises(ValueError, match=r"boxes must be \[n, 4 or more\]"):
+    with pytest.raises(ValueError, match=r"boxes: expected \[n, 4 or more\]"):
         scale_boxes_to_original(torch.zeros(4), (1, 1), (0, 0), (5, 5))
 
 

@@ -206,5 +206,5 @@ def test_wrong_option_is_named(records: list[ImageRecord], options: dict, messag
 
 def test_rect_dataset_needs_its_own_batches(records: list[ImageRecord]) -> None:
     dataset = DetectionDataset(records, image_size=64, augment=None, rect=True, batch_size=4)
-    with pytest.raises(ValueError, match="its own batch_size 4"):
+    with pytest.raises(ValueError, match="expected shuffle=False and batch_size=4 with rect"):
         create_loader(dataset, batch_size=3, shuffle=False)

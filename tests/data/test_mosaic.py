@@ -10,18 +10,18 @@ from yolov9_fast.data.augment import LabelledImage
 from yolov9_fast.data.mosaic import mosaic4
 
 
-def tile(height: int, width: int, *objects: tuple[int, int, int, int, int], outlines: bool = False) -> LabelledImage:
+def tile(height: int, width: int, *objects: tuple[int, int, int, int, int], polygons: bool = False) -> LabelledImage:
     boxes = np.array([item[1:] for item in objects], np.float32).reshape(-1, 4)
     corners = [np.array([[a, b], [c, b], [c, d], [a, d]], np.float32) for a, b, c, d in boxes]
     classes = np.array([item[0] for item in objects], np.float32)
-    return LabelledImage(paint(height, width, list(objects)), classes, boxes, list(corners) if outlines else [])
+    return LabelledImage(paint(height, width, list(objects)), classes, boxes, list(corners) if polygons else [])
 
 
 @pytest.mark.parametrize("seed", range(8))
 @pytest.mark.parametrize("position", range(4))
 def test_boxes_follow_their_tile(seed: int, position: int) -> None:
     tiles = [tile(64, 48) for _ in range(4)]
-    tiles[position] = tile(40, 64, (0, 5, 10, 50, 35), outlines=True)
+    tiles[position] = tile(40, 64, (0, 5, 10, 50, 35), polygons=True)
     result = mosaic4(tiles, 64, np.random.default_rng(seed))
     assert result.image.shape == (128, 128, 3)
     seen = box_of_colour(result.image, 0)
@@ -30,8 +30,8 @@ def test_boxes_follow_their_tile(seed: int, position: int) -> None:
         assert len(visible) == 0
     else:
         np.testing.assert_array_equal(visible, [seen])
-        assert result.outlines[0] is not None
-        assert (*result.outlines[0].min(0), *result.outlines[0].max(0)) == seen
+        assert result.polygons[0] is not None
+        assert (*result.polygons[0].min(0), *result.polygons[0].max(0)) == seen
 
 
 def test_centre_lies_in_the_middle_half_and_the_rest_is_grey() -> None:
@@ -46,14 +46,14 @@ def test_centre_lies_in_the_middle_half_and_the_rest_is_grey() -> None:
         assert set(np.unique(canvas)) <= {0, 114}
 
 
-def test_tiles_without_outlines_stand_beside_tiles_with_them() -> None:
+def test_tiles_without_polygons_stand_beside_tiles_with_them() -> None:
     tiles = [
         tile(32, 32, (0, 4, 4, 20, 20)),
-        tile(32, 32, (1, 4, 4, 20, 20), outlines=True),
+        tile(32, 32, (1, 4, 4, 20, 20), polygons=True),
         tile(32, 32),
         tile(32, 32),
     ]
     result = mosaic4(tiles, 32, np.random.default_rng(0))
-    assert result.outlines[0] is None
-    assert result.outlines[1] is not None
-    assert len(result.outlines) == 2
+    assert result.polygons[0] is None
+    assert result.polygons[1] is not None
+    assert len(result.polygons) == 2

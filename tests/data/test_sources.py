@@ -104,7 +104,7 @@ def test_several_sources_are_numbered_through(folder: Path) -> None:
         ("{0}/nowhere.png", "does not exist"),
         ("{0}/empty", "no image or video found in .*empty"),
         ("{0}/*.bmp", "no image or video found"),
-        ("77", "webcam 77 does not open"),
+        ("77", "webcam 77 cannot be opened"),
     ],
 )
 def test_nothing_to_read_is_an_error_at_the_call(folder: Path, source: str, message: str) -> None:

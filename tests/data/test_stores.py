@@ -70,7 +70,7 @@ def test_full_disk_is_one_warning(
     dataset = DetectionDataset(records, image_size=64, augment=None, cache="disk", cache_dir=folder)
     for index in range(5):
         assert dataset[index].image.shape == (3, 64, 64)
-    assert caplog.text.count("no longer kept on disk") == 1
+    assert caplog.text.count("no longer cached on disk") == 1
     assert "No space left" in caplog.text
     assert list(folder.iterdir()) == []
 

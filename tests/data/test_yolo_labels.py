@@ -39,7 +39,7 @@ def test_each_row_of_a_mixed_file_decides_for_itself() -> None:
         ("0 -0.2 0.5 0.1 0.1", "outside the image"),
         ("3 0.5 0.5 0.1 0.1", r"class id out of range \(3, expected 0..2\)"),
         ("-1 0.5 0.5 0.1 0.1", "class id out of range"),
-        ("0.5 0.5 0.5 0.1 0.1", "not a whole number"),
+        ("0.5 0.5 0.5 0.1 0.1", "not an integer"),
         ("0 0.5 0.5 0 0.1", "without area"),
         ("0 0.5 0.5 0.1 -0.0005", "without area"),
         ("0 0.5 0.5 0.1", "neither a box nor a polygon"),

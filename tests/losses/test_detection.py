@@ -14,7 +14,7 @@ from torch import Tensor
 
 import yolov9_fast as yf
 from yolov9_fast.losses import DetectionLoss, detection, pad_targets
-from yolov9_fast.losses.targets import place_rows
+from yolov9_fast.losses.targets import sort_rows
 from yolov9_fast.nn.output import DetectionOutput
 from yolov9_fast.ops._assign import Assignment, assign
 
@@ -172,7 +172,7 @@ def test_targets_may_come_padded() -> None:
 def test_a_row_without_a_place_that_nobody_waited_for_makes_the_loss_nan(lead_head_guided: bool) -> None:
     rows = some_targets()
     rows[0, 1] = CLASSES
-    placed = place_rows(rows, 4, CLASSES, (SIZE, SIZE), torch.float32, 4)
+    placed = sort_rows(rows, 4, CLASSES, (SIZE, SIZE), torch.float32, 4)
     loss = DetectionLoss(CLASSES, lead_head_guided=lead_head_guided)(random_output(), placed, SIZE)
     assert loss.total.isnan()
 

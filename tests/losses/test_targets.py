@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 
-from yolov9_fast.losses.targets import pad_targets, place_rows
+from yolov9_fast.losses.targets import pad_targets, sort_rows
 
 SIZE = (64, 128)
 
@@ -35,14 +37,14 @@ def test_a_row_without_size_is_real_and_one_at_the_origin_is_not() -> None:
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ([3.0, 0, 0.5, 0.5, 0.1, 0.1], "image indices 3..3"),
-        ([-1.0, 0, 0.5, 0.5, 0.1, 0.1], "image indices -1..-1"),
-        ([0.0, 2, 0.5, 0.5, 0.1, 0.1], "classes 2..2"),
-        ([0.0, float("nan"), 0.5, 0.5, 0.1, 0.1], "classes nan..nan"),
+        ([3.0, 0, 0.5, 0.5, 0.1, 0.1], "expected image indices in [0, 3), got 3..3"),
+        ([-1.0, 0, 0.5, 0.5, 0.1, 0.1], "expected image indices in [0, 3), got -1..-1"),
+        ([0.0, 2, 0.5, 0.5, 0.1, 0.1], "expected classes in [0, 2), got 2..2"),
+        ([0.0, float("nan"), 0.5, 0.5, 0.1, 0.1], "expected classes in [0, 2), got nan..nan"),
     ],
 )
 def test_an_index_out_of_range_is_named(row: list[float], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=f"^targets: {re.escape(message)}$"):
         pad_targets(torch.tensor([row]), 3, 2, SIZE, torch.float32)
 
 
@@ -59,7 +61,7 @@ def test_a_fixed_count_pads_every_image_to_it() -> None:
     assert torch.equal(fixed.labels[:, :2], free.labels)
     assert torch.equal(fixed.boxes[:, :2], free.boxes)
     assert not fixed.mask[:, 2:].any()
-    with pytest.raises(ValueError, match="2 rows of one image, more than max_objects 1"):
+    with pytest.raises(ValueError, match=r"expected at most 1 \(max_objects\) rows per image, got 2"):
         pad_targets(rows, 3, 3, SIZE, torch.float32, 1)
 
 
@@ -69,7 +71,7 @@ def test_rows_placed_without_waiting_are_those_placed_with_it() -> None:
         image = torch.randint(0, 6, (count, 1), generator=generator).float()
         label = torch.randint(0, 4, (count, 1), generator=generator).float()
         rows = torch.cat((image, label, torch.rand(count, 4, generator=generator)), 1)
-        waited, placed = (make(rows, 6, 4, SIZE, torch.float32, 30) for make in (pad_targets, place_rows))
+        waited, placed = (make(rows, 6, 4, SIZE, torch.float32, 30) for make in (pad_targets, sort_rows))
         assert placed.fits is not None
         assert placed.fits
         for name in ("labels", "boxes", "mask"):
@@ -79,11 +81,11 @@ def test_rows_placed_without_waiting_are_those_placed_with_it() -> None:
 @pytest.mark.parametrize("wrong", [[3.0, 0], [-1.0, 0], [0.0, 2], [0.0, float("nan")], [float("nan"), 0]])
 def test_rows_without_a_place_are_left_out_and_told(wrong: list[float]) -> None:
     good = [1.0, 1, 0.5, 0.5, 0.1, 0.1]
-    placed = place_rows(torch.tensor([[*wrong, 0.5, 0.5, 0.1, 0.1], good]), 3, 2, SIZE, torch.float32, 2)
+    placed = sort_rows(torch.tensor([[*wrong, 0.5, 0.5, 0.1, 0.1], good]), 3, 2, SIZE, torch.float32, 2)
     assert placed.fits is not None
     assert not placed.fits
     assert placed.mask.tolist() == [[False, False], [True, False], [False, False]]
-    crowded = place_rows(torch.tensor([good, good, good]), 3, 2, SIZE, torch.float32, 2)
+    crowded = sort_rows(torch.tensor([good, good, good]), 3, 2, SIZE, torch.float32, 2)
     assert crowded.fits is not None
     assert not crowded.fits
     assert crowded.mask.sum() == 2

@@ -75,7 +75,7 @@ def test_a_users_picture_is_read_at_the_size_asked_for(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["nowhere.png"], "image file is missing: nowhere.png"),
+        (["nowhere.png"], "nowhere.png: image file is missing"),
         (["."], ". is a folder; an image file is needed"),
         (["broken.png"], "image file cannot be decoded"),
         (["--size", "4"], "at least 8 pixels"),

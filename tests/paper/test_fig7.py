@@ -123,9 +123,9 @@ def test_the_pair_is_trained_once_and_used_again(
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--data", "nowhere.yaml"], "nowhere.yaml does not exist"),
+        (["--data", "nowhere.yaml"], "nowhere.yaml: data file does not exist"),
         (["--seeds", "0"], "--seeds must be at least 1"),
-        (["nowhere.jpg", "--data", "DATA"], "image file is missing: nowhere.jpg"),
+        (["nowhere.jpg", "--data", "DATA"], "nowhere.jpg: image file is missing"),
     ],
 )
 def test_wrong_input_is_named_before_any_training(

@@ -35,7 +35,7 @@ _AUGMENT_HELP = {
     "fliplr": "probability of a flip left to right",
     "mosaic": "probability of a mosaic of four images",
     "mixup": "probability of blending two mosaics",
-    "copy_paste": "share of outlined objects to paste a second time",
+    "copy_paste": "share of the objects with a polygon to paste a second time",
 }
 _EPILOG = """examples:
   yolov9-fast train --data my.yaml                                    yolov9-t from scratch, published recipe

@@ -1,4 +1,4 @@
-"""Augmentation of one labelled image: colours, flips, affine map, mixing, pasting; all draws from a given generator."""
+"""Built-in augmentations of a labelled image; every random number comes from the given generator."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class AugmentConfig:
 
     `hsv_*`: largest relative change; `degrees`, `shear`: largest angle; `translate`: share of the side; `scale`:
     largest relative change of size; `flipud`, `fliplr`, `mosaic`, `mixup`: probabilities; `copy_paste`: share of
-    outlined objects.
+    objects with a polygon.
     """
 
     hsv_h: float = 0.015
@@ -41,9 +41,9 @@ class AugmentConfig:
         for item in fields(self):
             value, limit = getattr(self, item.name), limits.get(item.name, 1.0)
             if not 0 <= value <= limit:
-                raise ValueError(f"{item.name} must lie in 0..{limit:g}, got {value}")
+                raise ValueError(f"{item.name}: expected 0..{limit:g}, got {value}")
         if self.scale >= 1:
-            raise ValueError(f"scale must be below 1, got {self.scale}: an image would shrink to nothing")
+            raise ValueError(f"scale: expected a factor below 1, got {self.scale}")
 
 
 @dataclass
@@ -51,13 +51,13 @@ class LabelledImage:
     """An image with its objects, in pixels.
 
     `image`: uint8 [H, W, 3], BGR, but RGB in an `Augmentation`; `classes`: float32 [n]; `boxes`: float32 [n, 4] rows
-    x1, y1, x2, y2; `outlines`: per object its polygon, float32 [k, 2], or None; an empty list when no object has one.
+    x1, y1, x2, y2; `polygons`: per object its polygon, float32 [k, 2], or None; an empty list when no object has one.
     """
 
     image: Image
     classes: Floats
     boxes: Floats
-    outlines: list[Floats | None] = field(default_factory=list)
+    polygons: list[Floats | None] = field(default_factory=list)
 
     @property
     def size(self) -> tuple[int, int]:
@@ -82,7 +82,7 @@ def random_hsv(image: Image, config: AugmentConfig, rng: Generator) -> Image:
 
 
 def random_flips(labelled: LabelledImage, config: AugmentConfig, rng: Generator) -> LabelledImage:
-    """Mirror upside down and left to right with their probabilities; outlines are dropped."""
+    """Mirror vertically and horizontally with their probabilities; polygons are dropped."""
     height, width = labelled.size
     image, boxes = labelled.image, labelled.boxes
     if rng.random() < config.flipud:
@@ -97,11 +97,11 @@ def random_flips(labelled: LabelledImage, config: AugmentConfig, rng: Generator)
 def random_affine(
     labelled: LabelledImage, shape: tuple[int, int], config: AugmentConfig, rng: Generator
 ) -> LabelledImage:
-    """Scale, rotate, shear and shift about the centre onto a grey canvas of `shape` (height, width).
+    """Scale, rotate, shear and translate around the centre, onto a grey canvas of `shape` (height, width).
 
-    Boxes come from the outlines where there are any (a turned box would be too large), are cut to the canvas, and are
-    kept if wider and higher than 2 px, not thinner than 1:100, and if 1 % (outlines) or 10 % (boxes) of their area is
-    left.
+    Boxes come from the polygons where there are any (a rotated box would be too large) and are clipped to the canvas.
+    A box is kept if both sides are longer than 2 px, the ratio of its sides is below 100, and more than 10 % of its
+    area is visible (1 % of a polygon's box).
     """
     matrix, scale = _random_matrix(labelled.size, shape, config, rng)
     image = _warp(labelled.image, matrix, shape, perspective=config.perspective > 0)
@@ -109,9 +109,9 @@ def random_affine(
         return LabelledImage(image, labelled.classes, labelled.boxes)
     boxes = _transform_boxes(labelled.boxes, matrix)
     least = np.full(len(boxes), 0.10)
-    for index, outline in enumerate(labelled.outlines):
-        if outline is not None:
-            boxes[index] = _outline_box(transform(resample(outline), matrix), shape)
+    for index, polygon in enumerate(labelled.polygons):
+        if polygon is not None:
+            boxes[index] = _polygon_box(transform(resample(polygon), matrix), shape)
             least[index] = 0.01
     boxes = clip(boxes, shape[1], shape[0])
     keep = _still_visible(labelled.boxes * scale, boxes, least)
@@ -119,7 +119,7 @@ def random_affine(
 
 
 def mixup(first: LabelledImage, second: LabelledImage, rng: Generator) -> LabelledImage:
-    """Blend two labelled images of one size, the share drawn from Beta(32, 32); the objects of both stay."""
+    """Blend two images of the same size by a share from Beta(32, 32); keep the objects of both (Zhang et al., 2018)."""
     share = float(rng.beta(32.0, 32.0))
     image = require("cv2").addWeighted(first.image, share, second.image, 1 - share, 0)
     return LabelledImage(
@@ -128,43 +128,43 @@ def mixup(first: LabelledImage, second: LabelledImage, rng: Generator) -> Labell
 
 
 def copy_paste(labelled: LabelledImage, share: float, rng: Generator) -> LabelledImage:
-    """Paste mirrored copies of round(share · n) outlined objects at their mirrored places.
+    """Paste mirrored copies of round(share · n) objects with a polygon at their mirrored positions.
 
-    A copy is left out if its box would cover 30 % or more of any box present. Changes `labelled.image` in place.
+    A copy is omitted if its box would cover 30 % or more of another box. Changes `labelled.image` in place.
     """
-    eligible = [index for index, outline in enumerate(labelled.outlines) if outline is not None]
+    eligible = [index for index, polygon in enumerate(labelled.polygons) if polygon is not None]
     chosen = rng.permutation(eligible)[: round(share * len(eligible))]
     if not len(chosen):
         return labelled
     width = labelled.size[1]
-    boxes, classes, outlines = [*labelled.boxes], [*labelled.classes], list(labelled.outlines)
-    # All patches are cut before any is pasted, so that no copy shows another.
+    boxes, classes, polygons = [*labelled.boxes], [*labelled.classes], list(labelled.polygons)
+    # Cut all patches before pasting any, so that no patch contains another.
     patches = []
     for index in chosen:
         x1, y1, x2, y2 = labelled.boxes[index]
         box = np.array([width - x2, y1, width - x1, y2], dtype=np.float32)
         if (covered_share(box, np.stack(boxes)) >= 0.30).any():
             continue
-        outline = labelled.outlines[index]
-        assert outline is not None
-        mirrored = outline * np.array([-1, 1], dtype=np.float32) + np.array([width, 0], dtype=np.float32)
+        polygon = labelled.polygons[index]
+        assert polygon is not None
+        mirrored = polygon * np.array([-1, 1], dtype=np.float32) + np.array([width, 0], dtype=np.float32)
         patches.append(_mirrored_patch(labelled.image, mirrored))
         boxes.append(box)
         classes.append(labelled.classes[index])
-        outlines.append(mirrored)
+        polygons.append(mirrored)
     for left, top, patch, mask in patches:
         region = labelled.image[top : top + patch.shape[0], left : left + patch.shape[1]]
         np.copyto(region, patch, where=mask)
-    return LabelledImage(labelled.image, np.asarray(classes, np.float32), np.stack(boxes), outlines)
+    return LabelledImage(labelled.image, np.asarray(classes, np.float32), np.stack(boxes), polygons)
 
 
-def _mirrored_patch(image: Image, outline: Floats) -> tuple[int, int, Image, NDArray[np.bool_]]:
-    """(left, top, pixels [h, w, 3], mask [h, w, 1]) of what the mirrored image shows inside `outline`."""
+def _mirrored_patch(image: Image, polygon: Floats) -> tuple[int, int, Image, NDArray[np.bool_]]:
+    """(left, top, pixels [h, w, 3], mask [h, w, 1]) of the mirrored image inside `polygon`."""
     height, width = image.shape[:2]
-    left, top = (int(value) for value in np.maximum(np.floor(outline.min(0)), 0))
-    right, bottom = (int(value) for value in np.minimum(np.ceil(outline.max(0)) + 1, (width, height)))
-    # Pixel centres lie at +0.5 in the coordinates of labels and at whole numbers in those of fillPoly.
-    points = np.round(outline - (left + 0.5, top + 0.5)).astype(np.int32)
+    left, top = (int(value) for value in np.maximum(np.floor(polygon.min(0)), 0))
+    right, bottom = (int(value) for value in np.minimum(np.ceil(polygon.max(0)) + 1, (width, height)))
+    # Pixel centres have coordinates n + 0.5 in labels and n in fillPoly.
+    points = np.round(polygon - (left + 0.5, top + 0.5)).astype(np.int32)
     mask = np.zeros((max(bottom - top, 0), max(right - left, 0)), dtype=np.uint8)
     if mask.size:
         require("cv2").fillPoly(mask, [points], 1)
@@ -175,22 +175,25 @@ def _mirrored_patch(image: Image, outline: Floats) -> tuple[int, int, Image, NDA
 def _random_matrix(
     size: tuple[int, int], shape: tuple[int, int], config: AugmentConfig, rng: Generator
 ) -> tuple[NDArray[np.float64], float]:
-    centre, lens, turn, slant, shift = (np.eye(3) for _ in range(5))
+    centre, perspective, rotation, shear, translation = (np.eye(3) for _ in range(5))
     centre[0, 2], centre[1, 2] = -size[1] / 2, -size[0] / 2
-    lens[2, :2] = rng.uniform(-config.perspective, config.perspective, 2)
+    perspective[2, :2] = rng.uniform(-config.perspective, config.perspective, 2)
     angle = np.deg2rad(rng.uniform(-config.degrees, config.degrees))
     scale = float(rng.uniform(1 - config.scale, 1 + config.scale))
-    turn[:2, :2] = scale * np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])
-    slant[0, 1], slant[1, 0] = np.tan(np.deg2rad(rng.uniform(-config.shear, config.shear, 2)))
-    shift[0, 2], shift[1, 2] = rng.uniform(0.5 - config.translate, 0.5 + config.translate, 2) * (shape[1], shape[0])
-    return shift @ slant @ turn @ lens @ centre, scale
+    rotation[:2, :2] = scale * np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])
+    shear[0, 1], shear[1, 0] = np.tan(np.deg2rad(rng.uniform(-config.shear, config.shear, 2)))
+    translation[0, 2], translation[1, 2] = rng.uniform(0.5 - config.translate, 0.5 + config.translate, 2) * (
+        shape[1],
+        shape[0],
+    )
+    return translation @ shear @ rotation @ perspective @ centre, scale
 
 
 def _warp(image: Image, matrix: NDArray[np.float64], shape: tuple[int, int], *, perspective: bool) -> Image:
     if image.shape[:2] == shape and np.array_equal(matrix, np.eye(3)):
         return image
     cv2 = require("cv2")
-    # Labels count pixel edges from 0, warpAffine counts pixel centres: shift by half a pixel on either side.
+    # Pixel centres have coordinates n + 0.5 in labels and n in warpAffine.
     half = np.eye(3)
     half[:2, 2] = 0.5
     matrix = np.linalg.inv(half) @ matrix @ half
@@ -205,8 +208,8 @@ def _transform_boxes(boxes: Floats, matrix: NDArray[np.float64]) -> Floats:
     return np.concatenate((points.min(1), points.max(1)), axis=1)
 
 
-def _outline_box(points: Floats, shape: tuple[int, int]) -> Floats:
-    """Box of the part of an outline that lies on the canvas; zeros if none does."""
+def _polygon_box(points: Floats, shape: tuple[int, int]) -> Floats:
+    """Box of the points of a polygon inside the canvas; zeros if there are none."""
     inside = points[((points >= 0) & (points <= (shape[1], shape[0]))).all(1)]
     return np.concatenate((inside.min(0), inside.max(0))) if len(inside) else np.zeros(4, np.float32)
 

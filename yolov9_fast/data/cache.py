@@ -1,4 +1,4 @@
-"""Where derived files are kept: never beside the user's, whose folders stay as they are."""
+"""The folder of cached files; nothing is written into the user's data folders."""
 
 from __future__ import annotations
 
@@ -16,5 +16,5 @@ def cache_folder() -> Path:
 
 
 def digest(*parts: object) -> str:
-    """A short name for a cached thing, from all that it depends on."""
+    """A file name for a cached result: a hash of everything that it depends on."""
     return hashlib.sha256("\0".join(str(part) for part in parts).encode("utf-8", "surrogateescape")).hexdigest()[:24]

@@ -1,4 +1,4 @@
-"""COCO annotation files: categories to classes, objects of an image, and ground truth for pycocotools."""
+"""COCO annotation files: classes of categories, objects of an image, and ground truth for pycocotools."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 
 from yolov9_fast.data.config import DataConfig
-from yolov9_fast.data.records import Floats, ImageRecord, LabelReport
+from yolov9_fast.data.geometry import Floats
+from yolov9_fast.data.records import ImageRecord, LabelReport
 from yolov9_fast.data.yolo import box_from_corners
 from yolov9_fast.errors import DataError
 
@@ -30,16 +31,16 @@ class CocoFile:
 
 
 def read_coco(file: Path) -> CocoFile:
-    """Read a COCO JSON; raises `DataError` that names what is missing in it."""
+    """Read a COCO JSON; raises `DataError` that names the missing or wrong entry."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise DataError(f"the annotation file {file} does not exist") from error
+        raise DataError(f"{file}: annotation file does not exist") from error
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise DataError(f"the annotation file {file} cannot be read as JSON: {error}") from error
+        raise DataError(f"{file}: expected a JSON file: {error}") from error
     for key in ("images", "annotations", "categories"):
         if not isinstance(content, dict) or not isinstance(content.get(key), list):
-            raise DataError(f"the annotation file {file} has no list '{key}'; it is not in COCO's detection form")
+            raise DataError(f"{file}: expected a COCO annotation file with a list '{key}'")
     _check_entries(content["images"], "images", {"id": int, "file_name": str}, file)
     _check_entries(content["annotations"], "annotations", {"image_id": int}, file)
     _check_entries(content["categories"], "categories", {"id": int, "name": str}, file)
@@ -53,7 +54,7 @@ def _check_entries(entries: list[Any], name: str, keys: dict[str, type], file: P
     for number, entry in enumerate(entries):
         for key, kind in keys.items():
             if not isinstance(entry, dict) or not isinstance(entry.get(key), kind):
-                raise DataError(f"{file}: {name}[{number}] needs '{key}' ({kind.__name__}), got {str(entry)[:200]}")
+                raise DataError(f"{file}: {name}[{number}]: expected '{key}' ({kind.__name__}), got {str(entry)[:200]}")
 
 
 def category_ids(config: DataConfig, split: str) -> list[int]:
@@ -76,7 +77,7 @@ def _class_categories(coco: CocoFile, config: DataConfig) -> list[int]:
         return [ids[name] for name in names]
     wrong = [name for name in names if name not in ids] or names
     raise DataError(
-        f"the names in {config.file} do not fit the categories of {coco.file}: {wrong} not found or not unique; "
+        f"{config.file}: names: expected categories of {coco.file}, each once; {wrong} are not found or not unique; "
         f"the categories by id are {[name for name, _ in sorted(ids.items(), key=lambda item: item[1])]}"
     )
 
@@ -150,17 +151,17 @@ def _polygon(segmentation: Any, width: int, height: int) -> Floats | None:
 
 
 def _join(parts: list[Floats]) -> Floats:
-    """One closed outline through all parts of an object, joined by bridges of no width between nearest points."""
-    outline = parts[0]
+    """Join the parts of an object to one closed polygon, by bridges of zero width between nearest points."""
+    polygon = parts[0]
     for part in parts[1:]:
-        distance = ((outline[:, None] - part[None]) ** 2).sum(-1)
+        distance = ((polygon[:, None] - part[None]) ** 2).sum(-1)
         i, j = np.unravel_index(int(distance.argmin()), distance.shape)
-        outline = np.concatenate((outline[: i + 1], part[j:], part[: j + 1], outline[i:]))
-    return outline
+        polygon = np.concatenate((polygon[: i + 1], part[j:], part[: j + 1], polygon[i:]))
+    return polygon
 
 
 def coco_ground_truth(config: DataConfig, split: str, records: Sequence[ImageRecord]) -> dict[str, Any]:
-    """COCO-form ground truth of `records` for pycocotools.
+    """Ground truth of `records` in COCO format for pycocotools.
 
     From a COCO JSON: its own annotations and category ids, crowds and ignored ones included, of the records' images.
     From YOLO txt: one annotation per box, category id = class + 1, area = box area in pixels, iscrowd 0.
@@ -178,7 +179,7 @@ def coco_ground_truth(config: DataConfig, split: str, records: Sequence[ImageRec
             annotations += [_completed(a) for a in coco.annotations.get(record.image_id, []) if _usable(a, classes)]
         categories = [category for category in coco.categories if category["id"] in classes]
     ids = [annotation.get("id") for annotation in annotations]
-    # pycocotools takes ground truth with id 0 for unmatched, and one of two equal ids for the other.
+    # pycocotools treats id 0 as unmatched and confuses annotations with the same id.
     if len(set(ids)) != len(ids) or any(not isinstance(i, int) or i <= 0 for i in ids):
         for number, annotation in enumerate(annotations, start=1):
             annotation["id"] = number

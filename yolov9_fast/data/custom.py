@@ -13,7 +13,7 @@ from yolov9_fast.data.augment import LabelledImage
 from yolov9_fast.errors import DataError, UserError
 
 Augmentation = Callable[[LabelledImage, Generator], LabelledImage]
-"""`augmentation(labelled, rng)`: gets and returns uint8 RGB [H, W, 3] of one size with its objects, without outlines.
+"""`augmentation(labelled, rng)`: gets and returns uint8 RGB [H, W, 3] of one size with its objects, without polygons.
 
 It may change what it is given in place. Its random draws must come from `rng`, which depends on the seed, the epoch and
 the index of the sample alone.

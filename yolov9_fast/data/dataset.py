@@ -1,4 +1,4 @@
-"""The dataset: a record's image and objects, augmented for training or letterboxed for evaluation."""
+"""The dataset: images with their objects, augmented for training or letterboxed for evaluation."""
 
 from __future__ import annotations
 
@@ -31,11 +31,12 @@ from yolov9_fast.data.rectangles import rectangular_batches
 from yolov9_fast.data.sample import Sample
 from yolov9_fast.data.stores import DiskStore, ImageStore, MemoryStore, NoStore, fits_memory
 from yolov9_fast.errors import DataError
+from yolov9_fast.ops._boxes import STRIDES
 
 
 @dataclass(frozen=True)
 class SampleKey:
-    """What the loader asks for: epoch and mosaic travel with the index, so that long-lived workers know them too."""
+    """What the loader asks for: epoch and mosaic are included because persistent workers see no later changes."""
 
     epoch: int
     mosaic: bool
@@ -60,7 +61,7 @@ class DetectionDataset(Dataset[Sample]):
         augment: AugmentConfig | None,
         rect: bool = False,
         batch_size: int = 1,
-        stride: int = 32,
+        stride: int = STRIDES[-1],
         rect_pad: float = 0.5,
         cache: Literal["ram", "disk"] | None = None,
         cache_dir: str | Path | None = None,
@@ -69,15 +70,15 @@ class DetectionDataset(Dataset[Sample]):
     ) -> None:
         check_size(image_size, stride)
         if not records:
-            raise DataError("a dataset needs at least one image")
+            raise DataError("records: expected at least one image, got none")
         if seed < 0:
-            raise ValueError(f"seed must not be negative, got {seed}")
+            raise ValueError(f"seed: expected at least 0, got {seed}")
         if rect and augment is not None:
-            raise ValueError("rect batches are for evaluation: they need augment=None")
+            raise ValueError("rect: expected False with augmentation, got True")
         if cache not in (None, "ram", "disk"):
-            raise ValueError(f"cache must be None, 'ram' or 'disk', got {cache!r}")
+            raise ValueError(f"cache: expected None, 'ram' or 'disk', got {cache!r}")
         if augmentations and augment is None:
-            raise ValueError("augmentations: expected none with augment=None")
+            raise ValueError(f"augmentations: expected none with augment=None, got {len(augmentations)}")
         self.records: list[ImageRecord] | None = list(records)
         self.image_size, self.augment, self.seed = image_size, augment, seed
         self.rect, self.batch_size = rect, batch_size
@@ -116,7 +117,7 @@ class DetectionDataset(Dataset[Sample]):
         self.epoch = epoch
 
     def close_mosaic(self) -> None:
-        """No mosaic, mixup or copy-paste from now on; in a loader, from its next pass."""
+        """Disable mosaic, mixup and copy-paste; in a loader, from its next pass on."""
         self.mosaic_enabled = False
 
     def _evaluation_sample(self, index: int) -> Sample:
@@ -158,8 +159,8 @@ class DetectionDataset(Dataset[Sample]):
         height, width = image.shape[:2]
         rows = self._packed.boxes(index)
         scale = np.array([width, height], dtype=np.float32)
-        outlines = [None if outline is None else outline * scale for outline in self._packed.outlines(index)]
-        return LabelledImage(image, rows[:, 0], corners_from_normalised(rows[:, 1:], width, height), outlines)
+        polygons = [None if polygon is None else polygon * scale for polygon in self._packed.polygons(index)]
+        return LabelledImage(image, rows[:, 0], corners_from_normalised(rows[:, 1:], width, height), polygons)
 
     def _sample(self, labelled: LabelledImage, index: int, resized: tuple[int, int], pad: tuple[int, int]) -> Sample:
         height, width = labelled.size
@@ -172,7 +173,10 @@ class DetectionDataset(Dataset[Sample]):
     def _load(self, index: int) -> Image:
         image = read_image(self._packed.path(index))
         if image.shape[:2] != self._packed.size(index):
-            raise DataError(f"{self._packed.path(index)} changed while in use: it was another size when it was checked")
+            expected, got = ("x".join(map(str, size)) for size in (self._packed.size(index), image.shape[:2]))
+            raise DataError(
+                f"{self._packed.path(index)}: file changed while in use: expected {expected} pixels, got {got}"
+            )
         return resize_long_side(image, self.image_size, training=self.augment is not None)
 
     def _make_store(self, cache: str | None, folder: Path | None) -> ImageStore:

@@ -1,4 +1,4 @@
-"""Boxes and outlines in pixels: conversions, overlap, resampling."""
+"""Boxes and polygons: conversion, overlap, resampling, transformation."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 Floats = NDArray[np.float32]
 
-OUTLINE_POINTS = 1000
+POLYGON_POINTS = 1000
 
 
 def corners_from_normalised(boxes: Floats, width: float, height: float) -> Floats:
@@ -25,7 +25,7 @@ def normalised_from_corners(boxes: Floats, width: float, height: float) -> Float
 
 
 def clip(boxes: Floats, width: float, height: float) -> Floats:
-    """Cut (x1, y1, x2, y2) [n, 4] to the image."""
+    """Clip boxes [n, 4] (x1, y1, x2, y2) to the image."""
     return np.clip(boxes, 0, np.array([width, height, width, height], dtype=np.float32))
 
 
@@ -38,16 +38,16 @@ def covered_share(box: Floats, boxes: Floats) -> Floats:
     return share
 
 
-def resample(outline: Floats, points: int = OUTLINE_POINTS) -> Floats:
-    """`points` points [points, 2] spread over a closed outline [k, 2]: evenly by vertex number, as published."""
-    closed = np.concatenate((outline, outline[:1]))
+def resample(polygon: Floats, points: int = POLYGON_POINTS) -> Floats:
+    """`points` points [points, 2] spread over a closed polygon [k, 2]: evenly by vertex number, as published."""
+    closed = np.concatenate((polygon, polygon[:1]))
     where = np.linspace(0, len(closed) - 1, points)
     knots = np.arange(len(closed))
     return np.stack([np.interp(where, knots, closed[:, axis]) for axis in (0, 1)], axis=1).astype(np.float32)
 
 
 def transform(points: Floats, matrix: NDArray[np.float64]) -> Floats:
-    """Points [n, 2] under a 3 × 3 homogeneous matrix."""
+    """Apply a 3 × 3 homogeneous matrix to points [n, 2]."""
     result = points @ matrix[:2, :2].T + matrix[:2, 2]
     if matrix[2, 0] or matrix[2, 1]:
         result = result / (points @ matrix[2, :2] + matrix[2, 2])[:, None]

@@ -1,4 +1,4 @@
-"""Images as arrays: decoding to 3 channels, resizing, letterboxing, and the way back for boxes."""
+"""Images as arrays: decoding, resizing, letterboxing, and boxes in pixels of the original image."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from yolov9_fast._lazy import require
 from yolov9_fast.errors import DataError
+from yolov9_fast.ops._boxes import STRIDES
 
 Image = NDArray[np.uint8]
 
@@ -20,33 +21,33 @@ IMAGE_SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".jp2", ".pgm", ".png", ".p
 
 
 def read_image(path: str | Path) -> Image:
-    """Decode a file to uint8 BGR [H, W, 3], turned upright by its EXIF tag; raises `DataError` that says what is wrong.
+    """Decode a file to uint8 BGR [H, W, 3], rotated by its EXIF tag.
 
-    Grey, 16-bit and transparent images come as 3 channels of 8 bits. A truncated file is refused: decoders fill what is
-    missing with grey, under labels that stay.
+    Grey, 16-bit and transparent images are converted to 3 channels of 8 bits. Raises `DataError` for a file that is
+    missing, damaged, or truncated: decoders would fill the missing part, whose labels remain, with grey.
     """
     try:
         data = np.fromfile(path, dtype=np.uint8)
     except FileNotFoundError as error:
-        raise DataError(f"image file is missing: {path}") from error
+        raise DataError(f"{path}: image file is missing") from error
     except OSError as error:
-        raise DataError(f"image file cannot be read: {path}: {error}") from error
+        raise DataError(f"{path}: image file cannot be read: {error}") from error
     return decode_image(data, str(path))
 
 
 def decode_image(data: NDArray[np.uint8], name: str) -> Image:
     """Decode the bytes of an image file (uint8 [n]) as `read_image` does; `name` is for the error."""
     if data.size == 0:
-        raise DataError(f"image file is empty: {name}")
+        raise DataError(f"{name}: image file is empty")
     if _is_truncated(data.tobytes()):
-        raise DataError(f"image file is truncated: {name}")
+        raise DataError(f"{name}: image file is truncated")
     cv2 = require("cv2")
     try:
         image: Image | None = cv2.imdecode(data, cv2.IMREAD_COLOR)
     except cv2.error as error:
-        raise DataError(f"image file cannot be decoded: {name}: {error}") from error
+        raise DataError(f"{name}: image file cannot be decoded: {error}") from error
     if image is None:
-        raise DataError(f"image file cannot be decoded: {name}")
+        raise DataError(f"{name}: image file cannot be decoded")
     return image
 
 
@@ -59,7 +60,7 @@ def _is_truncated(data: bytes) -> bool:
 
 
 def _jpeg_is_complete(data: bytes) -> bool:
-    # Walk the segments to the first scan, so that the end marker of an embedded thumbnail is not taken for the image's.
+    # Skip the segments before the first scan: an embedded thumbnail has an end marker of its own.
     position = 2
     while position + 4 <= len(data) and data[position] == 0xFF:
         marker = data[position + 1]
@@ -73,13 +74,13 @@ def _jpeg_is_complete(data: bytes) -> bool:
 
 
 def scaled_size(height: int, width: int, size: int) -> tuple[int, int]:
-    """(height, width) after bringing the long side to `size`; the short side is cut to a whole number, at least 1."""
+    """(height, width) when the long side is scaled to `size`; the short side is rounded down, to at least 1."""
     longest = max(height, width)
     return max(height * size // longest, 1), max(width * size // longest, 1)
 
 
 def resize_long_side(image: Image, size: int, *, training: bool) -> Image:
-    """Bring the long side of [H, W, 3] to `size`: bilinear in training or when enlarging, area average otherwise."""
+    """Scale the long side of [H, W, 3] to `size`: bilinear in training or when enlarging, area average otherwise."""
     cv2 = require("cv2")
     height, width = image.shape[:2]
     new_height, new_width = scaled_size(height, width, size)
@@ -100,11 +101,11 @@ class Letterboxed:
 
 
 def letterbox(
-    image: Image, size: int, *, rectangle: bool = False, stride: int = 32, training: bool = False
+    image: Image, size: int, *, rectangle: bool = False, stride: int = STRIDES[-1], training: bool = False
 ) -> Letterboxed:
     """Scale the long side of uint8 [H, W, 3] to `size` and centre it on grey.
 
-    The canvas is `size` × `size`, or with `rectangle` the smallest multiple of `stride` on either side.
+    The canvas is `size` × `size`; with `rectangle` both sides are rounded up to a multiple of `stride`.
     """
     check_size(size, stride)
     resized = resize_long_side(image, size, training=training)
@@ -118,7 +119,7 @@ def pad_to(image: Image, shape: tuple[int, int]) -> tuple[Image, tuple[int, int]
     """Centre [h, w, 3] on a grey canvas of `shape` (height, width) ≥ (h, w); returns it and the (left, top) padding."""
     height, width = image.shape[:2]
     if height > shape[0] or width > shape[1]:
-        raise ValueError(f"an image of {height}x{width} does not fit a canvas of {shape[0]}x{shape[1]}")
+        raise ValueError(f"shape: expected at least {height}x{width}, got {shape[0]}x{shape[1]}")
     if (height, width) == shape:
         return image, (0, 0)
     left, top = round((shape[1] - width) / 2 - 0.1), round((shape[0] - height) / 2 - 0.1)
@@ -130,13 +131,13 @@ def pad_to(image: Image, shape: tuple[int, int]) -> tuple[Image, tuple[int, int]
 def scale_boxes_to_original(
     boxes: Tensor, ratio: tuple[float, float], pad: tuple[float, float], original_shape: tuple[int, int]
 ) -> Tensor:
-    """Take boxes from letterboxed to original pixels.
+    """Convert boxes from pixels of the letterboxed image to pixels of the original image.
 
     `boxes`: floating [n, ≥4], x1, y1, x2, y2 first (further columns are kept); `ratio` (height, width gain), `pad`
     (left, top) and `original_shape` (height, width) as in a `Sample`. Returns a new tensor, clipped to the image.
     """
     if boxes.ndim != 2 or boxes.shape[1] < 4:
-        raise ValueError(f"boxes must be [n, 4 or more], got {list(boxes.shape)}")
+        raise ValueError(f"boxes: expected [n, 4 or more], got {list(boxes.shape)}")
     height, width = original_shape
     result = boxes.clone()
     result[:, 0:4:2] = ((boxes[:, 0:4:2] - pad[0]) / ratio[1]).clamp(0, width)
@@ -150,10 +151,10 @@ def to_tensor(image: Image) -> Tensor:
     return torch.from_numpy(np.stack((red, green, blue)))
 
 
-def check_size(size: int, stride: int = 32) -> None:
+def check_size(size: int, stride: int = STRIDES[-1]) -> None:
     """Raise `ValueError` unless `size` is a positive multiple of `stride`."""
     if size <= 0 or size % stride:
-        raise ValueError(f"image_size must be a positive multiple of {stride}, got {size}")
+        raise ValueError(f"image_size: expected a positive multiple of {stride}, got {size}")
 
 
 def _round_up(value: int, multiple: int) -> int:

@@ -1,4 +1,4 @@
-"""Images and objects of a split, each checked once; what cannot be used is counted and listed."""
+"""Images and objects of a split, each checked once; unusable ones are counted and listed."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from yolov9_fast.errors import DataError
 
 
 def load_split(config: DataConfig, split: str, *, for_training: bool) -> tuple[list[ImageRecord], LabelReport]:
-    """All usable images of a split with their objects, and the report of what was skipped.
+    """All usable images of a split with their objects, and a report of what was skipped.
 
     Raises `DataError` when the split has no usable image, and in training when no image has an object.
     """
@@ -29,11 +29,11 @@ def load_split(config: DataConfig, split: str, *, for_training: bool) -> tuple[l
     for record in records:
         report.add(record)
     if not records:
-        raise DataError(f"split '{split}' of {config.file} has no usable image\n{report.summary()}")
+        raise DataError(f"{config.file}: split '{split}' has no usable image\n{report.summary()}")
     if for_training and not report.objects:
         where = config.split(split).annotations or label_path(records[0].path)
         raise DataError(
-            f"split '{split}' of {config.file} has {len(records)} images and no object to learn from; "
+            f"{config.file}: split '{split}' has {len(records)} images and no objects; "
             f"labels were looked for in {where}\n{report.summary()}"
         )
     return records, report
@@ -53,12 +53,12 @@ def _yolo_records(config: DataConfig, split: str, report: LabelReport, for_train
         missing += not _read_labels(record, config.num_classes, report)
         records.append(record)
     if missing:
-        report.notes.append(f"  {missing} images have no label file and count as images without objects")
+        report.notes.append(f"  {missing} images have no label file and are used as images without objects")
     return records
 
 
 def _read_labels(record: ImageRecord, num_classes: int, report: LabelReport) -> bool:
-    """Fill in the objects of a record; False when there is no label file."""
+    """Set the objects of a record; False when there is no label file."""
     file = label_path(record.path)
     try:
         text = file.read_text(encoding="utf-8-sig")
@@ -75,7 +75,7 @@ def _read_labels(record: ImageRecord, num_classes: int, report: LabelReport) -> 
 
 
 def _image_ids(paths: Sequence[Path]) -> list[int]:
-    """The numbers that the files are named by, as COCO does, if all are and differ; else 1..n."""
+    """The file names as numbers, as in COCO, if all are numbers and differ; otherwise 1..n."""
     stems = [path.stem for path in paths]
     if all(stem.isascii() and stem.isdigit() for stem in stems):
         ids = [int(stem) for stem in stems]
@@ -90,13 +90,13 @@ def _coco_records(config: DataConfig, split: str, report: LabelReport, for_train
     coco = read_coco(definition.annotations)
     classes = class_of_category(coco, config)
     if not coco.images:
-        raise DataError(f"split '{split}' of {config.file} is empty: {coco.file} lists no images")
-    _reject_doubles(coco.images, coco.file)
+        raise DataError(f"{config.file}: split '{split}' is empty: {coco.file} lists no images")
+    _check_unique_ids(coco.images, coco.file)
     paths = [_find(image["file_name"], definition.images) for image in coco.images]
     if not any(path.is_file() for path in paths):
         places = ", ".join(str(folder) for folder in definition.images)
         raise DataError(
-            f"split '{split}' of {config.file}: none of the {len(paths)} images of {coco.file} is in {places}"
+            f"{config.file}: split '{split}': none of the {len(paths)} images of {coco.file} is in {places}"
         )
     records = []
     for image, path, checked in zip(coco.images, paths, check_images(paths, _key(config, split)), strict=True):
@@ -112,14 +112,14 @@ def _coco_records(config: DataConfig, split: str, report: LabelReport, for_train
     unlisted = set(coco.annotations) - {image["id"] for image in coco.images}
     if unlisted:
         count = sum(len(coco.annotations[key]) for key in unlisted)
-        report.notes.append(f"  {count} annotations belong to images that {coco.file.name} does not list")
+        report.notes.append(f"  {count} annotations belong to images that are not listed in {coco.file.name}")
     return records
 
 
-def _reject_doubles(images: list[dict[str, Any]], file: Path) -> None:
+def _check_unique_ids(images: list[dict[str, Any]], file: Path) -> None:
     repeated = [image_id for image_id, count in Counter(image["id"] for image in images).items() if count > 1]
     if repeated:
-        raise DataError(f"{file}: image id {repeated[0]} is given to more than one image")
+        raise DataError(f"{file}: images: expected unique ids, got {repeated[0]} more than once")
 
 
 def _find(name: str, folders: tuple[Path, ...]) -> Path:
@@ -131,7 +131,7 @@ def _size_mismatch(image: dict[str, Any], width: int, height: int) -> str | None
     stated = (image.get("width", width), image.get("height", height))
     if stated == (width, height):
         return None
-    return f"image size differs from the annotations' ({width}x{height}, stated {stated[0]}x{stated[1]})"
+    return f"image size differs from the annotations' ({width}x{height}, annotated {stated[0]}x{stated[1]})"
 
 
 def _key(config: DataConfig, split: str) -> str:

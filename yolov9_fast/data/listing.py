@@ -1,4 +1,4 @@
-"""The image files of a split, and where YOLO labels of an image are looked for."""
+"""The image files of a split, and the path of an image's YOLO labels."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from yolov9_fast.errors import DataError
 
 
 def list_images(config: DataConfig, split: str) -> list[Path]:
-    """Image paths of a split, sorted within each entry, each once; raises `DataError` that says where it looked."""
+    """Image paths of a split, sorted within each entry, without duplicates; raises `DataError` if there are none."""
     entries = config.split(split).images
     found: dict[Path, None] = {}
     for entry in entries:
         found.update(dict.fromkeys(_expand(entry, config, split)))
     if not found:
         places = ", ".join(str(entry) for entry in entries)
-        raise DataError(f"split '{split}' of {config.file} has no images; looked in {places} for {_suffix_text()}")
+        raise DataError(f"{config.file}: split '{split}' has no images in {places}; suffixes are {_suffix_text()}")
     return list(found)
 
 
 def label_path(image: Path) -> Path:
-    """The YOLO txt of an image: its last folder `images` becomes `labels`; beside the image without such a folder."""
+    """The YOLO txt of an image: its last folder `images` becomes `labels`; without such a folder, next to the image."""
     parts = image.parts
     for position in range(len(parts) - 2, -1, -1):
         if parts[position] == "images":
@@ -43,12 +43,12 @@ def read_image_list(file: Path, root: Path | None = None) -> list[Path]:
     try:
         lines = file.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"the image list {file} cannot be read: {error}") from error
+        raise DataError(f"{file}: image list cannot be read: {error}") from error
     paths = []
     for line in (line.strip() for line in lines):
         if line and not line.startswith("#"):
-            beside = file.parent / line
-            paths.append(beside if root is None or beside.exists() else root / line)
+            path = file.parent / line
+            paths.append(path if root is None or path.exists() else root / line)
     return paths
 
 
@@ -56,12 +56,12 @@ def _expand(entry: Path, config: DataConfig, split: str) -> list[Path]:
     if entry.is_dir():
         return folder_images(entry)
     if not entry.is_file():
-        raise DataError(f"split '{split}' of {config.file}: {entry} does not exist")
+        raise DataError(f"{config.file}: split '{split}': {entry} does not exist")
     if entry.suffix.lower() == ".txt":
         return read_image_list(entry, config.path)
     if entry.suffix.lower() in IMAGE_SUFFIXES:
         return [entry]
-    raise DataError(f"split '{split}' of {config.file}: {entry} is neither a folder, a .txt list nor an image")
+    raise DataError(f"{config.file}: split '{split}': expected a folder, a .txt list or an image, got {entry}")
 
 
 def _suffix_text() -> str:

@@ -1,4 +1,4 @@
-"""The loader: batches in an order that depends on (seed, epoch) alone, cut alike for one process and for many."""
+"""The loader: batches in an order that depends on (seed, epoch) alone, the same for one process and for several."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ def create_loader(
 ) -> DetectionLoader:
     """A loader of batches of `batch_size` per process.
 
-    Rank r of `world_size` gets the r-th contiguous part of each global batch of batch_size · world_size samples, so
-    that the ranks together see what one process would. With `shuffle` a last global batch that the ranks cannot share
-    evenly is filled up from the start of the order; without it no sample is given twice and ranks may have unequal
+    Rank r of `world_size` gets the r-th contiguous part of each global batch of batch_size · world_size samples: all
+    ranks together get the batches that one process would get. With `shuffle`, the last global batch is filled up from
+    the start of the order until it divides evenly; without it, no sample is repeated and ranks may have different
     numbers of batches.
     """
     return DetectionLoader(
@@ -44,11 +44,11 @@ def create_loader(
 
 
 class DetectionLoader:
-    """Iterable over `Batch`; `set_epoch` before each pass chooses its draws. Worker processes live until `close`."""
+    """Iterable over `Batch`. Call `set_epoch` before each pass. Worker processes end with `close`."""
 
     def __init__(self, dataset: DetectionDataset, order: BatchOrder, workers: int) -> None:
         if workers < 0:
-            raise ValueError(f"workers must not be negative, got {workers}")
+            raise ValueError(f"workers: expected at least 0, got {workers}")
         self.dataset = dataset
         self._order = order
         self._loader: DataLoader[Sample] | None = DataLoader(
@@ -59,7 +59,7 @@ class DetectionLoader:
             worker_init_fn=_prepare_worker if workers else None,
             persistent_workers=workers > 0,
             pin_memory=torch.cuda.is_available(),
-            # Each pass draws a seed for the workers: from here, so that the trainer's global generator is left alone.
+            # Each pass draws a seed for the workers: from this generator instead of the global one.
             generator=torch.Generator(),
         )
 
@@ -69,7 +69,7 @@ class DetectionLoader:
     def __iter__(self) -> Iterator[Batch]:
         if self._loader is None:
             raise RuntimeError("this loader is closed")
-        return _naming_deaths(iter(self._loader))
+        return _with_clear_errors(iter(self._loader))
 
     def set_epoch(self, epoch: int, *, mosaic: bool = True) -> None:
         """Choose the order and the random draws of the next pass; without `mosaic` also no mixup and no copy-paste."""
@@ -81,8 +81,8 @@ class DetectionLoader:
         self._loader = None
 
 
-def _naming_deaths(batches: Iterator[Batch]) -> Iterator[Batch]:
-    """The same batches; a worker's death, which shows in many ways, becomes one error that says what to do."""
+def _with_clear_errors(batches: Iterator[Batch]) -> Iterator[Batch]:
+    """The same batches; a worker's `DataError` becomes one line, a worker's death one error however it shows."""
     while True:
         try:
             batch = next(batches)
@@ -95,13 +95,13 @@ def _naming_deaths(batches: Iterator[Batch]) -> Iterator[Batch]:
             if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
                 raise
             raise DataError(
-                f"a loader process died, perhaps for lack of memory ({error}); try fewer --workers, or 0"
+                f"a loader process died, perhaps out of memory ({error}); try fewer --workers, or 0"
             ) from error
         yield batch
 
 
 class BatchOrder(Sampler[list[SampleKey]]):
-    """Batches of sample keys for one rank; see `create_loader`."""
+    """Batches of sample keys of one rank; see `create_loader`."""
 
     def __init__(
         self,
@@ -115,12 +115,12 @@ class BatchOrder(Sampler[list[SampleKey]]):
         drop_last: bool,
     ) -> None:
         if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+            raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
         if not 0 <= rank < world_size:
-            raise ValueError(f"rank must lie in 0..{world_size - 1}, got {rank}")
+            raise ValueError(f"rank: expected 0..{world_size - 1}, got {rank}")
         if dataset.rect and (shuffle or batch_size != dataset.batch_size):
             raise ValueError(
-                f"a rect dataset needs shuffle=False and its own batch_size {dataset.batch_size}, "
+                f"dataset: expected shuffle=False and batch_size={dataset.batch_size} with rect, "
                 f"got {shuffle=}, {batch_size=}"
             )
         self.epoch, self.mosaic = 0, True
@@ -141,12 +141,12 @@ class BatchOrder(Sampler[list[SampleKey]]):
             yield [SampleKey(epoch, mosaic, int(order[position % len(order)])) for position in range(start, end)]
 
     def _cuts(self) -> list[tuple[int, int]]:
-        """(start, end) of this rank's batches in the global order; `end` may pass its length where it wraps around."""
-        total, whole = len(self._base), self._batch_size * self._world_size
+        """(start, end) of this rank's batches in the global order, which is cyclic: `end` may exceed its length."""
+        total, global_batch = len(self._base), self._batch_size * self._world_size
         cuts = []
-        for start in range(0, total, whole):
-            count = min(whole, total - start)
-            if count < whole and self._drop_last:
+        for start in range(0, total, global_batch):
+            count = min(global_batch, total - start)
+            if count < global_batch and self._drop_last:
                 break
             part = math.ceil(count / self._world_size) if self._shuffle else self._batch_size
             first = start + self._rank * part
@@ -157,7 +157,7 @@ class BatchOrder(Sampler[list[SampleKey]]):
 
 
 def _prepare_worker(_: int) -> None:
-    # Workers are the parallelism; OpenCV's own threads would fight over the cores and may hang after a fork.
+    # The workers already use all cores, and OpenCV's threads may hang after a fork.
     require("cv2").setNumThreads(0)
-    # Ctrl-C reaches every process of the terminal; the trainer decides when the workers may stop.
+    # Ctrl-C is sent to every process of the terminal; the trainer decides when the workers stop.
     signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -1,4 +1,4 @@
-"""Mosaic of four: images meet at a random point of a canvas of twice the side, each cut where it leaves the canvas."""
+"""Mosaic: four images around a random point of a canvas of twice the image size."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from yolov9_fast.data.images import GREY
 
 def mosaic4(tiles: Sequence[LabelledImage], size: int, rng: Generator) -> LabelledImage:
     """Canvas [2 · size, 2 · size, 3] of four images: upper left, upper right, lower left, lower right of a point
-    drawn uniformly from its middle half. Boxes and outlines are shifted with their tile and cut to the canvas.
+    drawn uniformly from its middle half. Boxes and polygons move with their image and are clipped to the canvas.
     """
     side = 2 * size
     centre_y, centre_x = (int(value) for value in rng.uniform(size / 2, 3 * size / 2, 2))
     canvas = np.full((side, side, 3), GREY, dtype=np.uint8)
-    boxes, outlines = [], []
-    with_outlines = any(tile.outlines for tile in tiles)
+    boxes, polygons = [], []
+    with_polygons = any(tile.polygons for tile in tiles)
     for position, tile in enumerate(tiles):
         height, width = tile.size
         left = centre_x if position % 2 else centre_x - width
@@ -30,12 +30,12 @@ def mosaic4(tiles: Sequence[LabelledImage], size: int, rng: Generator) -> Labell
         canvas[y1:y2, x1:x2] = tile.image[y1 - top : y2 - top, x1 - left : x2 - left]
         offset = np.array([left, top], dtype=np.float32)
         boxes.append(clip(tile.boxes + np.tile(offset, 2), side, side))
-        if with_outlines:
-            outlines += _shift(tile, offset, side)
+        if with_polygons:
+            polygons += _shift(tile, offset, side)
     classes = np.concatenate([tile.classes for tile in tiles])
-    return LabelledImage(canvas, classes, np.concatenate(boxes), outlines)
+    return LabelledImage(canvas, classes, np.concatenate(boxes), polygons)
 
 
 def _shift(tile: LabelledImage, offset: Floats, side: int) -> list[Floats | None]:
-    outlines = tile.outlines or [None] * len(tile.boxes)
-    return [None if outline is None else np.clip(outline + offset, 0, side) for outline in outlines]
+    polygons = tile.polygons or [None] * len(tile.boxes)
+    return [None if polygon is None else np.clip(polygon + offset, 0, side) for polygon in polygons]

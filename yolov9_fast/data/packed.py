@@ -1,4 +1,4 @@
-"""Records in a few flat arrays, which forked workers share: touching Python objects would copy their pages."""
+"""Records in a few flat arrays, which forked workers share; reading Python objects would copy their memory pages."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from yolov9_fast.data.records import ImageRecord
 
 
 class PackedRecords:
-    """Paths, sizes, boxes and outlines of all records, read back by index."""
+    """Paths, sizes, boxes and polygons of all records, by index."""
 
     def __init__(self, records: Sequence[ImageRecord]) -> None:
         names = [os.fsencode(record.path) for record in records]
@@ -23,10 +23,10 @@ class PackedRecords:
         self.sizes = np.array([(record.height, record.width) for record in records], dtype=np.int32).reshape(-1, 2)
         self._boxes = np.concatenate([np.zeros((0, 5), np.float32), *(record.boxes for record in records)])
         self._box_ends = np.cumsum([0, *(len(record.boxes) for record in records)])
-        outlines = [outline for record in records for outline in (record.polygons or [None] * len(record.boxes))]
-        points = [np.zeros((0, 2), np.float32), *(outline for outline in outlines if outline is not None)]
+        polygons = [polygon for record in records for polygon in (record.polygons or [None] * len(record.boxes))]
+        points = [np.zeros((0, 2), np.float32), *(polygon for polygon in polygons if polygon is not None)]
         self._points = np.concatenate(points).astype(np.float32)
-        self._point_ends = np.cumsum([0, *(0 if outline is None else len(outline) for outline in outlines)])
+        self._point_ends = np.cumsum([0, *(0 if polygon is None else len(polygon) for polygon in polygons)])
 
     def __len__(self) -> int:
         return len(self.sizes)
@@ -44,8 +44,8 @@ class PackedRecords:
         """float32 [n, 5] (class, cx, cy, w, h) normalised."""
         return self._boxes[self._box_ends[index] : self._box_ends[index + 1]]
 
-    def outlines(self, index: int) -> list[Floats | None]:
-        """Per object its normalised outline [k, 2] or None; empty when no object of the image has one."""
+    def polygons(self, index: int) -> list[Floats | None]:
+        """Per object its normalised polygon [k, 2] or None; empty when no object of the image has one."""
         first, last = self._box_ends[index : index + 2]
         ends = self._point_ends[first : last + 1]
         if ends[0] == ends[-1]:

@@ -1,4 +1,4 @@
-"""What is known of an image before it is opened, and the report of what was left out."""
+"""The description of an image and its objects, and the report of what was skipped."""
 
 from __future__ import annotations
 
@@ -6,18 +6,16 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
-from numpy.typing import NDArray
-
-Floats = NDArray[np.float32]
+from yolov9_fast.data.geometry import Floats
 
 
 @dataclass
 class ImageRecord:
-    """An image and its objects.
+    """An image file and its objects.
 
     `boxes`: float32 [n, 5] rows (class, cx, cy, w, h), normalised to the image; `polygons`: per object None or float32
-    [k, 2] normalised points, or None when no object has one; `width`, `height`: pixels of the decoded, upright image.
+    [k, 2] normalised points, or None when no object has one; `width`, `height`: pixels of the decoded image, rotated by
+    its EXIF tag.
     """
 
     path: Path
@@ -31,7 +29,7 @@ class ImageRecord:
 
 @dataclass
 class LabelReport:
-    """Counts of a split: images used, objects, images without objects, and what was skipped, as (place, reason)."""
+    """Counts of a split: images used, objects, images without objects; skipped files and labels as (place, reason)."""
 
     images: int = 0
     objects: int = 0

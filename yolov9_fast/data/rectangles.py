@@ -1,4 +1,4 @@
-"""Rectangular evaluation batches: images of like aspect together, each batch only as large as they need."""
+"""Rectangular evaluation batches: images of similar aspect ratio share a batch with a canvas as small as possible."""
 
 from __future__ import annotations
 

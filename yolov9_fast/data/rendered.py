@@ -1,4 +1,4 @@
-"""A small labelled data set drawn by program: coloured shapes, turned and overlapping, on varied backgrounds."""
+"""A small synthetic data set: coloured, rotated, overlapping shapes on varied backgrounds."""
 
 from __future__ import annotations
 
@@ -20,7 +20,6 @@ MOST_OBJECTS = 5
 LEAST_VISIBLE = 0.7
 _TRIES = 20
 _SUBPIXEL = 4  # bits after the point in OpenCV's drawing coordinates
-Mask = NDArray[np.uint8]
 
 
 @dataclass(frozen=True)
@@ -40,7 +39,7 @@ def render_dataset(folder: str | Path, *, train: int, val: int, size: int, seed:
         seed: the same seed gives the same files, however many images are asked for.
 
     Raises:
-        UserError: the disk refuses.
+        UserError: the folder cannot be written.
     """
     folder = Path(folder)
     cv2 = require("cv2")
@@ -56,7 +55,7 @@ def render_dataset(folder: str | Path, *, train: int, val: int, size: int, seed:
 
 
 def render_image(rng: Generator, size: int) -> RenderedImage:
-    """One picture with 1 to 5 shapes, each at least 70 % visible, drawn from `rng` alone."""
+    """An image with 1 to 5 shapes, each at least 70 % visible; all random numbers come from `rng`."""
     short = int(size * rng.uniform(0.75, 1.0))
     height, width = (size, short) if rng.random() < 0.5 else (short, size)
     canvas = _background(rng, height, width)
@@ -81,16 +80,16 @@ def render_image(rng: Generator, size: int) -> RenderedImage:
     return RenderedImage(canvas, np.asarray(labels, np.float32).reshape(-1, 5))
 
 
-def _leaves_others_visible(owner: Mask, areas: list[int], inside: NDArray[np.bool_]) -> bool:
+def _leaves_others_visible(owner: Image, areas: list[int], inside: NDArray[np.bool_]) -> bool:
     visible = np.bincount(owner[~inside].ravel(), minlength=len(areas) + 1)
     return all(visible[index] >= LEAST_VISIBLE * area for index, area in enumerate(areas, start=1))
 
 
-def _shape_mask(rng: Generator, label: int, height: int, width: int) -> Mask:
-    """A shape wholly inside the picture: mask 0..255 with smooth edges."""
+def _shape_mask(rng: Generator, label: int, height: int, width: int) -> Image:
+    """A shape as uint8 [H, W], 0..255 with smooth edges; it does not touch the image's border."""
     cv2 = require("cv2")
     radius = float(rng.uniform(0.15, 0.29) * min(height, width))
-    reach = radius + 2  # smooth edges spill over
+    reach = radius + 2  # smooth edges are wider than the shape
     x, y = rng.uniform(reach, width - reach), rng.uniform(reach, height - reach)
     outline = np.stack(_OUTLINES[SHAPES[label]](), axis=1) * radius
     angle = rng.uniform(0, 2 * np.pi)
@@ -104,7 +103,7 @@ def _shape_mask(rng: Generator, label: int, height: int, width: int) -> Mask:
     return mask
 
 
-def _fill(cv2: object, mask: Mask, points: NDArray[np.float64], value: int) -> None:
+def _fill(cv2: object, mask: Image, points: NDArray[np.float64], value: int) -> None:
     fixed = np.rint(points * (1 << _SUBPIXEL)).astype(np.int32)
     cv2.fillPoly(mask, [fixed], value, lineType=cv2.LINE_AA, shift=_SUBPIXEL)  # type: ignore[attr-defined]
 
@@ -129,8 +128,8 @@ _OUTLINES: dict[str, Callable[[], tuple[NDArray[np.float64], NDArray[np.float64]
 }
 
 
-def _paint(rng: Generator, canvas: Image, mask: Mask) -> Image:
-    """Fill `mask` with a colour that stands out from what is below it, plain or shaded."""
+def _paint(rng: Generator, canvas: Image, mask: Image) -> Image:
+    """Fill `mask` with a colour that differs from the background, plain or shaded."""
     height, width = mask.shape
     below = canvas[mask > 127].mean(0)
     colour = rng.uniform(0, 255, 3)
@@ -144,7 +143,7 @@ def _paint(rng: Generator, canvas: Image, mask: Mask) -> Image:
 
 
 def _ramp(rng: Generator, height: int, width: int) -> NDArray[np.float64]:
-    """[H, W] rising from 0 to 1 in a random direction."""
+    """[H, W], ascending from 0 to 1 in a random direction."""
     angle = rng.uniform(0, 2 * np.pi)
     y, x = np.mgrid[0:height, 0:width]
     ramp: NDArray[np.float64] = x * np.cos(angle) + y * np.sin(angle)
@@ -165,7 +164,7 @@ def _noise(rng: Generator, height: int, width: int) -> NDArray[np.float64]:
 
 
 def _clouds(rng: Generator, height: int, width: int) -> NDArray[np.float64]:
-    """Smooth blobs: coarse noise enlarged."""
+    """Smooth blobs: enlarged coarse noise."""
     cv2 = require("cv2")
     coarse = rng.random((int(rng.integers(3, 9)), int(rng.integers(3, 9))))
     blobs: NDArray[np.float64] = cv2.resize(coarse, (width, height), interpolation=cv2.INTER_CUBIC)

@@ -1,4 +1,4 @@
-"""What a dataset and a loader hand out: one labelled image, and a batch of them."""
+"""The items of a dataset and of a loader: one sample, and a batch of samples."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from torch import Tensor
 
 @dataclass
 class Sample:
-    """One image ready for the network.
+    """One image with its targets, at the size of the network's input.
 
     `image`: uint8 RGB [3, H, W]; `targets`: float32 [n, 5] (class, cx, cy, w, h), normalised to W and H; `index`:
-    position in the dataset's records. In evaluation `original_shape` (height, width), `ratio` (gain of height, gain of
-    width) and `pad` (left, top pixels) lead back to the file's pixels; after augmentation they only describe the image
-    first drawn.
+    position in the dataset's records. In evaluation `original_shape` (height, width), `ratio` (scale of height and
+    width) and `pad` (left, top in pixels) are the arguments of `scale_boxes_to_original`; in training they describe the
+    image of this index before augmentation.
     """
 
     image: Tensor

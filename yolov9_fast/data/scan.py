@@ -1,4 +1,4 @@
-"""Opens every image of a split once, in parallel, and remembers the outcome until the file changes."""
+"""Decode every image of a split once, in parallel, and cache its size or problem until the file changes."""
 
 from __future__ import annotations
 
@@ -32,26 +32,26 @@ class Checked:
 
 
 def check_images(paths: Sequence[Path], key: str) -> list[Checked]:
-    """Decode each image, or take the outcome from the cache named by `key` if its file is unchanged (size and time)."""
+    """Decode each image, unless the cache of `key` has the result and the file's size and time are unchanged."""
     file = cache_folder() / "images" / f"{digest(key)}.json"
     known = _load(file)
     stamps = [_stamp(path) for path in paths]
-    results = [_recall(known.get(str(path)), stamp) for path, stamp in zip(paths, stamps, strict=True)]
+    results = [_cached(known.get(str(path)), stamp) for path, stamp in zip(paths, stamps, strict=True)]
     unknown = [position for position, result in enumerate(results) if result is None]
     with ThreadPoolExecutor(max_workers=min(os.cpu_count() or 1, 16)) as pool:
-        for position, checked in zip(unknown, pool.map(lambda i: _check(paths[i]), unknown), strict=True):
-            results[position] = checked
-    outcome = [result for result in results if result is not None]
+        for position, result in zip(unknown, pool.map(lambda i: _check(paths[i]), unknown), strict=True):
+            results[position] = result
+    checked = [result for result in results if result is not None]
     if unknown:
-        _store(file, paths, stamps, outcome)
-    return outcome
+        _store(file, paths, stamps, checked)
+    return checked
 
 
 def _check(path: Path) -> Checked:
     try:
         image = read_image(path)
     except DataError as error:
-        return Checked(0, 0, str(error).split(": ")[0])
+        return Checked(0, 0, str(error).removeprefix(f"{path}: ").split(": ")[0])
     height, width = image.shape[:2]
     if min(height, width) < MIN_PIXELS:
         return Checked(width, height, f"image is smaller than {MIN_PIXELS} pixels ({width}x{height})")
@@ -66,7 +66,7 @@ def _stamp(path: Path) -> list[int] | None:
     return [status.st_size, status.st_mtime_ns]
 
 
-def _recall(entry: Any, stamp: list[int] | None) -> Checked | None:
+def _cached(entry: Any, stamp: list[int] | None) -> Checked | None:
     if stamp is None or not isinstance(entry, list) or len(entry) != 5 or entry[:2] != stamp:
         return None
     width, height, problem = entry[2:]
@@ -94,4 +94,4 @@ def _store(file: Path, paths: Sequence[Path], stamps: Sequence[list[int] | None]
     try:
         atomic_write(file, text)
     except UserError as error:
-        _log.warning("the outcome of checking the images is not kept: %s", error)
+        _log.warning("the sizes of the images are not cached: %s", error)

@@ -1,4 +1,4 @@
-"""Sources to predict on: images, folders, globs, lists, videos, webcams and streams, all as a sequence of frames."""
+"""Sources of images to predict on: files, folders, globs, lists, videos, webcams and streams, as frames."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ _STREAM_SCHEMES = ("rtsp://", "rtmp://", "http://", "https://", "tcp://", "udp:/
 
 @dataclass
 class Frame:
-    """One picture of a source.
+    """One image of a source.
 
-    `image`: uint8 BGR [H, W, 3], or None when it could not be read, and then `error` says why; `path`: the file,
+    `image`: uint8 BGR [H, W, 3], or None when it could not be read, for the reason in `error`; `path`: the file,
     address or webcam; `index`: number of the file in the source; `frame`: number within the file (0 for an image);
     `fps`: frames per second of a video where known.
     """
@@ -40,17 +40,16 @@ class Frame:
 def open_source(source: str | Path | Sequence[str | Path]) -> Iterator[Frame]:
     """Frames of a source, read one at a time.
 
-    `source`: an image or video file, a folder (its images and videos, not those of folders within), a glob (`**`
-    allowed), a `.txt` list, a webcam's number, a stream's address, or several of these. Raises `DataError` at the call
-    when there is nothing to read or a camera or stream does not open; a file that cannot be read is a frame with an
-    `error`.
+    `source`: an image or video file, a folder (without subfolders), a glob (`**` allowed), a `.txt` list, a webcam's
+    number, a stream's address, or a sequence of these. Raises `DataError` at the call if there is nothing to read or a
+    webcam or stream cannot be opened; a file that cannot be read is a frame with an `error`.
     """
     parts = [source] if isinstance(source, str | Path) else list(source)
     items = list(chain.from_iterable(_expand(str(part)) for part in parts))
     if not items:
         raise DataError(
-            f"no image or video found in {', '.join(map(str, parts)) or 'an empty source'}; "
-            f"known are {' '.join(sorted(IMAGE_SUFFIXES | VIDEO_SUFFIXES))}"
+            f"source: no image or video found in {', '.join(map(str, parts)) or 'an empty sequence'}; "
+            f"suffixes are {' '.join(sorted(IMAGE_SUFFIXES | VIDEO_SUFFIXES))}"
         )
     opened = {item: _open_live(item) for item in items if _is_live(item)}
     return chain.from_iterable(_frames(item, index, opened.get(item)) for index, item in enumerate(items))
@@ -66,7 +65,7 @@ def _expand(source: str) -> list[str]:
         return [source]
     if glob.has_magic(source):
         return [file for file in sorted(glob.glob(source, recursive=True)) if _is_media(Path(file))]
-    raise DataError(f"source {source} does not exist")
+    raise DataError(f"source: {source} does not exist")
 
 
 def _is_media(file: Path) -> bool:
@@ -81,7 +80,7 @@ def _open_live(source: str) -> Any:
     capture = require("cv2").VideoCapture(int(source) if source.isdecimal() else source)
     if not capture.isOpened():
         kind = "webcam" if source.isdecimal() else "stream"
-        raise DataError(f"{kind} {source} does not open")
+        raise DataError(f"source: {kind} {source} cannot be opened")
     return capture
 
 
@@ -108,6 +107,6 @@ def _video_frames(capture: Any, item: str, index: int) -> Iterator[Frame]:
             yield Frame(image, item, index, number, is_video=True, fps=fps)
             number += 1
         if number == 0:
-            yield Frame(None, item, index, is_video=True, error=f"no frame of {item} can be decoded")
+            yield Frame(None, item, index, is_video=True, error=f"{item}: no frame can be decoded")
     finally:
         capture.release()

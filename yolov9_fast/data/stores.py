@@ -1,4 +1,4 @@
-"""Kept images: decoded and resized once, then taken from memory or from disk."""
+"""Cached images: decoded and resized once, then read from memory or from disk."""
 
 from __future__ import annotations
 
@@ -18,25 +18,25 @@ from yolov9_fast.errors import UserError
 
 _log = logging.getLogger(__name__)
 
-# Left to the rest of the machine when images are kept in memory.
+# Largest share of the free memory for cached images.
 _MEMORY_SHARE = 0.8
 
 
 class ImageStore(Protocol):
-    """Hands out the resized image of a record; uint8 BGR [h, w, 3], not to be written to."""
+    """`get(index)` returns the resized image of a record: uint8 BGR [h, w, 3], read-only."""
 
     def get(self, index: int) -> Image: ...
 
 
 class NoStore:
-    """Decodes anew each time."""
+    """No cache: decodes at every call."""
 
     def __init__(self, load: Callable[[int], Image]) -> None:
         self.get = load
 
 
 class MemoryStore:
-    """All images in one array, filled at construction by threads; forked workers share it."""
+    """All images in one array, which threads fill at construction and forked workers share."""
 
     def __init__(self, load: Callable[[int], Image], sizes: Sequence[tuple[int, int]], image_size: int) -> None:
         self._shapes = [scaled_size(height, width, image_size) for height, width in sizes]
@@ -55,9 +55,9 @@ class MemoryStore:
 
 
 class DiskStore:
-    """One `.npy` per image, written when first needed and named by the image file's path, size and time.
+    """One `.npy` per image, written at first use and named by a hash of the image file's path, size and time.
 
-    When the disk is full or not writable it says so once and goes on decoding.
+    When the disk is full or not writable it logs one warning and decodes from then on.
     """
 
     def __init__(
@@ -72,33 +72,33 @@ class DiskStore:
         path = self._path(index)
         status = path.stat()
         file = self._folder / f"{digest(path.resolve(), status.st_size, status.st_mtime_ns, *self._form)}.npy"
-        kept = _read(file)
-        if kept is not None:
-            return kept
+        cached = _read(file)
+        if cached is not None:
+            return cached
         image = self._load(index)
         if self._writable:
             try:
                 atomic_write(file, lambda stream: np.save(stream, image, allow_pickle=False))
             except UserError as error:
                 self._writable = False
-                _log.warning("images are no longer kept on disk: %s", error)
+                _log.warning("images are no longer cached on disk: %s", error)
         return image
 
 
 def fits_memory(sizes: Sequence[tuple[int, int]], image_size: int) -> bool:
-    """Whether all images fit the free memory; says what they need."""
+    """Whether all images fit in the free memory; logs how much they need."""
     needed = sum(height * width * 3 for height, width in (scaled_size(h, w, image_size) for h, w in sizes))
     free = available_memory()
     text = f"{len(sizes)} images at {image_size} px need {needed / 2**30:.2f} GiB of memory"
     if free is not None and needed > _MEMORY_SHARE * free:
-        _log.warning("%s, %.2f GiB are free: they are decoded anew each time instead", text, free / 2**30)
+        _log.warning("%s, but only %.2f GiB are free: images are not cached", text, free / 2**30)
         return False
     _log.info("%s", text)
     return True
 
 
 def available_memory() -> int | None:
-    """Bytes that this process may still take, under the machine's and the control group's limits; None if unknown."""
+    """Bytes that this process may still allocate: the limit of the machine or control group; None if unknown."""
     limits = []
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
@@ -122,7 +122,7 @@ def _read(file: Path) -> Image | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError):
-        _log.warning("the kept image %s is damaged and is made anew", file)
+        _log.warning("the cached image %s is damaged and is written again", file)
         return None
     valid = image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3
     return image if valid else None

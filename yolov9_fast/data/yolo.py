@@ -1,4 +1,4 @@
-"""YOLO label files: a row is `class cx cy w h` or `class x1 y1 x2 y2 x3 y3 ...`, normalised; decided per row."""
+"""YOLO label files: each row is `class cx cy w h` or a polygon `class x1 y1 x2 y2 x3 y3 ...`, normalised."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from yolov9_fast.data.records import Floats
+from yolov9_fast.data.geometry import Floats
 
-# Annotation tools round; a coordinate this far outside the image is pulled in, one farther is an error.
+# Annotation tools round: coordinates up to this far outside the image are clipped, others are an error.
 TOLERANCE = 1e-3
 
 
 @dataclass
 class ParsedLabels:
-    """Objects of one file: boxes float32 [n, 5] and polygons as in `ImageRecord`; `problems`: (row number, reason)."""
+    """Objects of a file: boxes float32 [n, 5] and polygons as in `ImageRecord`; `problems`: (row number, reason)."""
 
     boxes: Floats
     polygons: list[Floats | None] | None
@@ -26,7 +26,7 @@ class _RowError(Exception):
 
 
 def parse_yolo(text: str, num_classes: int) -> ParsedLabels:
-    """Read a label file's text; a bad row becomes a problem and the other rows stay."""
+    """Read the text of a label file; a bad row becomes a problem, the others are used."""
     boxes: list[list[float]] = []
     polygons: list[Floats | None] = []
     problems: list[tuple[int, str]] = []
@@ -51,7 +51,7 @@ def parse_yolo(text: str, num_classes: int) -> ParsedLabels:
 
 
 def box_from_corners(x1: float, y1: float, x2: float, y2: float) -> list[float]:
-    """(cx, cy, w, h) of a box given by normalised corners, cut to the image."""
+    """(cx, cy, w, h) of a box given by normalised corners, clipped to the image."""
     x1, y1, x2, y2 = (min(max(value, 0.0), 1.0) for value in (x1, y1, x2, y2))
     return [(x1 + x2) / 2, (y1 + y2) / 2, x2 - x1, y2 - y1]
 
@@ -68,7 +68,7 @@ def _parse_row(fields: list[str], num_classes: int) -> tuple[list[float], Floats
         raise _RowError(f"row is neither a box nor a polygon ({len(values)} numbers; expected 5, or 7 and more, odd)")
     label, coordinates = values[0], values[1:]
     if label != int(label):
-        raise _RowError(f"class id is not a whole number ({label})")
+        raise _RowError(f"class id is not an integer ({label})")
     if not 0 <= label < num_classes:
         raise _RowError(f"class id out of range ({int(label)}, expected 0..{num_classes - 1})")
     if min(coordinates) < -TOLERANCE or max(coordinates) > 1 + TOLERANCE:

@@ -46,23 +46,23 @@ class DetectionLoss:
     """Box (CIoU), class (BCE) and DFL loss of a detector's raw maps; single, dual or lead-head guided.
 
     Without an auxiliary branch in the output the loss is that of the main branch. With one, each branch is assigned
-    from its own predictions, or, `lead_head_guided`, both from the main branch's; the auxiliary part enters with
-    `auxiliary_weight`. Each branch is divided by its S, the sum of the assigned weights: at least 1; lead-head guided
-    as it is, and 1 where the batch has no positive weight (0/0 as published).
+    from its own predictions, or with `lead_head_guided` both from the main branch's. The auxiliary loss is multiplied
+    by `auxiliary_weight`. The loss of a branch is divided by S, the sum of its assigned weights, clamped to at least 1.
+    With `lead_head_guided` S is not clamped, but is 1 for a batch without positive weights (0/0 as published).
 
     Args:
         num_classes: nc ≥ 1.
-        lead_head_guided: one assignment, from the main branch, for both.
+        lead_head_guided: use the assignment of the main branch for both.
         auxiliary_weight: factor of the auxiliary branch's loss.
         box_gain, cls_gain, dfl_gain: factors of the parts.
         class_pos_weight, label_smoothing, focal_gamma: as in `ops.detection_loss`.
         topk, alpha, beta: as in `ops.assign`.
         assigner_rule: the published variant of the assignment, `rule` of `ops.assign`.
-        max_objects: pad every batch to so many ground truths per image instead of to its fullest image: shapes then
-            stay the same from step to step, and targets on a GPU are sorted in without waiting for it.
-        sync_normaliser: while training with several processes, S is the mean over them, and its least value 1 holds
-            for their sum. The processes' totals then add up to the total of one process that sees all images; DDP
-            averages gradients, so a trainer multiplies each total by the number of processes.
+        max_objects: pad every image to this number of ground truths instead of the largest number in the batch: shapes
+            are then the same in every step, and targets on a GPU are sorted without synchronisation.
+        sync_normaliser: in training with several processes, S is the mean over them, and the minimum of 1 applies to
+            their sum. The processes' totals then add up to the total of one process with all images; since DDP averages
+            gradients, a trainer multiplies each total by the number of processes.
         terms: further terms, computed for each branch and divided by its S like the three of the paper.
 
     Attributes:
@@ -93,7 +93,7 @@ class DetectionLoss:
         if num_classes < 1:
             raise ValueError(f"num_classes: expected at least 1, got {num_classes}")
         if not 0 <= label_smoothing < 1:
-            raise ValueError(f"label_smoothing: expected a value in [0, 1), got {label_smoothing}")
+            raise ValueError(f"label_smoothing: expected a number in [0, 1), got {label_smoothing}")
         if max_objects is not None and max_objects < 0:
             raise ValueError(f"max_objects: expected at least 0, got {max_objects}")
         self.names = (*STANDARD_TERMS, *(term.name for term in terms))
@@ -118,15 +118,16 @@ class DetectionLoss:
     def __call__(
         self, output: DetectionOutput, targets: Tensor | PaddedTargets, image_size: int | tuple[int, int]
     ) -> Loss:
-        """Loss of a batch, in float32 whatever the maps' dtype or autocast.
+        """Loss of a batch, in float32 for maps of any dtype and under autocast.
 
-        Leave targets on the CPU: they are checked and sorted there and sent without waiting. Rows on a GPU are waited
-        for, unless `max_objects` is given; then a row that does not fit makes the loss NaN.
+        Targets are best left on the CPU, where they are checked and sorted and then copied without synchronisation.
+        Rows on a GPU synchronise with it, unless `max_objects` is given; then a row that does not fit makes the loss
+        NaN.
 
         Args:
             output: raw maps [B, 64 + nc, H/s, W/s] per branch.
-            targets: [n, 6] rows (image, class, x, y, w, h), normalised centre form; n may be 0. Or what `pad_targets`
-                made of them.
+            targets: [n, 6] rows (image, class, x, y, w, h), normalised centre form; n may be 0. Or the result of
+                `pad_targets`.
             image_size: (H, W) of the network's input in pixels, or one number for both.
 
         Raises:
@@ -156,7 +157,7 @@ class DetectionLoss:
     def evaluate(
         self, output: DetectionOutput, targets: Tensor | PaddedTargets, image_size: int | tuple[int, int]
     ) -> Loss:
-        """The same without gradient and without talking to other processes, for validation."""
+        """The same without gradient and without communication between processes, for validation."""
         return self(output, targets, image_size)
 
     def _pad(
@@ -246,5 +247,5 @@ class DetectionLoss:
         for level, stride in zip(maps, self.strides, strict=True):
             if (level.shape[2] * stride, level.shape[3] * stride) != size:
                 raise ValueError(
-                    f"image_size: {size} does not fit a map of {tuple(level.shape[2:])} cells of {stride} px"
+                    f"image_size: expected {stride} px times {tuple(level.shape[2:])}, the size of a map, got {size}"
                 )

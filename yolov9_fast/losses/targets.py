@@ -13,7 +13,7 @@ from yolov9_fast.ops._boxes import xywh_to_xyxy
 class PaddedTargets(NamedTuple):
     """`labels` [B, N] int64, `boxes` [B, N, 4] x1, y1, x2, y2 in pixels, `mask` [B, N] bool; zero where padded.
 
-    `fits`: 0-dimensional bool where nobody waited to check the rows; false when one of them had no place.
+    `fits`: 0-dimensional bool when the rows were not checked on the host; false if a row was left out.
     """
 
     labels: Tensor
@@ -22,7 +22,7 @@ class PaddedTargets(NamedTuple):
     fits: Tensor | None = None
 
     def to(self, device: torch.device, dtype: torch.dtype) -> PaddedTargets:
-        """On `device`, boxes in `dtype`; sent without waiting."""
+        """Copied to `device` without synchronisation, boxes in `dtype`."""
         fits = None if self.fits is None else self.fits.to(device, non_blocking=True)
         return PaddedTargets(
             self.labels.to(device, non_blocking=True),
@@ -47,7 +47,7 @@ def pad_targets(
         batch_size: B; every image index must be below it.
         num_classes: nc; every class must be below it.
         image_size: (height, width) in pixels.
-        max_objects: N. Without it N is the largest number of rows of one image, for which a GPU has to be waited.
+        max_objects: N. Without it N is the largest number of rows of one image, which synchronises with a GPU.
 
     Returns:
         A row is real when the sum of its corners is positive.
@@ -60,42 +60,42 @@ def pad_targets(
     if targets.dim() != 2 or targets.shape[1] != 6:
         raise ValueError(f"targets: expected [n, 6] rows (image, class, x, y, w, h), got {tuple(targets.shape)}")
     if max_objects is not None and targets.device.type != "cpu":
-        return place_rows(targets, batch_size, num_classes, image_size, dtype, max_objects)
+        return sort_rows(targets, batch_size, num_classes, image_size, dtype, max_objects)
     _check_indices(targets, batch_size, num_classes)
     most = int(torch.bincount(targets[:, 0].long()).max()) if len(targets) else 0
     if max_objects is not None and most > max_objects:
-        raise ValueError(f"targets: {most} rows of one image, more than max_objects {max_objects}")
+        raise ValueError(f"targets: expected at most {max_objects} (max_objects) rows per image, got {most}")
     count = most if max_objects is None else max_objects
-    return place_rows(targets, batch_size, num_classes, image_size, dtype, count)._replace(fits=None)
+    return sort_rows(targets, batch_size, num_classes, image_size, dtype, count)._replace(fits=None)
 
 
-def place_rows(
+def sort_rows(
     targets: Tensor, batch_size: int, num_classes: int, image_size: tuple[int, int], dtype: torch.dtype, count: int
 ) -> PaddedTargets:
-    """Rows into `count` places per image, without looking at a value on the host: what has no place is left out."""
+    """Put the rows into `count` slots per image, leaving out what has no slot; reads no value on the host."""
     device = targets.device
     image, label = targets[:, 0], targets[:, 1]
     known = (image >= 0) & (image < batch_size) & (label >= 0) & (label < num_classes)
-    # Rows without an image sort behind all others.
+    # Rows of no image are sorted to the end.
     image, order = torch.where(known, image, batch_size).long().sort(stable=True)
     rows, known = targets[order], known[order]
     number = torch.arange(len(rows), device=device)
-    place = number - torch.searchsorted(image, image)
-    known = known & (place < count)
-    # One place more than is kept takes the rows that are left out.
-    place = torch.where(known, place, count)
+    slot = number - torch.searchsorted(image, image)
+    known = known & (slot < count)
+    # An additional slot, dropped below, takes the rows that are left out.
+    slot = torch.where(known, slot, count)
     image = torch.where(known, image, 0)
     labels = torch.zeros(batch_size, count + 1, dtype=torch.int64, device=device)
     boxes = torch.zeros(batch_size, count + 1, 4, dtype=dtype, device=device)
     height, width = image_size
-    labels[image, place] = rows[:, 1].long()
-    boxes[image, place] = xywh_to_xyxy(_in_pixels(rows[:, 2:].to(dtype), width, height))
+    labels[image, slot] = rows[:, 1].long()
+    boxes[image, slot] = xywh_to_xyxy(_in_pixels(rows[:, 2:].to(dtype), width, height))
     boxes = boxes[:, :count].contiguous()
     return PaddedTargets(labels[:, :count].contiguous(), boxes, boxes.sum(-1) > 0, known.all())
 
 
 def _in_pixels(boxes: Tensor, width: int, height: int) -> Tensor:
-    """Centre form [n, 4] times the image's sides, which stay numbers of the host."""
+    """Boxes [n, 4] in centre form times the image's sides, without copying these to the device."""
     return torch.stack((boxes[:, 0] * width, boxes[:, 1] * height, boxes[:, 2] * width, boxes[:, 3] * height), 1)
 
 
@@ -105,4 +105,4 @@ def _check_indices(targets: Tensor, batch_size: int, num_classes: int) -> None:
     low, high = torch.stack(targets[:, :2].aminmax(dim=0)).tolist()
     for column, (what, limit) in enumerate((("image indices", batch_size), ("classes", num_classes))):
         if not (low[column] >= 0 and high[column] < limit):
-            raise ValueError(f"targets: {what} {low[column]:g}..{high[column]:g} must lie in [0, {limit})")
+            raise ValueError(f"targets: expected {what} in [0, {limit}), got {low[column]:g}..{high[column]:g}")

@@ -1,4 +1,4 @@
-"""Judging detections: COCO average precision, precision and recall curves, confusion matrix."""
+"""Metrics of detections: COCO average precision, precision and recall curves, confusion matrix."""
 
 from yolov9_fast.metrics.coco import ClassMetrics, CocoMetrics, detections_to_coco, evaluate_coco, save_detections
 from yolov9_fast.metrics.confusion import ConfusionMatrix

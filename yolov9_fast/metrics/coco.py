@@ -24,9 +24,9 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class ClassMetrics:
-    """Figures of one class; NaN where the class has no objects.
+    """Metrics of one class; NaN where the class has no objects.
 
-    `precision`, `recall` and `f1` are at IoU 0.5 and at the one confidence where the mean F1 over classes is highest.
+    `precision`, `recall` and `f1` are at IoU 0.5 and at the confidence with the highest mean F1 over classes.
     """
 
     class_index: int
@@ -42,7 +42,7 @@ class ClassMetrics:
 
 @dataclass(frozen=True)
 class CocoMetrics:
-    """The twelve COCO figures, 0..1 or NaN where no such object exists; figures per class; curves; images judged."""
+    """The twelve COCO metrics, 0..1 or NaN where no such object exists; metrics per class; curves; number of images."""
 
     ap: float
     ap50: float
@@ -62,7 +62,7 @@ class CocoMetrics:
 
     @property
     def confidence(self) -> float:
-        """Confidence at which `precision`, `recall` and `f1` are given; NaN when no detection is right."""
+        """Confidence of `precision`, `recall` and `f1`; NaN when no detection is correct."""
         return self.curves.best_confidence
 
     @property
@@ -78,7 +78,7 @@ class CocoMetrics:
         return _mean(c.f1 for c in self.per_class)
 
     def as_dict(self) -> dict[str, float]:
-        """The twelve figures, then precision, recall and f1 (means over classes) and their confidence."""
+        """The twelve metrics, then precision, recall and f1 (means over classes) and their confidence."""
         figures = {field.name: float(getattr(self, field.name)) for field in fields(self)[:12]}
         return figures | {
             "precision": self.precision,
@@ -88,7 +88,7 @@ class CocoMetrics:
         }
 
     def table(self) -> str:
-        """Aligned text: a row for all classes, a row per class with objects, and the twelve figures below."""
+        """Aligned text: a row for all classes, a row per class with objects, then the twelve metrics."""
         shown = [c for c in self.per_class if c.objects]
         objects = sum(c.objects for c in shown)
         total = ClassMetrics(-1, "all", self.images, objects, self.ap, self.ap50, self.precision, self.recall, self.f1)
@@ -109,7 +109,7 @@ class CocoMetrics:
             rows.append(f"P, R and F1 at IoU 0.5 and confidence {self.confidence:.3f} (highest mean F1)")
         absent = len(self.per_class) - len(shown)
         if absent:
-            rows.append(f"{absent} of {len(self.per_class)} classes have no objects and are left out")
+            rows.append(f"{absent} of {len(self.per_class)} classes have no objects and are omitted")
         return "\n".join(rows)
 
 
@@ -122,7 +122,7 @@ def evaluate_coco(
 ) -> CocoMetrics:
     """Evaluate boxes by pycocotools with its settings: IoU 0.50:0.95, at most 100 detections per image and class.
 
-    `ground_truth`: a COCO dataset with `images`, `annotations`, `categories`; left as it is. `info` and `licenses`
+    `ground_truth`: a COCO dataset with `images`, `annotations`, `categories`; not changed. `info` and `licenses`
     may be absent, an annotation's `area` defaults to that of its box and `iscrowd` to 0. `detections`: COCO results
     (`image_id`, `category_id`, `bbox` [x, y, w, h] in pixels, `score`); may be empty. `names`: class index → name,
     where the class index is the position of the category among the sorted category ids; default the categories' own
@@ -158,7 +158,7 @@ def evaluate_coco(
 
 
 def detections_to_coco(boxes: np.ndarray, image_id: int | str, category_ids: Sequence[int]) -> list[dict[str, Any]]:
-    """COCO results of one image from `boxes` [n, 6]: x1, y1, x2, y2 in pixels of the picture, score, class index.
+    """COCO results of one image from `boxes` [n, 6]: x1, y1, x2, y2 in pixels of the image, score, class index.
 
     `category_ids[class index]` is the category. As published, boxes are rounded to 3 decimals and scores to 5. Raises
     `ValueError` for another shape or a class index outside `category_ids`.
@@ -169,7 +169,7 @@ def detections_to_coco(boxes: np.ndarray, image_id: int | str, category_ids: Seq
     classes = rows[:, 5].astype(np.int64)
     if len(rows) and (classes.min() < 0 or classes.max() >= len(category_ids)):
         raise ValueError(
-            f"boxes: class index {classes.min()}..{classes.max()} outside the {len(category_ids)} category_ids"
+            f"boxes: expected class indices in 0..{len(category_ids) - 1}, got {classes.min()}..{classes.max()}"
         )
     sides = rows[:, 2:4] - rows[:, :2]
     return [
@@ -184,16 +184,16 @@ def detections_to_coco(boxes: np.ndarray, image_id: int | str, category_ids: Seq
 
 
 def save_detections(path: str | Path, detections: Sequence[dict[str, Any]]) -> None:
-    """Write COCO results as JSON, whole or not at all; `UserError` when the disk refuses."""
+    """Write COCO results as JSON, atomically; raises `UserError` when the file cannot be written."""
     atomic_write(path, json.dumps(list(detections)))
 
 
 @dataclass(frozen=True)
 class _Dataset:
-    """A ground truth renumbered: image and category ids by rank, annotation ids from 1.
+    """A ground truth with new ids: image and category ids by rank, annotation ids from 1.
 
-    pycocotools takes an object with id 0 for "unmatched" and lets duplicate ids overwrite each other; ranks keep its
-    order of images, on which the ranking of equal scores depends.
+    pycocotools treats id 0 as unmatched and overwrites annotations with the same id. Ranks keep its order of images, on
+    which the order of equal scores depends.
     """
 
     images: dict[int | str, int]
@@ -210,7 +210,7 @@ def _normalise_ground_truth(ground_truth: dict[str, Any]) -> _Dataset:
     names = {_id(c, "id", "category"): str(c.get("name", c["id"])) for c in ground_truth["categories"]}
     categories = _rank(names)
     if not images or not categories:
-        raise DataError(f"COCO ground truth: nothing to evaluate ({len(images)} images, {len(categories)} categories)")
+        raise DataError(f"COCO ground truth: expected images and categories, got {len(images)} and {len(categories)}")
     annotations: list[dict[str, Any]] = []
     for annotation in ground_truth["annotations"]:
         image = images.get(_id(annotation, "image_id", "annotation"))
@@ -229,21 +229,17 @@ def _normalise_ground_truth(ground_truth: dict[str, Any]) -> _Dataset:
                 "iscrowd": int(bool(annotation.get("iscrowd", 0))),
             }
         )
-    strays = len(ground_truth["annotations"]) - len(annotations)
-    if strays:
-        log.warning("COCO ground truth: %d annotations of unlisted images or categories are left out", strays)
+    ignored = len(ground_truth["annotations"]) - len(annotations)
+    if ignored:
+        log.warning("COCO ground truth: %d annotations of unlisted images or categories are ignored", ignored)
     return _Dataset(images, categories, [names[category] for category in categories], annotations)
 
 
 def _normalise_detections(detections: Sequence[dict[str, Any]], dataset: _Dataset) -> list[dict[str, Any]]:
     results = []
     for row, detection in enumerate(detections):
-        image = dataset.images.get(_id(detection, "image_id", f"detection {row}"))
-        category = dataset.categories.get(_id(detection, "category_id", f"detection {row}"))
-        if image is None:
-            raise DataError(f"detection {row}: image_id {detection['image_id']!r} is not in the ground truth")
-        if category is None:
-            raise DataError(f"detection {row}: category_id {detection['category_id']!r} is not in the ground truth")
+        image = _rank_of(dataset.images, detection, "image_id", f"detection {row}")
+        category = _rank_of(dataset.categories, detection, "category_id", f"detection {row}")
         box = _box(detection, f"detection {row}")
         results.append(
             {
@@ -262,13 +258,13 @@ def _normalise_detections(detections: Sequence[dict[str, Any]], dataset: _Datase
 def _choose_images(dataset: _Dataset, image_ids: Iterable[int | str] | None) -> list[int]:
     if image_ids is None:
         return list(dataset.images.values())
-    wanted = {_canonical(image) for image in image_ids}
-    unknown = sorted((image for image in wanted if image not in dataset.images), key=str)
+    chosen = {_normalise_id(image) for image in image_ids}
+    unknown = sorted((image for image in chosen if image not in dataset.images), key=str)
     if unknown:
-        raise DataError(f"image_ids: {len(unknown)} not in the ground truth, the first is {unknown[0]!r}")
-    if not wanted:
+        raise DataError(f"image_ids: expected ids of the ground truth, got {len(unknown)} others, first {unknown[0]!r}")
+    if not chosen:
         raise DataError("image_ids: expected at least one image to evaluate, got none")
-    return sorted(dataset.images[image] for image in wanted)
+    return sorted(dataset.images[image] for image in chosen)
 
 
 def _run_pycocotools(dataset: _Dataset, results: list[dict[str, Any]], images: list[int]) -> Any:
@@ -287,7 +283,7 @@ def _run_pycocotools(dataset: _Dataset, results: list[dict[str, Any]], images: l
 
 
 def _coco_object(coco: Any, dataset: _Dataset, annotations: list[dict[str, Any]]) -> Any:
-    """A `COCO` made in memory: its `loadRes` demands `info` and fails on an empty list."""
+    """A `COCO` object without files; its `loadRes` requires `info` and fails for an empty list."""
     made = coco.COCO()
     made.dataset = {
         "images": [{"id": image} for image in dataset.images.values()],
@@ -311,7 +307,7 @@ def _per_class(
             seen[annotation["category_id"] - 1].add(annotation["image_id"])
     row_of = {k: row for row, k in enumerate(curves.class_indices)}
     best = curves.best_index
-    anything_right = not math.isnan(curves.best_confidence)
+    anything_correct = not math.isnan(curves.best_confidence)
     found = []
     for k, name in enumerate(names):
         row = row_of.get(k)
@@ -320,29 +316,36 @@ def _per_class(
             continue
         ap = float(precision[:, :, k].mean())
         at_best = [float(c[row, best]) for c in (curves.precision, curves.recall, curves.f1)]
-        figures = at_best if anything_right else [0.0, 0.0, 0.0]
+        figures = at_best if anything_correct else [0.0, 0.0, 0.0]
         found.append(ClassMetrics(k, name, len(seen[k]), objects[k], ap, float(curves.ap50[row]), *figures))
     return found
 
 
 def _rank(ids: Iterable[int | str]) -> dict[int | str, int]:
-    """Id → rank from 1, numbers before strings."""
+    """Id → rank from 1, integers before strings."""
     ordered = sorted(set(ids), key=lambda value: (isinstance(value, str), value))
     return {value: rank for rank, value in enumerate(ordered, start=1)}
 
 
-def _canonical(value: Any) -> int | str:
+def _rank_of(ranks: dict[int | str, int], entry: dict[str, Any], key: str, what: str) -> int:
+    value = _id(entry, key, what)
+    if value not in ranks:
+        raise DataError(f"{what}: {key}: expected one of the ground truth, got {value!r}")
+    return ranks[value]
+
+
+def _normalise_id(value: Any) -> int | str:
     if isinstance(value, (int, np.integer)):
         return int(value)
     if isinstance(value, str):
         return int(value) if value.isascii() and value.isdigit() else value
-    raise DataError(f"expected an id that is an integer or a string, got {value!r}")
+    raise DataError(f"id: expected an integer or a string, got {value!r}")
 
 
 def _id(entry: Any, key: str, what: str) -> int | str:
     if not isinstance(entry, dict) or key not in entry:
-        raise DataError(f"COCO data: {what} has no '{key}'")
-    return _canonical(entry[key])
+        raise DataError(f"{what}: expected '{key}', got {entry!r}")
+    return _normalise_id(entry[key])
 
 
 def _box(entry: dict[str, Any], what: str) -> list[float]:

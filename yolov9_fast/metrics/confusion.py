@@ -1,4 +1,4 @@
-"""Confusion matrix of a detector: which class is taken for which, what is missed, what is imagined."""
+"""Confusion matrix of a detector."""
 
 from __future__ import annotations
 
@@ -12,10 +12,9 @@ from yolov9_fast.ops._box_iou import box_iou
 class ConfusionMatrix:
     """Counts [nc + 1, nc + 1], int64: row the predicted class, column the true class, the last of each the background.
 
-    Detections with a score of at least `conf` are paired with labels whose IoU is above `iou`, whatever their
-    classes: the pair with the highest IoU first (of equal ones the higher score), each detection and each label at
-    most once. A label without a detection counts in the last row (missed), a detection without a label in the last
-    column (imagined).
+    Detections with a score of at least `conf` are matched with labels whose IoU is above `iou`, regardless of class:
+    in descending order of IoU, then of score, each detection and each label at most once. A label without a detection
+    (false negative) counts in the last row, a detection without a label (false positive) in the last column.
     """
 
     def __init__(self, num_classes: int, conf: float = 0.25, iou: float = 0.45) -> None:
@@ -73,7 +72,7 @@ class ConfusionMatrix:
         classes = [int(value) for value in values.tolist()]
         for value in classes:
             if not 0 <= value < self.num_classes:
-                raise ValueError(f"{what}: class {value} is outside 0..{self.num_classes - 1}")
+                raise ValueError(f"{what}: expected classes in 0..{self.num_classes - 1}, got {value}")
         return classes
 
 

@@ -17,8 +17,8 @@ class PrCurves:
     """Curves of the C classes that have at least one object; R = 101 recalls, S = 1001 confidences; all float64.
 
     `precision_at_recall` is the interpolated precision that COCO's AP50 averages; `precision`, `recall` and `f1`
-    count the detections whose score is at least the confidence. Where no detection is left precision is 1 (nothing
-    said, nothing wrong) and recall 0. Crowds are ignored, as in COCO.
+    count the detections whose score is at least the confidence. Without such a detection precision is 1 and recall 0.
+    Crowds are ignored, as in COCO.
     """
 
     class_indices: tuple[int, ...]
@@ -33,7 +33,7 @@ class PrCurves:
 
     @property
     def best_index(self) -> int:
-        """Index into `confidence` where the mean F1 over classes peaks: the middle of the first highest plateau."""
+        """Index into `confidence` of the highest mean F1 over classes: the middle of its first plateau."""
         if not len(self.names):
             return 0
         mean = self.f1.mean(axis=0)
@@ -44,7 +44,7 @@ class PrCurves:
 
     @property
     def best_confidence(self) -> float:
-        """The one confidence for all classes at which the mean F1 is highest; NaN when no detection is right."""
+        """The confidence with the highest mean F1 over classes; NaN when no detection is correct."""
         if not len(self.names) or self.f1.max() == 0.0:
             return float("nan")
         return float(self.confidence[self.best_index])
@@ -99,7 +99,7 @@ def confidence_curves(
 
 
 def _matches(images: list[dict[str, Any] | None]) -> tuple[np.ndarray, np.ndarray, int]:
-    """Scores, correctness and object count of one category over all images; ignored detections and objects left out."""
+    """Scores, correctness and object count of one category over all images; without ignored detections and objects."""
     scores, correct, objects = [np.zeros(0)], [np.zeros(0, dtype=bool)], 0
     for image in images:
         if image is None:

@@ -1,4 +1,4 @@
-"""Drawings in pictures and plots of runs; OpenCV and matplotlib are imported when first used."""
+"""Boxes drawn into images, and plots of training runs; OpenCV and matplotlib are imported at first use."""
 
 from yolov9_fast.viz.color import class_color
 from yolov9_fast.viz.draw import draw_detections, draw_targets

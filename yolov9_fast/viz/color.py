@@ -1,10 +1,10 @@
-"""One colour per class, the same in pictures and plots."""
+"""One colour per class, the same in images and plots."""
 
 from __future__ import annotations
 
 import colorsys
 
-# Okabe and Ito's palette, told apart by all common kinds of colour vision; without its black.
+# The palette of Okabe and Ito (2008), distinguishable with all common kinds of colour vision; without its black.
 _OKABE_ITO = (
     (0, 114, 178),
     (230, 159, 0),
@@ -18,7 +18,7 @@ _GOLDEN_RATIO = 0.618033988749895
 
 
 def class_color(index: int) -> tuple[int, int, int]:
-    """RGB 0..255 of a class index ≥ 0: a colour-blind friendly palette first, then hues spread by the golden ratio."""
+    """RGB 0..255 of a class index ≥ 0: first a palette for the colour-blind, then hues spaced by the golden ratio."""
     if index < len(_OKABE_ITO):
         return _OKABE_ITO[index]
     hue = (index * _GOLDEN_RATIO) % 1.0
@@ -28,6 +28,6 @@ def class_color(index: int) -> tuple[int, int, int]:
 
 
 def text_color(background: tuple[int, int, int]) -> tuple[int, int, int]:
-    """Black or white, whichever reads better on an RGB `background`."""
+    """Black or white, whichever has more contrast to an RGB `background`."""
     red, green, blue = background
     return (0, 0, 0) if 0.299 * red + 0.587 * green + 0.114 * blue > 140 else (255, 255, 255)

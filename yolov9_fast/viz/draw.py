@@ -1,4 +1,4 @@
-"""Boxes with class names drawn into pictures by OpenCV."""
+"""Boxes with class names, drawn into images by OpenCV."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ def draw_detections(
     """Return a copy of `image` with its detections, as uint8 BGR [H, W, 3].
 
     `image`: uint8, BGR [H, W, 3], BGRA [H, W, 4] or grey [H, W] or [H, W, 1]. `boxes` [n, 6]: x1, y1, x2, y2 in
-    pixels of the image, score, class index; parts outside the picture are cut off. `names`: class index → name.
-    `line_width` in pixels, by default from the picture's size. The highest score lies on top. Raises `ValueError` for
-    other shapes or types and for boxes that are not finite.
+    pixels of the image, score, class index; boxes are clipped to the image. `names`: class index → name.
+    `line_width` in pixels, by default from the image's size. Higher scores are drawn over lower ones. Raises
+    `ValueError` for other shapes or types and for boxes that are not finite.
     """
     canvas = _as_bgr(image)
     rows = np.asarray(boxes, dtype=np.float64)
@@ -54,7 +54,7 @@ def draw_detections(
 
 
 def draw_targets(images: Tensor, targets: Tensor, names: Names, *, max_images: int = 16) -> np.ndarray:
-    """Return one picture, uint8 BGR, of the first images of a batch with their ground truth, to check the data by eye.
+    """Return a grid of the first images of a batch with their ground truth, as one uint8 BGR image [H, W, 3].
 
     `images`: uint8 RGB [B, 3, H, W]. `targets` [n, 6]: image index, class, x, y, w, h (centre form, normalised).
     Raises `ValueError` for other shapes or types.
@@ -101,7 +101,7 @@ def class_name(names: Names, index: int) -> str:
 
 
 def default_line_width(height: int, width: int) -> int:
-    """Line width in pixels that suits a picture's size: 1 up to 500 pixels, 2 at 640, 4 at 1600."""
+    """Line width in pixels for an image's size: 1 up to 500 pixels, 2 at 640, 4 at 1600."""
     return max(1, round((height + width) / 2 * 0.0027))
 
 
@@ -122,7 +122,7 @@ class _Mark(NamedTuple):
 
 
 def _draw_marks(canvas: np.ndarray, marks: list[_Mark], width: int) -> None:
-    """All boxes first, then all labels, so that no line crosses a label; later marks lie on top."""
+    """Draw all boxes, then all labels, so that no line crosses a label; later marks cover earlier ones."""
     cv2 = require("cv2")
     height, breadth = canvas.shape[:2]
     limits = np.array([breadth - 1, height - 1, breadth - 1, height - 1])
@@ -135,15 +135,15 @@ def _draw_marks(canvas: np.ndarray, marks: list[_Mark], width: int) -> None:
 
 
 def _draw_label(canvas: np.ndarray, x: int, top: int, rgb: tuple[int, int, int], text: str, width: int) -> None:
-    """Put the label above the box, or inside its upper edge where that leaves the picture; always wholly visible."""
+    """Draw the label above the box, or inside its upper edge if there is no space above; all of it is visible."""
     cv2 = require("cv2")
     height, breadth = canvas.shape[:2]
     font, thickness, pad = cv2.FONT_HERSHEY_SIMPLEX, max(1, width - 1), 1 + width
     scale = 0.32 + 0.08 * width
     (text_w, text_h), below = cv2.getTextSize(text, font, scale, thickness)
-    room = breadth / (text_w + 2 * pad), height / (text_h + below + 2 * pad)
-    if min(room) < 1.0:  # a picture smaller than the label: shrink the label, and drop it where it could not be read
-        scale *= min(room)
+    space = breadth / (text_w + 2 * pad), height / (text_h + below + 2 * pad)
+    if min(space) < 1.0:  # the label is larger than the image: shrink it, and omit it where it could not be read
+        scale *= min(space)
         if scale < 0.2:
             return
         (text_w, text_h), below = cv2.getTextSize(text, font, scale, thickness)

@@ -1,4 +1,4 @@
-"""The common look of all plots, and their way to disk; matplotlib without its global state, so any thread may plot."""
+"""The style of all plots, and saving them; without matplotlib's global state, so that any thread may plot."""
 
 from __future__ import annotations
 
@@ -39,9 +39,9 @@ _STYLE = {
 
 
 def save_figure(out: str | Path, size: tuple[float, float], paint: Callable[[Any], None]) -> Path:
-    """Make a figure of `size` inches, let `paint(figure)` fill it and write it whole or not at all.
+    """Make a figure of `size` inches, call `paint(figure)` and write it atomically.
 
-    The format follows the suffix of `out` (png, svg, pdf, jpg). Raises `UserError` when the disk refuses.
+    The format follows the suffix of `out` (png, svg, pdf, jpg). Raises `UserError` when it cannot be written.
     """
     matplotlib = require("matplotlib")
     figure_module = require("matplotlib.figure")
@@ -55,6 +55,6 @@ def save_figure(out: str | Path, size: tuple[float, float], paint: Callable[[Any
     return atomic_write(out, buffer.getvalue())
 
 
-def say_empty(axes: Any, text: str) -> None:
-    """A sentence in the middle of axes that have nothing to show."""
+def write_empty(axes: Any, text: str) -> None:
+    """Write `text` in the middle of axes without data."""
     axes.text(0.5, 0.5, text, ha="center", va="center", transform=axes.transAxes, color=FAINT)

@@ -1,4 +1,4 @@
-"""Statistics of the ground truth: how many objects of each class, where they lie, how large they are."""
+"""Statistics of the ground truth: objects per class, positions, sizes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 
 from yolov9_fast.viz.color import class_color
 from yolov9_fast.viz.draw import Names, class_name
-from yolov9_fast.viz.figure import INK, save_figure, say_empty
+from yolov9_fast.viz.figure import INK, save_figure, write_empty
 
 _NAMED_BARS = 40
 _MAX_POINTS = 20000
@@ -19,7 +19,7 @@ _MAX_HEAT_BINS = 50
 def plot_labels(boxes: np.ndarray, names: Names, out: str | Path) -> Path:
     """Objects per class, a heat map of box centres, widths against heights; returns `out`.
 
-    `boxes` [n, 5]: class, x, y, w, h (centre form, normalised to the picture); n may be 0. Raises `ValueError` for
+    `boxes` [n, 5]: class, x, y, w, h (centre form, normalised to the image); n may be 0. Raises `ValueError` for
     another shape or values that are not finite.
     """
     rows = np.asarray(boxes, dtype=np.float64)
@@ -58,11 +58,11 @@ def _class_bars(axes: Any, histogram: np.ndarray, names: Names) -> None:
 
 
 def _centre_map(figure: Any, axes: Any, rows: np.ndarray) -> None:
-    axes.set(title="Box centres", xlabel="x / picture width", ylabel="y / picture height", aspect="equal")
+    axes.set(title="Box centres", xlabel="x / image width", ylabel="y / image height", aspect="equal")
     axes.grid(False)
     if not len(rows):
         axes.set(xlim=(0, 1), ylim=(1, 0))
-        say_empty(axes, "no boxes")
+        write_empty(axes, "no boxes")
         return
     bins = int(np.clip(np.sqrt(len(rows) / 3), 5, _MAX_HEAT_BINS))
     heat, _, _ = np.histogram2d(rows[:, 2], rows[:, 1], bins=bins, range=((0, 1), (0, 1)))
@@ -73,13 +73,13 @@ def _centre_map(figure: Any, axes: Any, rows: np.ndarray) -> None:
 
 
 def _size_scatter(axes: Any, rows: np.ndarray) -> None:
-    axes.set(title="Box sizes", xlabel="width / picture width", ylabel="height / picture height", aspect="equal")
+    axes.set(title="Box sizes", xlabel="width / image width", ylabel="height / image height", aspect="equal")
     axes.set(xlim=(0, 1), ylim=(0, 1))
     if not len(rows):
-        say_empty(axes, "no boxes")
+        write_empty(axes, "no boxes")
         return
     chosen = rows
-    if len(rows) > _MAX_POINTS:  # more points hide each other and make the file slow to open
+    if len(rows) > _MAX_POINTS:  # more points cover each other and make the file slow to open
         chosen = rows[np.random.default_rng(0).choice(len(rows), _MAX_POINTS, replace=False)]
     palette = np.array([class_color(k) for k in range(int(rows[:, 0].max()) + 1)]) / 255
     alpha = float(np.clip(600 / len(chosen), 0.2, 0.8))

@@ -14,7 +14,7 @@ from yolov9_fast._lazy import require
 from yolov9_fast.errors import DataError
 from yolov9_fast.viz.color import class_color
 from yolov9_fast.viz.draw import Names, class_name
-from yolov9_fast.viz.figure import BLUE, FAINT, GREEN, INK, ORANGE, PURPLE, VERMILION, save_figure, say_empty
+from yolov9_fast.viz.figure import BLUE, FAINT, GREEN, INK, ORANGE, PURPLE, VERMILION, save_figure, write_empty
 
 _LEGEND_CLASSES = 12
 _COUNTED_CELLS = 31
@@ -43,7 +43,7 @@ _RESULT_PANELS: tuple[tuple[str, str, tuple[_Series, ...]], ...] = (
 
 
 class Curves(Protocol):
-    """What the curve plots read, for C classes with objects; `yolov9_fast.metrics.PrCurves` is one."""
+    """The attributes that the curve plots read, for C classes with objects: those of `yolov9_fast.metrics.PrCurves`."""
 
     @property
     def class_indices(self) -> tuple[int, ...]: ...
@@ -72,7 +72,7 @@ class Curves(Protocol):
 def plot_results(csv_path: str | Path, out: str | Path) -> Path:
     """Losses, AP, precision and recall, and learning rates by epoch, from a run's `results.csv`; returns `out`.
 
-    Missing columns, empty cells and NaN are passed over. Raises `DataError` when the file has no header or no row.
+    Missing columns, empty cells and NaN are skipped. Raises `DataError` when the file has no header or no row.
     """
     columns = _read_columns(Path(csv_path))
     epochs = columns.get("epoch")
@@ -119,7 +119,7 @@ def plot_r_curve(curves: Curves, out: str | Path) -> Path:
 def plot_confusion_matrix(matrix: np.ndarray, names: Names, out: str | Path, normalize: bool = True) -> Path:
     """Draw a confusion matrix [nc + 1, nc + 1] (row predicted, column true, background last); returns `out`.
 
-    `normalize`: shares of each true class (columns sum to 1) in place of counts. Cells carry numbers up to 30 classes.
+    `normalize`: shares of each true class (columns sum to 1) instead of counts. Up to 30 classes cells have numbers.
     Raises `ValueError` for a matrix that is not square with at least 2 rows.
     """
     counts = np.asarray(matrix, dtype=np.float64)
@@ -159,7 +159,7 @@ def _read_columns(path: Path) -> dict[str, np.ndarray]:
         with path.open(newline="", encoding="utf-8") as file:
             rows = [row for row in csv.reader(file) if any(cell.strip() for cell in row)]
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"cannot read {path}: {error}") from error
+        raise DataError(f"{path}: cannot be read: {error}") from error
     if len(rows) < 2:
         raise DataError(f"{path}: expected a header and at least one row, got {len(rows)} lines")
     header = [cell.strip() for cell in rows[0]]
@@ -184,13 +184,13 @@ def _result_panel(axes: Any, epochs: np.ndarray, columns: dict[str, np.ndarray],
     drawn = [(columns[column], label, color) for column, label, color in series if column in columns]
     drawn = [entry for entry in drawn if np.isfinite(entry[0]).any()]
     if not drawn:
-        say_empty(axes, "not recorded")
+        write_empty(axes, "not recorded")
         axes.set_yticks([])
         return
     family = series[0][0].partition("/")[0]
     for k, (values, label, color) in enumerate(drawn):
         marker = "o" if np.isfinite(values).sum() <= 20 else None
-        # The learning rates coincide after the warm-up: narrow lines on wide ones keep all of them visible.
+        # The learning rates are equal after the warm-up: narrow lines over wide ones keep all of them visible.
         width = 1.8 + (1.6 * (len(drawn) - 1 - k) if family == "lr" else 0.0)
         known = np.isfinite(values)
         axes.plot(
@@ -210,7 +210,7 @@ def _result_panel(axes: Any, epochs: np.ndarray, columns: dict[str, np.ndarray],
 
 
 def _loss_limit(curves: Sequence[np.ndarray]) -> float:
-    """Top of a loss panel: a few early peaks of the validation loss would otherwise flatten everything else."""
+    """Upper limit of a loss panel, which a few early peaks of the validation loss may exceed."""
     highest = max(float(np.nanmax(values)) for values in curves)
     typical = max(float(np.nanquantile(values, 0.7)) for values in curves)
     return min(highest, 3.0 * typical)
@@ -248,7 +248,7 @@ def _class_curves(
     """One line per class, labelled while they are few, in grey when they are many; the mean on top."""
     axes.set(xlim=(0.0, 1.0), ylim=(0.0, 1.02))
     if not labels:
-        say_empty(axes, "no objects to find")
+        write_empty(axes, "no objects to find")
         return
     few = len(labels) <= _LEGEND_CLASSES
     for index, label, line in zip(curves.class_indices, labels, values, strict=True):

@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+import yolov9_fast as yf
 from yolov9_fast.models.graph import load_graph
 from yolov9_fast.nn import DetectionOutput
 from yolov9_fast.ops._backend import backend
 
 from .cases import LAYOUTS, Absent, Case, Clock, NoClock, OpenCase, Runner, Settings, flatten, named, torch_dtype
-from .networks import accelerate, same_weights
+from .networks import same_weights
 from .shapes import network_blocks
 
 
@@ -58,7 +59,8 @@ def _block_opener(
             wide = torch.float64 if kind == "float64" else torch.float32
             module = copy.deepcopy(source).to(where, wide)
             nn.Module.to(module, memory_format=LAYOUTS[layout])  # type: ignore[call-overload]
-            note = (accelerate(module) or "") if backend_name == "auto" else ""
+            if backend_name == "auto":
+                yf.accelerate(module)
             ready = [
                 v.to(where, wide, copy=True).contiguous(memory_format=LAYOUTS[layout]).requires_grad_() for v in values
             ]
@@ -83,7 +85,7 @@ def _block_opener(
                 found["gradient"] = torch.cat([g.reshape(-1).double() for g in gradients if g is not None])
                 return found
 
-            return Runner(provider, layout, call, results, note=note)
+            return Runner(provider, layout, call, results)
 
         def runners() -> Iterator[Runner | Absent]:
             yield make("eager", "nchw", "eager")

@@ -13,6 +13,8 @@ from torch import Tensor
 from .machine import synchronise
 
 FAMILIES = ("ops", "blocks", "loss", "nms", "step", "infer", "data", "places")
+PHASES = ("data", "forward", "loss", "backward", "optimiser", "ema")
+"""Phases of a training step, in order."""
 LAYOUTS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
 
 

@@ -42,7 +42,7 @@ _CALM = {
     "MALLOC_MMAP_THRESHOLD_": str(1 << 32),
     "MALLOC_TRIM_THRESHOLD_": str(1 << 33),
 }
-_CHECKED_OUT = ("yolov9_fast", "kernels", "csrc")
+_CHECKED_OUT = ("yolov9_fast", "kernels", "csrc", "bench")
 
 
 @dataclass(frozen=True)

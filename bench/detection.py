@@ -8,14 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from yolov9_fast import ops
 from yolov9_fast.losses import DetectionLoss
 from yolov9_fast.nn import DetectionOutput
 from yolov9_fast.ops import Assignment
 from yolov9_fast.ops._backend import backend
 from yolov9_fast.ops._boxes import STRIDES, anchor_points
 
-from .cases import Absent, Case, OpenCase, Settings, Traffic
-from .operators import Problem, open_problem, public, random_tensors
+from .cases import Case, OpenCase, Settings, Traffic
+from .operators import Problem, open_problem, random_tensors
 from .peers import assign_peers, nms_peers
 from .shapes import head_maps
 
@@ -65,9 +66,6 @@ def _case(
     shape = {"image_size": size, "batch": batch, "objects" if isinstance(what, int) else "crowd": what}
 
     def open_case(device: torch.device, settings: Settings) -> OpenCase:
-        if subject != "loss" and public(subject) is None:
-            absent = Absent("eager", "", f"operator {subject} is not part of this installation")
-            return OpenCase(iter([absent]), None, "none")
         return opener(shape, mode, dtype, device, settings)
 
     priority = 5 if what == 5000 else 0
@@ -144,11 +142,9 @@ def crowd_prediction(shape: dict[str, Any]) -> Tensor:
 
 
 def _open_assign(shape: dict[str, Any], mode: str, dtype: str, device: torch.device, settings: Settings) -> OpenCase:
-    function = public("assign")
-    assert function is not None
     scores, boxes, points = predictions(shape)
     tensors = [scores, boxes, points, *scene(shape)]
-    problem = Problem(lambda *t: tuple(function(*t)), tensors, [False] * len(tensors))
+    problem = Problem(lambda *t: tuple(ops.assign(*t)), tensors, [False] * len(tensors))
     anchors = shape["batch"] * len(points)
     # Every box is looked at, one score of each anchor per ground truth at most; index and weight are written.
     moved = anchors * (16.0 + 8 + 4 + 4 * min(shape["objects"], CLASSES))
@@ -162,11 +158,9 @@ def _open_assign(shape: dict[str, Any], mode: str, dtype: str, device: torch.dev
 
 
 def _assignment(shape: dict[str, Any]) -> Assignment:
-    function = public("assign")
-    assert function is not None
     scores, boxes, points = predictions(shape)
     with backend("eager"):
-        found: Assignment = function(scores, boxes, points, *scene(shape))
+        found: Assignment = ops.assign(scores, boxes, points, *scene(shape))
     return found
 
 
@@ -178,15 +172,13 @@ def _map_bytes(shape: dict[str, Any], itemsize: int, channels: int) -> float:
 def _open_detection_loss(
     shape: dict[str, Any], mode: str, dtype: str, device: torch.device, settings: Settings
 ) -> OpenCase:
-    function = public("detection_loss")
-    assert function is not None
     labels, boxes, _ = scene(shape)
     assignment = _assignment(shape)
     normaliser = assignment.weight.sum().clamp(min=1)
     maps = raw_maps(shape)
 
     def call(a: Tensor, b: Tensor, c: Tensor, index: Tensor, weight: Tensor, *rest: Tensor) -> Any:
-        return function([a, b, c], Assignment(index, weight), *rest)
+        return ops.detection_loss([a, b, c], Assignment(index, weight), *rest)
 
     tensors = [*maps, assignment.gt_index, assignment.weight, labels, boxes, normaliser]
     problem = Problem(call, tensors, [True] * 3 + [False] * 5)
@@ -205,35 +197,29 @@ def _open_detection_loss(
 
 
 def _open_decode(shape: dict[str, Any], mode: str, dtype: str, device: torch.device, settings: Settings) -> OpenCase:
-    function = public("decode")
-    assert function is not None
-    problem = Problem(lambda *maps: function(list(maps)), raw_maps(shape), [False] * 3)
+    problem = Problem(lambda *maps: ops.decode(list(maps)), raw_maps(shape), [False] * 3)
     read, written = _map_bytes(shape, 2 if dtype != "float32" else 4, 64 + CLASSES), _map_bytes(shape, 4, 4 + CLASSES)
     traffic = Traffic(read + written, 10 * read / 4, read + written)
     return open_problem("decode", problem, mode, dtype, device, settings, traffic, traffic)
 
 
 def _open_box_iou(shape: dict[str, Any], mode: str, dtype: str, device: torch.device, settings: Settings) -> OpenCase:
-    function = public("box_iou")
-    assert function is not None
     boxes = [random_boxes(shape["objects"], shape["image_size"], seed) for seed in (0, 1)]
     written = 4.0 * shape["objects"] ** 2
     traffic = Traffic(written, 14 * written / 4, written)
-    problem = Problem(function, boxes, [False, False])
+    problem = Problem(ops.box_iou, boxes, [False, False])
     return open_problem("box_iou", problem, mode, dtype, device, settings, traffic, traffic, layouts=("nchw",))
 
 
 def _open_nms(shape: dict[str, Any], mode: str, dtype: str, device: torch.device, settings: Settings) -> OpenCase:
-    function = public("nms")
-    assert function is not None
     prediction = crowd_prediction(shape)
     traffic = Traffic(4.0 * prediction.numel(), 0.0, 4.0 * prediction.numel())
-    problem = Problem(lambda p: tuple(function(p)), [prediction], [False])
+    problem = Problem(lambda p: tuple(ops.nms(p)), [prediction], [False])
     opened = open_problem(
         "nms", problem, mode, dtype, device, settings, traffic, traffic, rule="exact", layouts=("nchw",)
     )
     with backend("eager"):
-        kept = function(prediction)
+        kept = ops.nms(prediction)
     opened.notes["kept"] = [int(number) for number in kept.count]
     if settings.peers:
         opened.peers = nms_peers(prediction.to(device), kept)

@@ -15,13 +15,11 @@ from yolov9_fast.models.graph import load_graph
 from yolov9_fast.ops._backend import BACKENDS, operators, why_not
 
 from . import counting
-from .cases import NoClock, PhaseClock
+from .cases import PHASES, NoClock, PhaseClock
 from .check import judge, relative_error
 from .machine import device_slug
 from .networks import Inference, TrainingStep, fixed_batch
 from .stats import ratio_of_medians, summarise
-
-PHASES = ("data", "forward", "loss", "backward", "optimiser", "ema")
 
 
 @dataclass
@@ -186,8 +184,6 @@ def aligned(rows: list[list[str]]) -> list[str]:
 def _notes(sides: list[Side], wrong: dict[str, str]) -> list[str]:
     lines = ["median [20th, 80th percentile]; times eager: ratio of medians [95 % interval], sides timed in turns"]
     lines.append("fused runs on: " + ", ".join(f"{name} {backend}" for name, backend in running(sides[0].step.device)))
-    notes = {side.step.note for side in sides if side.step.note}
-    lines.extend(sorted(notes))
     lines.extend(f"{name}: WRONG RESULT, {reason}" for name, reason in wrong.items())
     return lines
 

@@ -36,16 +36,6 @@ _MOST_GFLOPS_ON_A_CPU = 400
 _CALIBRATION_IMAGES = 8
 
 
-def accelerate(model: nn.Module) -> str | None:
-    """Make `model` use the operators as a user would; the reason where this installation cannot."""
-    target = getattr(yf, "accelerate", None)
-    function = target if callable(target) else getattr(target, "accelerate", None)
-    if function is None:
-        return "yolov9_fast._accelerate is not part of this installation; operators run where the blocks call them"
-    function(model)
-    return None
-
-
 def same_weights(name: str, device: torch.device, **options: Any) -> DetectionModel:
     """A network whose weights depend on its name alone."""
     with torch.random.fork_rng(devices=[]):
@@ -81,9 +71,8 @@ class TrainingStep:
         if dtype == "float64":
             self.model.double()
         nn.Module.to(self.model, memory_format=LAYOUTS[layout])  # type: ignore[call-overload]
-        self.note = ""
         if backend_name == "auto":
-            self.note = accelerate(self.model) or ""
+            yf.accelerate(self.model)
         self.network: Callable[..., Any] = self.model
         if compile_mode is not None:
             mode = None if compile_mode == "default" else compile_mode
@@ -97,7 +86,7 @@ class TrainingStep:
     def __call__(self, clock: Clock) -> Tensor:
         total = self.forward(clock)
         with backend(self.backend_name):
-            total.backward()
+            torch.autograd.backward(total)
             clock.mark("backward")
             nn.utils.clip_grad_norm_(self.model.parameters(), 10.0)
             self.optimizer.step()
@@ -134,7 +123,7 @@ class TrainingStep:
             with self._autocast():
                 output: DetectionOutput = self.network(images)
             loss = self.criterion(output, self.targets.to(self.device), self.size)
-            loss.total.backward()
+            torch.autograd.backward(loss.total)
         gradients = [p.grad.reshape(-1).double() for p in self.model.parameters() if p.grad is not None]
         found = named("map", [one.detach().cpu() for one in [*output.main, *(output.auxiliary or [])]])
         found["loss"] = loss.total.detach().cpu()
@@ -197,7 +186,7 @@ def _step_opener(name: str, size: int, batch: int, dtype: str) -> Callable[[torc
 
         def make(provider: str, layout: str, **options: Any) -> Runner:
             step = TrainingStep(name, size, batch, device, dtype=dtype, layout=layout, batches=data, **options)
-            return Runner(provider, layout, step, step.results, note="; ".join(n for n in (step.note, why) if n))
+            return Runner(provider, layout, step, step.results, note=why)
 
         def runners() -> Iterator[Runner | Absent]:
             yield make("eager", "nchw")
@@ -292,7 +281,8 @@ class Inference:
         if dtype == "float64":
             self.model.double()
         nn.Module.to(self.model, memory_format=LAYOUTS[layout])  # type: ignore[call-overload]
-        self.note = (accelerate(self.model) or "") if backend_name == "auto" else ""
+        if backend_name == "auto":
+            yf.accelerate(self.model)
         self.network: Callable[..., Any] = self.model
 
     @torch.inference_mode()
@@ -336,8 +326,8 @@ def inference_model(name: str) -> DetectionModel:
             gain = _LOGIT_SPREAD / logits.std()
             best = (logits * gain).topk(CANDIDATES_PER_IMAGE * _CALIBRATION_IMAGES).values[-1]
             for tower in model.head.cv3:  # type: ignore[union-attr]
-                tower[-1].weight *= gain  # type: ignore[index]
-                tower[-1].bias.mul_(gain).add_(torch.logit(torch.tensor(_CONF)) - best)  # type: ignore[index]
+                tower[-1].weight *= gain
+                tower[-1].bias.mul_(gain).add_(torch.logit(torch.tensor(_CONF)) - best)
         _CACHE[name] = model.eval()
     return copy.deepcopy(_CACHE[name])
 
@@ -384,7 +374,7 @@ def _infer_opener(name: str, size: int, batch: int, dtype: str) -> Callable[[tor
 
         def make(provider: str, layout: str, backend_name: str) -> Runner:
             one = Inference(name, images, device, dtype, layout, backend_name)
-            return Runner(provider, layout, one, one.results, note=one.note)
+            return Runner(provider, layout, one, one.results)
 
         def runners() -> Iterator[Runner | Absent]:
             yield make("eager", "nchw", "eager")

@@ -1,12 +1,11 @@
 """The operators' cases: inputs for a layer's shape, the public call, and the bytes and operations that it needs.
 
-One table entry per operator. An entry whose operator is not part of this installation yields nothing but a line that
-says so. Bytes are those of the fused algorithm: BatchNorm reads its input twice, since statistics precede their use.
+One table entry per operator. Bytes are those of the fused algorithm: BatchNorm reads its input twice, because
+statistics precede their use.
 """
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from yolov9_fast import ops
 from yolov9_fast.ops._backend import Operator, backend, operators, why_not
 
 from .cases import LAYOUTS, Absent, Case, Clock, OpenCase, Runner, Settings, Traffic, flatten, named, torch_dtype
@@ -58,16 +58,6 @@ class Entry:
     modes: tuple[str, ...] = ("forward", "both")
 
 
-def public(name: str) -> Callable[..., Any] | None:
-    """The public function of operator `name`, or None where this installation has none."""
-    try:
-        module = importlib.import_module(f"yolov9_fast.ops._{name}")
-    except ModuleNotFoundError:
-        return None
-    function = getattr(module, name, None)
-    return function if callable(function) else None
-
-
 def random_tensors(seed: int = 0) -> Callable[..., Tensor]:
     generator = torch.Generator().manual_seed(seed)
 
@@ -109,10 +99,9 @@ def _build_bn_silu(function: Callable[..., Any], dims: Dims, batch: int, random:
 def _build_rep_bn_silu(function: Callable[..., Any], dims: Dims, batch: int, random: Callable[..., Tensor]) -> Problem:
     size = _plane(dims, batch)
 
-    norm = importlib.import_module("yolov9_fast.ops._batch_norm").Norm
-
     def call(*t: Tensor) -> Any:
-        return function(t[0], norm(*t[1:5]), t[5], norm(*t[6:10]), training=True, momentum=0.03, eps=1e-3)
+        first, second = ops.Norm(*t[1:5]), ops.Norm(*t[6:10])
+        return function(t[0], first, t[5], second, training=True, momentum=0.03, eps=1e-3)
 
     one = [random(*size, offset=0.3), *_norm(random, size[1])]
     other = [random(*size, scale=2.0), *_norm(random, size[1])]
@@ -240,11 +229,7 @@ def operator_cases(settings: Settings, dtypes: Sequence[str]) -> Iterator[Case]:
 
 def _opener(entry: Entry, dims: Dims, mode: str, dtype: str) -> Callable[[torch.device, Settings], OpenCase]:
     def open_case(device: torch.device, settings: Settings) -> OpenCase:
-        function = public(entry.name)
-        if function is None:
-            absent = Absent("eager", "", f"operator {entry.name} is not part of this installation")
-            return OpenCase(iter([absent]), None, "none")
-        problem = entry.build(function, dims, dims["batch"], random_tensors())
+        problem = entry.build(getattr(ops, entry.name), dims, dims["batch"], random_tensors())
         forward, backward = entry.traffic(dims, dims["batch"], torch_dtype(dtype).itemsize)
         return open_problem(entry.name, problem, mode, dtype, device, settings, forward, backward)
 
@@ -290,30 +275,28 @@ def open_problem(
             if not name:
                 yield _runner("auto", layout, problem.function, tensors, mode, lambda: backend("auto"))
                 continue
-            operator = operators.get(name)
             for one in BACKENDS:
-                yield _own_runner(operator, one, name, layout, problem.function, tensors, mode, device)
+                yield _own_runner(operators[name], one, layout, problem.function, tensors, mode, device)
 
     traffic = forward if mode == "forward" else forward + backward
     return OpenCase(runners(), None if rule == "exact" else reference, rule, traffic)
 
 
 def _own_runner(
-    operator: Operator | None,
+    operator: Operator,
     one: str,
-    name: str,
     layout: str,
     function: Callable[..., Any],
     tensors: list[Tensor],
     mode: str,
     device: torch.device,
 ) -> Runner | Absent:
-    reason = f"operator {name} is not registered" if operator is None else why_not(operator, one)
+    reason = why_not(operator, one)
     if reason is None and (one == "cpu") != (device.type == "cpu"):
         reason = f"it does not run on {device.type}"
     if reason is not None:
         return Absent(one, layout, reason)
-    return _runner(one, layout, function, tensors, mode, lambda: backend(one, op=name))
+    return _runner(one, layout, function, tensors, mode, lambda: backend(one, op=operator.name))
 
 
 def _runner(

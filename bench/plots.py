@@ -5,14 +5,11 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from yolov9_fast.viz.figure import BLUE, FAINT, GREEN, INK, ORANGE, PURPLE, VERMILION, save_figure
 
-from .records import Record
-
-if TYPE_CHECKING:
-    from .report import Run
+from .records import Record, Run
 
 _COLOURS = (BLUE, ORANGE, GREEN, VERMILION, PURPLE, FAINT, INK)
 _FORMATS = (".svg", ".png")

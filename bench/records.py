@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -121,3 +122,32 @@ def newest_runs(folder: Path) -> dict[str, Path]:
         if files:
             found[device.name] = files[-1]
     return found
+
+
+class Run:
+    """The records of one file, by what the tables ask for."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        records = read(path)
+        self.environments = [r["environment"] for r in records if r["kind"] == "run" and "device" in r["environment"]]
+        if not self.environments:
+            raise UserError(f"{path} has no record of the machine")
+        self.environment = self.environments[0]
+        self.commands = [r["command"] for r in records if r["kind"] == "run" and "device" in r["environment"]]
+        self.ceilings = next((r for r in reversed(records) if r["kind"] == "ceilings"), None)
+        latest = {(r["case"], r["provider"], r["layout"]): r for r in records if r["kind"] == "measure"}
+        self.measures = list(latest.values())
+        self.absent = [r for r in records if r["kind"] == "absent"]
+
+    @property
+    def device(self) -> str:
+        return str(self.environment["device"])
+
+    def of(self, family: str, subject: str | None = None) -> dict[str, list[Record]]:
+        """Measurements of a family by case, in the order of the file."""
+        found: dict[str, list[Record]] = defaultdict(list)
+        for record in self.measures:
+            if record["family"] == family and subject in (None, record["subject"]):
+                found[record["case"]].append(record)
+        return dict(found)

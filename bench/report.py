@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +13,11 @@ from yolov9_fast.atomic import atomic_write
 from yolov9_fast.errors import UserError
 
 from . import plots
-from .records import Record, newest_runs, read
+from .cases import PHASES
+from .records import Record, Run, newest_runs
+from .stats import Ratio
 
 NOTHING = "not measured"
-OWN = ("cuda", "triton", "cpu", "auto")
-PHASES = ("data", "forward", "loss", "backward", "optimiser", "ema")
 _BOUNDS = {
     "memory": "memory bandwidth",
     "arithmetic": "arithmetic",
@@ -35,37 +35,8 @@ A result that was wrong has no speed.
 """
 
 
-class Run:
-    """The records of one file, by what the tables ask for."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        records = read(path)
-        self.environments = [r["environment"] for r in records if r["kind"] == "run" and "device" in r["environment"]]
-        if not self.environments:
-            raise UserError(f"{path} has no record of the machine")
-        self.environment = self.environments[0]
-        self.commands = [r["command"] for r in records if r["kind"] == "run" and "device" in r["environment"]]
-        self.ceilings = next((r for r in reversed(records) if r["kind"] == "ceilings"), None)
-        latest = {(r["case"], r["provider"], r["layout"]): r for r in records if r["kind"] == "measure"}
-        self.measures = list(latest.values())
-        self.absent = [r for r in records if r["kind"] == "absent"]
-
-    @property
-    def device(self) -> str:
-        return str(self.environment["device"])
-
-    def of(self, family: str, subject: str | None = None) -> dict[str, list[Record]]:
-        """Measurements of a family by case, in the order of the file."""
-        found: dict[str, list[Record]] = defaultdict(list)
-        for record in self.measures:
-            if record["family"] == family and subject in (None, record["subject"]):
-                found[record["case"]].append(record)
-        return dict(found)
-
-
 def write_report(results: Path, document: Path, files: Sequence[Path] = ()) -> list[Path]:
-    """Write the document and its plots (beside it, in `benchmarks/`); returns what was written.
+    """Write the document and its plots, in the folder `benchmarks` next to it; returns the files written.
 
     Args:
         results: folder with a folder of records per device; the newest file of each counts.
@@ -114,7 +85,8 @@ def _section(run: Run, drawn: Sequence[Path], base: Path) -> str:
     parts = [f"## {run.device}\n", "Commands: " + "; ".join(f"`{c}`" for c in dict.fromkeys(run.commands)) + "\n"]
     parts.append(_ceilings(run))
     parts.append(_disturbance(run))
-    parts += ["### Training step\n", _steps(run), "### Inference, with NMS\n", _inference(run)]
+    parts += ["### Training step\n", _networks(run, "step", {name: name for name in PHASES})]
+    parts += ["### Inference, with NMS\n", _networks(run, "infer", {"network": "network", "nms": "NMS"})]
     parts += ["### Where the time goes\n", _places(run)]
     parts += ["### Operators\n", _operators(run), "### Blocks, forward and backward\n", _plain(run, "blocks")]
     parts += ["### Loss and assignment by objects per image\n", _plain(run, "loss")]
@@ -167,8 +139,7 @@ def _spread(record: Record) -> str:
 
 
 def _speedup(record: Record) -> str:
-    ratio = record.get("speedup")
-    return f"{ratio['value']:.2f} [{ratio['low']:.2f}, {ratio['high']:.2f}]" if ratio else "1"
+    return Ratio(**record["speedup"]).text() if record.get("speedup") else "1"
 
 
 def _share(record: Record) -> str:
@@ -186,43 +157,25 @@ def _or_nothing(record: Record, key: str, show: Callable[[Any], str]) -> str:
 # Tables ---------------------------------------------------------------------------------------------------------------
 
 
-def _steps(run: Run) -> str:
-    rows = []
-    for case, records in run.of("step").items():
-        for r in records:
-            phases = [_time(r["phases"][name]) if name in r["phases"] else NOTHING for name in PHASES]
-            cells = [
-                case.removeprefix("step/"),
-                _provider(r),
-                _spread(r),
-                _speedup(r),
-                f"{r['per_second']:.1f}",
-                *phases,
-            ]
-            cells += [_or_nothing(r, "peak_bytes", _bytes), _or_nothing(r, "launches", str), f"{r['error']:.0e}"]
-            rows.append(cells)
-    head = ("network", "form", "step", "×", "images/s", *PHASES, "peak memory", "launches", "error")
-    return table(head, rows)
+def _networks(run: Run, family: str, phases: Mapping[str, str]) -> str:
+    """Whole networks; `phases`: what the phases of a call are named in the records and in the table."""
 
+    def row(case: str, r: Record) -> list[str]:
+        return [
+            case.removeprefix(f"{family}/"),
+            _provider(r),
+            _spread(r),
+            _speedup(r),
+            f"{r['per_second']:.1f}",
+            *(_time(r["phases"][name]) if name in r["phases"] else NOTHING for name in phases),
+            _or_nothing(r, "peak_bytes", _bytes),
+            _or_nothing(r, "launches", str),
+            f"{r['error']:.0e}",
+        ]
 
-def _inference(run: Run) -> str:
-    rows = []
-    for case, records in run.of("infer").items():
-        for r in records:
-            phases = [_time(r["phases"][name]) if name in r["phases"] else NOTHING for name in ("network", "nms")]
-            cells = [
-                case.removeprefix("infer/"),
-                _provider(r),
-                _spread(r),
-                _speedup(r),
-                f"{r['per_second']:.1f}",
-                *phases,
-            ]
-            cells += [_or_nothing(r, "peak_bytes", _bytes), _or_nothing(r, "launches", str), f"{r['error']:.0e}"]
-            rows.append(cells)
-    return table(
-        ("network", "form", "batch", "×", "images/s", "network", "NMS", "peak memory", "launches", "error"), rows
-    )
+    call = "step" if family == "step" else "batch"
+    head = ("network", "form", call, "×", "images/s", *phases.values(), "peak memory", "launches", "error")
+    return table(head, [row(case, record) for case, records in run.of(family).items() for record in records])
 
 
 def _places(run: Run) -> str:
@@ -305,15 +258,11 @@ def _row(record: Record, name: str) -> list[str]:
 
 
 def _plain(run: Run, family: str) -> str:
-    rows = [_row(record, case) for case, records in run.of(family).items() for record in records]
+    measured = [(case, record) for case, records in run.of(family).items() for record in records]
     if family == "data":
-        rows = [[*row[:3], f"{r['per_second']:.0f} images/s"] for row, r in zip(rows, _all(run, family), strict=True)]
+        rows = [[*_row(record, case)[:3], f"{record['per_second']:.0f} images/s"] for case, record in measured]
         return table(("case", "form", "batch", "rate"), rows)
-    return table(_ROW_HEAD, rows)
-
-
-def _all(run: Run, family: str) -> list[Record]:
-    return [record for records in run.of(family).values() for record in records]
+    return table(_ROW_HEAD, [_row(record, case) for case, record in measured])
 
 
 def _absent(run: Run) -> str:

@@ -18,6 +18,7 @@ from yolov9_fast.models import DetectionModel, create_model
 from yolov9_fast.nn import blocks
 from yolov9_fast.nn.blocks import SPPELAN, AConv, ADown, CBFuse, Conv, ELANBase, RepBottleneck, RepConv, RepCSP
 from yolov9_fast.ops._backend import backend
+from yolov9_fast.ops._boxes import STRIDES
 
 NETWORKS = ("yolov9-t", "yolov9-s", "yolov9-m", "yolov9-c", "yolov9-e")
 SIZES = (320, 640)
@@ -85,7 +86,7 @@ def network_blocks(name: str, image_size: int) -> tuple[BlockShape, ...]:
 
 def head_maps(image_size: int, num_classes: int = 80) -> list[tuple[int, int, int]]:
     """[64 + nc, H, W] of each level of a head."""
-    return [(64 + num_classes, image_size // stride, image_size // stride) for stride in (8, 16, 32)]
+    return [(64 + num_classes, image_size // stride, image_size // stride) for stride in STRIDES]
 
 
 Seen = dict[str, tuple[Any, Any, nn.Module]]

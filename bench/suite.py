@@ -90,12 +90,12 @@ def run_suite(
         raise UserError(f"no case of {', '.join(only)} has {match!r} in its name")
     environment = machine.environment(device)
     name = run or run_name(environment["commit"])
-    path = (out or results_folder()) / environment["device"] / f"{name}.jsonl"
+    path: Path = (out or results_folder()) / environment["device"] / f"{name}.jsonl"
     before = read(path) if path.is_file() and path.stat().st_size else []
     done = {record["case"] for record in before if record["kind"] == "measure"}
     recorder = Recorder(path, name)
     recorder.write("run", command=machine.program_line(), environment=environment, operators=sorted(operators))
-    # What an interrupted run measured is judged by the ceilings of what goes on.
+    # Measured again in a continued run: what it measures is judged by the ceilings of its own time.
     ceilings = machine.measure_ceilings(device)
     recorder.write("ceilings", **ceilings.as_dict())
     waiting = [case for case in cases if case.name not in done]

@@ -1,7 +1,7 @@
 """Measures one source tree on request: a process per tree, told line by line what to do, so that trees take turns.
 
-Started by its path, with the tree's folder as argument: the operators, kernels and networks are that tree's, the
-benchmark is always the one beside this file, so that both sides are measured alike.
+Started by its path, with the tree's folder as argument. Operators, kernels, networks and the benchmark's cases are
+those of that tree: a case calls what its tree has. This file and `compare.py` decide when and how often.
 """
 
 from __future__ import annotations
@@ -17,8 +17,6 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-BENCH = Path(__file__).resolve().parent
-
 
 class TreeFinder:
     """Finds `yolov9_fast` in a given tree before anything that is installed."""
@@ -27,7 +25,7 @@ class TreeFinder:
         self.folders = {
             "yolov9_fast": tree / "yolov9_fast",
             "yolov9_fast.kernels": tree / "kernels",
-            "yolov9_fast.bench": BENCH,
+            "yolov9_fast.bench": tree / "bench",
         }
 
     def find_spec(
@@ -112,7 +110,7 @@ class Worker:
 
 def main() -> int:
     tree = Path(sys.argv[1]).resolve()
-    sys.meta_path.insert(0, TreeFinder(tree))  # type: ignore[arg-type]
+    sys.meta_path.insert(0, TreeFinder(tree))
     # What libraries print must not get between the answers.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)

@@ -77,9 +77,9 @@ def test_planted_work_of_ten_percent_is_caught_between_two_trees_and_nothing_els
     trees = [tmp_path / "old", tmp_path / "new"]
     ignore = shutil.ignore_patterns("__pycache__", "*.so", "_build_info.json")
     for tree in trees:
-        for folder in ("yolov9_fast", "kernels"):
+        for folder in ("yolov9_fast", "kernels", "bench"):
             shutil.copytree(ROOT / folder, tree / folder, ignore=ignore)
-    path = trees[1] / "yolov9_fast" / "ops" / "box_iou.py"
+    path = trees[1] / "yolov9_fast" / "ops" / "_box_iou.py"
     text = path.read_text()
     planted = text.replace(
         "    top_left = torch.maximum(a[:, None, :2]",
@@ -100,7 +100,7 @@ def test_a_commit_is_measured_from_a_worktree_that_goes_again(monkeypatch: pytes
     if module.machine.git(ROOT, "rev-parse", "HEAD") is None:
         pytest.skip("no git repository")
     with module.source_tree("HEAD") as tree:
-        assert (tree / "yolov9_fast" / "ops" / "box_iou.py").is_file()
+        assert (tree / "yolov9_fast" / "ops" / "_box_iou.py").is_file()
         assert tree != ROOT
     assert not tree.exists()
     listed = module.machine.git(ROOT, "worktree", "list")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ from yolov9_fast.bench.records import Recorder, read
 from yolov9_fast.bench.report import NOTHING, write_report
 from yolov9_fast.bench.suite import all_cases, run_suite
 
+from tests.conftest import ROOT
 from yolov9_fast.errors import UserError
 
 CPU = torch.device("cpu")
@@ -94,6 +97,21 @@ def test_the_report_is_made_from_records_alone(tmp_path: Path) -> None:
     assert f"On a GPU: {NOTHING}" in text
     with pytest.raises(UserError, match="no records"):
         write_report(tmp_path / "nowhere", document)
+
+
+def test_pytest_benchmark_runs_the_suites_cases() -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "bench",
+        "-k",
+        "box_iou and (eager or cuda) and nchw",
+        "--benchmark-disable",
+    ]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-2000:]
+    assert "1 passed, 1 skipped" in done.stdout or torch.cuda.is_available()
 
 
 def test_plots_are_drawn_of_what_was_recorded(tmp_path: Path) -> None:

@@ -6,10 +6,10 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from yolov9_fast.bench.cases import FAMILIES
 from yolov9_fast.engine.evaluate import single_device
 from yolov9_fast.errors import UserError
 
-FAMILIES = ("ops", "blocks", "loss", "nms", "step", "infer", "data", "places")
 _EPILOG = """examples:
   yolov9-fast bench --model yolov9-t --imgsz 320 --batch 8      eager against fused: speed, memory, equality
   yolov9-fast bench --model yolov9-t --compile                  torch.compile too (its compilation takes minutes)

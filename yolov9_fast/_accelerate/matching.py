@@ -12,12 +12,13 @@ from typing import Any
 
 from torch import nn
 
-from yolov9_fast.nn import functional as f
+from yolov9_fast.nn import steps as f
+from yolov9_fast.nn.plan import Planner, Planning, Step
 
 
 @dataclass(frozen=True)
 class Kind:
-    """A block: how it is called in reports, its class names, why a module of that name is none, what runs instead.
+    """A block: its name in reports, its class names, why a module of such a class is none, and its planner.
 
     `operators`: those that it needs, by which `accelerate(ops=...)` chooses.
     """
@@ -25,7 +26,7 @@ class Kind:
     name: str
     classes: frozenset[str]
     reason: Callable[[nn.Module], str | None]
-    forward: Callable[..., Any]
+    planner: Planner
     operators: frozenset[str]
 
 
@@ -71,7 +72,7 @@ def _csp_reason(module: Any) -> str | None:
     reason = _only_children(module, known) or _units(module, 1, 2, 3)
     if reason:
         return reason
-    inner = f.inner_blocks(module)
+    inner = list(f.inner_blocks(module))
     if not inner:
         return "no bottlenecks"
     if type(inner[-1]).__name__ not in BOTTLENECK.classes:
@@ -160,6 +161,11 @@ def _cbfuse_reason(module: Any) -> str | None:
     return _only_children(module, set())
 
 
+def _rep_unit(block: Any, planning: Planning) -> Step | None:
+    """The branches are units by their structure, whether accelerated too or not."""
+    return f.rep_unit(block, planning, f.unit)
+
+
 BOTTLENECK = Kind(
     "bottleneck",
     frozenset({"RepNBottleneck", "RepBottleneck", "RepConvBottleneck"}),
@@ -168,8 +174,8 @@ BOTTLENECK = Kind(
     frozenset({"bn_silu"}),
 )
 KINDS = (
-    Kind("conv", frozenset({"Conv"}), _conv_reason, f.conv_unit, frozenset({"bn_silu"})),
-    Kind("rep_conv", frozenset({"RepConvN", "RepConv"}), _rep_reason, f.rep_conv, frozenset({"rep_bn_silu"})),
+    Kind("conv", frozenset({"Conv"}), _conv_reason, f.unit, frozenset({"bn_silu"})),
+    Kind("rep_conv", frozenset({"RepConvN", "RepConv"}), _rep_reason, _rep_unit, frozenset({"rep_bn_silu"})),
     BOTTLENECK,
     Kind("csp", frozenset({"RepNCSP", "RepCSP"}), _csp_reason, f.csp, frozenset({"bn_silu", "concat"})),
     Kind(

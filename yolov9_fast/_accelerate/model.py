@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import nn
 
 from yolov9_fast._accelerate.matching import KINDS, OPERATORS, Kind, match
-from yolov9_fast.nn import functional as f
+from yolov9_fast.nn.plan import PLAN, planned_forward
 
 _CONVERTED = "_yolov9_fast_converted"
 """On a module: names of its parameters that were contiguous before."""
@@ -83,6 +82,7 @@ def restore(model: nn.Module) -> int:
     for module in model.modules():
         if accelerated_kind(module) is not None:
             del module.__dict__["forward"]
+            module.__dict__.pop(PLAN, None)
             count += 1
         for name in module.__dict__.pop(_CONVERTED, ()):
             parameter = getattr(module, name)
@@ -91,21 +91,14 @@ def restore(model: nn.Module) -> int:
 
 
 def accelerated_kind(module: nn.Module) -> Kind | None:
-    """The kind under which `accelerate` patched this instance; None where it did not, or something replaced it."""
+    """The kind as which `accelerate` patched this instance; None where it did not, or something replaced it."""
     forward = module.__dict__.get("forward")
-    if isinstance(forward, functools.partial) and forward.func is accelerated_forward:
+    if isinstance(forward, functools.partial) and forward.func is planned_forward:
         return _KIND_OF[forward.args[0]]
     return None
 
 
-def accelerated_forward(kind: str, module: nn.Module, x: Any) -> Any:
-    """The forward of an accelerated instance; where the backend is "eager" the class's own runs."""
-    if f.fused(x):
-        return _KIND_OF[kind].forward(module, x)
-    return type(module).forward(module, x)
-
-
-_KIND_OF = {kind.name: kind for kind in KINDS}
+_KIND_OF = {kind.planner: kind for kind in KINDS}
 
 
 def _chosen(ops: str | Iterable[str]) -> frozenset[str]:
@@ -133,8 +126,7 @@ def _accelerate_one(name: str, module: nn.Module, chosen: frozenset[str], report
     if "forward" in module.__dict__ and accelerated_kind(module) is None:
         report.skipped[name] = "its forward has been replaced on the instance already"
         return
-    forward: Callable[..., Any] = functools.partial(accelerated_forward, kind.name, module)
-    module.__dict__["forward"] = forward
+    module.__dict__["forward"] = functools.partial(planned_forward, kind.planner, module)
     report.accelerated[name] = kind.name
 
 

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from yolov9_fast.models.graph import Graph, GraphError, build_layer, load_graph
 from yolov9_fast.models.pgi import with_auxiliary
 from yolov9_fast.nn import AnchorDetect, Conv, DDetect, DetectionOutput, DualDDetect, RepConv, Upsample
-from yolov9_fast.nn.functional import fused, hooked
-from yolov9_fast.ops._conv_bn_silu import Upsampled
+from yolov9_fast.nn.convolution import Upsampled
+from yolov9_fast.nn.plan import fused, hooked
 
 MAX_STRIDE = 32
 

@@ -1,8 +1,8 @@
 """The computational blocks of GELAN and PGI (YOLOv9, arXiv 2402.13616, sections 3 and 4 and appendix).
 
 Every block takes and returns [B, C, H, W] (CBLinear returns a list of them). Child names are those of the official
-checkpoints, so that state-dict keys agree. `forward` is the definition, in eager PyTorch; where an operator backend
-other than "eager" is in force, the same block of `nn.functional` runs instead: fused, and without copies.
+checkpoints, so that state-dict keys agree. `forward` is the definition, in eager PyTorch; where the operators are not
+set to "eager", `planned` runs the steps of `nn.steps` instead: fused, and without copies.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from yolov9_fast.nn import functional as fast
+from yolov9_fast.nn import steps
+from yolov9_fast.nn.plan import planned
 
 BN_EPS = 1e-3
 BN_MOMENTUM = 0.03
@@ -44,9 +45,8 @@ class Conv(nn.Module):
         self.bn: nn.Module = nn.BatchNorm2d(out_channels, eps=BN_EPS, momentum=BN_MOMENTUM)
         self.act: nn.Module = nn.SiLU(inplace=True) if activation else nn.Identity()
 
+    @planned(steps.unit)
     def forward(self, x: Tensor) -> Tensor:
-        if fast.fused(x):
-            return fast.conv_unit(self, x)
         return self.act(self.bn(self.conv(x)))
 
 
@@ -60,9 +60,8 @@ class RepConv(nn.Module):
         self.conv: nn.Conv2d | None = None
         self.act = nn.SiLU(inplace=True)
 
+    @planned(steps.rep_unit)
     def forward(self, x: Tensor) -> Tensor:
-        if fast.fused(x):
-            return fast.rep_conv(self, x)
         if self.conv is not None:
             return self.act(self.conv(x))
         assert self.conv1 is not None
@@ -79,9 +78,8 @@ class RepBottleneck(nn.Module):
         self.cv2 = Conv(out_channels, out_channels, 3)
         self.residual = shortcut and in_channels == out_channels
 
+    @planned(steps.bottleneck)
     def forward(self, x: Tensor) -> Tensor:
-        if fast.fused(x):
-            return fast.bottleneck(self, x)
         y = self.cv2(self.cv1(x))
         return x + y if self.residual else y
 
@@ -97,9 +95,8 @@ class RepCSP(nn.Module):
         self.cv3 = Conv(2 * hidden, out_channels)
         self.m = nn.Sequential(*(RepBottleneck(hidden, hidden) for _ in range(depth)))
 
+    @planned(steps.csp)
     def forward(self, x: Tensor) -> Tensor:
-        if fast.fused(x):
-            return fast.csp(self, x)
         return self.cv3(torch.cat((self.m(self.cv1(x)), self.cv2(x)), 1))
 
 
@@ -121,9 +118,8 @@ class ELANBase(nn.Module):
             setattr(self, f"cv{number}", stage)
         setattr(self, f"cv{self.elan_depth + 2}", Conv(split_channels + self.elan_depth * stage_channels, out_channels))
 
+    @planned(steps.elan)
     def forward(self, x: Tensor) -> Tensor:
-        if fast.fused(x):
-            return fast.elan(self, x)
         parts = list(self.cv1(x).chunk(2, 1))
         for number in range(2, self.elan_depth + 2):
             parts.append(getattr(self, f"cv{number}")(parts[-1]))
@@ -165,9 +161,8 @@ class AConv(nn.Module):
         super().__init__()
         self.cv1 = Conv(in_channels, out_channels, 3, 2)
 
+    @planned(steps.a_conv)
     def forward(self, x: Tensor) -> Tensor:
-        if fast.fused(x):
-            return fast.a_conv(self, x)
         return self.cv1(F.avg_pool2d(x, 2, 1))
 
 
@@ -179,9 +174,8 @@ class ADown(nn.Module):
         self.cv1 = Conv(in_channels // 2, out_channels // 2, 3, 2)
         self.cv2 = Conv(in_channels // 2, out_channels // 2)
 
+    @planned(steps.a_down)
     def forward(self, x: Tensor) -> Tensor:
-        if fast.fused(x):
-            return fast.a_down(self, x)
         first, second = F.avg_pool2d(x, 2, 1).chunk(2, 1)
         return torch.cat((self.cv1(first), self.cv2(F.max_pool2d(second, 3, 2, 1))), 1)
 
@@ -194,9 +188,8 @@ class SPPELAN(nn.Module):
         self.cv1 = Conv(in_channels, hidden_channels)
         self.cv5 = Conv(4 * hidden_channels, out_channels)
 
+    @planned(steps.spp_elan)
     def forward(self, x: Tensor) -> Tensor:
-        if fast.fused(x):
-            return fast.spp_elan(self, x)
         parts = [self.cv1(x)]
         for _ in range(3):
             parts.append(F.max_pool2d(parts[-1], 5, 1, 2))
@@ -222,9 +215,8 @@ class CBFuse(nn.Module):
         super().__init__()
         self.indices = list(indices)
 
+    @planned(steps.cb_fuse)
     def forward(self, inputs: Sequence[list[Tensor] | Tensor]) -> Tensor:
-        if fast.fused(inputs):
-            return fast.cb_fuse(self, inputs)
         target = inputs[-1]
         assert isinstance(target, Tensor)
         resized = [

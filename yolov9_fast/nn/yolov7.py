@@ -7,19 +7,64 @@ four stages: two 1×1 convolutions of one input are one convolution split in hal
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from yolov9_fast.errors import UserError
-from yolov9_fast.nn import functional as fast
 from yolov9_fast.nn.blocks import Conv
 from yolov9_fast.nn.heads import STRIDES
 from yolov9_fast.nn.output import DetectionOutput
+from yolov9_fast.nn.plan import Planning, Slot, Step, planned
+from yolov9_fast.nn.steps import Parts, chain
 from yolov9_fast.ops._spp import spp_with_input
 
 ANCHORS_PER_LEVEL = 3
+
+
+def _max_pool(x: Tensor) -> Tensor:
+    """2×2; odd sizes round up, as those of a strided convolution do."""
+    return F.max_pool2d(x, 2, ceil_mode=True)
+
+
+@dataclass(frozen=True)
+class _MPDownStep:
+    first: Step
+    second: Step
+    channels: tuple[int, int]
+
+    def __call__(self, x: Tensor, residual: Tensor | None = None, slot: Slot | None = None) -> Tensor:
+        parts = Parts(self.channels)
+        first = self.first(_max_pool(x), None, parts.slot(0))
+        y = parts.joined(first, self.second(x, None, parts.slot(1)))
+        return y if residual is None else y + residual
+
+
+def _mp_down(block: MPDown, planning: Planning) -> _MPDownStep:
+    second = chain((block.cv2, block.cv3), planning)
+    assert second is not None
+    return _MPDownStep(planning.step(block.cv1), second, (block.cv1.conv.out_channels, block.cv3.conv.out_channels))
+
+
+@dataclass(frozen=True)
+class _SPPCSPCStep:
+    units: tuple[Step, ...]
+    channels: int
+
+    def __call__(self, x: Tensor, residual: Tensor | None = None, slot: Slot | None = None) -> Tensor:
+        cv1, cv2, cv3, cv4, cv5, cv6, cv7 = self.units
+        pools, both = Parts((self.channels,) * 4), Parts((self.channels,) * 2)
+        y = cv4(cv3(cv1(x)), None, pools.slot(0))
+        y = cv5(pools.joined(*spp_with_input(y, out=[pools.slot(number)(y) for number in (1, 2, 3)])))
+        y = cv6(y, None, both.slot(0))
+        return cv7(both.joined(y, cv2(x, None, both.slot(1))), residual, slot)
+
+
+def _sppcspc(block: SPPCSPC, planning: Planning) -> _SPPCSPCStep:
+    units = (block.cv1, block.cv2, block.cv3, block.cv4, block.cv5, block.cv6, block.cv7)
+    return _SPPCSPCStep(tuple(map(planning.step, units)), block.cv4.conv.out_channels)
 
 
 class MPDown(nn.Module):
@@ -34,13 +79,9 @@ class MPDown(nn.Module):
         self.cv2 = Conv(in_channels, half)
         self.cv3 = Conv(half, half, 3, 2)
 
+    @planned(_mp_down)
     def forward(self, x: Tensor) -> Tensor:
-        pooled = F.max_pool2d(x, 2, ceil_mode=True)  # odd sizes round up, as the strided convolution's do
-        if not fast.fused(x):
-            return torch.cat((self.cv1(pooled), self.cv3(self.cv2(x))), 1)
-        slots = fast.Slots((self.cv1.conv.out_channels, self.cv3.conv.out_channels))
-        first = fast.last_unit(self.cv1, pooled, slot=slots(0))
-        return slots.join((first, fast.last_unit(self.cv3, self.cv2(x), slot=slots(1))))
+        return torch.cat((self.cv1(_max_pool(x)), self.cv3(self.cv2(x))), 1)
 
 
 class SPPCSPC(nn.Module):
@@ -60,20 +101,12 @@ class SPPCSPC(nn.Module):
         self.cv6 = Conv(width, width, 3)
         self.cv7 = Conv(2 * width, out_channels)
 
+    @planned(_sppcspc)
     def forward(self, x: Tensor) -> Tensor:
-        y = self.cv3(self.cv1(x))
-        if not fast.fused(x):
-            parts = [self.cv4(y)]
-            for _ in range(3):
-                parts.append(F.max_pool2d(parts[-1], 5, 1, 2))
-            return self.cv7(torch.cat((self.cv6(self.cv5(torch.cat(parts, 1))), self.cv2(x)), 1))
-        width = self.cv4.conv.out_channels
-        pools = fast.Slots((width,) * 4)
-        y = fast.last_unit(self.cv4, y, slot=pools(0))
-        y = self.cv5(pools.join(spp_with_input(y, out=[pools(number).open(y) for number in (1, 2, 3)])))
-        both = fast.Slots((width, width))
-        y = fast.last_unit(self.cv6, y, slot=both(0))
-        return self.cv7(both.join((y, fast.last_unit(self.cv2, x, slot=both(1)))))
+        parts = [self.cv4(self.cv3(self.cv1(x)))]
+        for _ in range(3):
+            parts.append(F.max_pool2d(parts[-1], 5, 1, 2))
+        return self.cv7(torch.cat((self.cv6(self.cv5(torch.cat(parts, 1))), self.cv2(x)), 1))
 
 
 class AnchorDetect(nn.Module):

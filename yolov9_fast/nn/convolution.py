@@ -1,0 +1,90 @@
+"""Convolution of one map, or of several as if they were concatenated, without copying slices and parts first."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from yolov9_fast.ops._cbfuse import cbfuse
+from yolov9_fast.ops._conv1x1 import conv1x1
+
+
+class Upsampled(NamedTuple):
+    """A map [B, C, H, W] that stands for its nearest-neighbour up-sampling [B, C, factor·H, factor·W]."""
+
+    source: Tensor
+    factor: int
+
+    def materialise(self) -> Tensor:
+        return F.interpolate(self.source, scale_factor=self.factor, mode="nearest")
+
+
+Sources = Tensor | Sequence[Tensor | Upsampled]
+"""The input of a convolution: one map, or several that stand for their concatenation along the channels."""
+
+
+def joined(x: Sources) -> Tensor:
+    """One map [B, ΣC, H, W] of what may be several."""
+    if isinstance(x, Tensor):
+        return x
+    return torch.cat([part if isinstance(part, Tensor) else part.materialise() for part in x], 1)
+
+
+def is_pointwise(conv: nn.Conv2d) -> bool:
+    """Whether `conv` is a plain 1×1 convolution, a matrix product over pixels."""
+    return (
+        tuple(conv.kernel_size) == (1, 1)
+        and tuple(conv.stride) == (1, 1)
+        and conv.padding in (0, (0, 0))
+        and conv.groups == 1
+    )
+
+
+def convolve(x: Sources, conv: nn.Conv2d, pointwise: bool, *, add_bias: bool = True) -> Tensor:
+    """The convolution of `x` by the weights of `conv` [B, O, H', W'].
+
+    A 1×1 convolution (`pointwise`) reads several maps, and slices of wider buffers, in place. It commutes with
+    nearest-neighbour up-sampling: an `Upsampled` part is convolved at its own size, and only the result is up-sampled.
+    """
+    weight: Tensor | None
+    bias: Tensor | None
+    parameters = conv._parameters  # `conv.weight` would run a Python function of nn.Module
+    if "weight" in parameters:
+        weight, bias = parameters["weight"], parameters["bias"]
+        assert weight is not None
+    else:  # plain attributes, as in the replicas of DataParallel
+        weight, bias = conv.weight, conv.bias
+    bias = bias if add_bias else None
+    if isinstance(x, Tensor):
+        if not pointwise or x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last):
+            return F.conv2d(x, weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups)
+        return conv1x1(x, weight, bias)
+    if pointwise and isinstance(x[-1], Tensor):
+        return _sum_of_products(x, weight, bias)
+    return F.conv2d(joined(x), weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups)
+
+
+def _sum_of_products(parts: Sequence[Tensor | Upsampled], weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Σ W_i x_i + bias over the parts; the last is a map of the full size."""
+    if all(isinstance(part, Tensor) for part in parts):
+        return conv1x1([part for part in parts if isinstance(part, Tensor)], weight, bias)
+    widths = [(part if isinstance(part, Tensor) else part.source).shape[1] for part in parts]
+    full, full_weights, small = [], [], []
+    for part, part_weight in zip(parts, weight.split(widths, 1), strict=True):
+        if isinstance(part, Tensor):
+            full.append(part)
+            full_weights.append(part_weight)
+        else:
+            small.append(_product(part.source, part_weight))
+    if len(full) == 1:
+        return cbfuse(small, _product(full[0], full_weights[0], bias))
+    return cbfuse(small, conv1x1(full, torch.cat(full_weights, 1), bias))
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    dense = x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last)
+    return F.conv2d(x, weight, bias) if dense else conv1x1(x, weight, bias)

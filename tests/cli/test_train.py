@@ -18,6 +18,7 @@ from yolov9_fast.cli.main import main
 from yolov9_fast.data import AugmentConfig
 from yolov9_fast.engine.config import TrainConfig, option_fields
 from yolov9_fast.errors import UserError
+from yolov9_fast.models import DetectionModel
 
 
 def given(*words: str) -> dict[str, Any]:
@@ -73,9 +74,9 @@ def test_flags_win_over_the_recipe_file_and_the_file_over_the_defaults(tmp_path:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ([], "no data file"),
+        ([], "data: expected a data file"),
         (["--data", "d.yaml", "--hsv-h", "3"], "hsv_h: expected 0..1"),
-        (["--data", "d.yaml", "--batch", "0"], "batch must be at least 1"),
+        (["--data", "d.yaml", "--batch", "0"], "batch: expected at least 1, got 0"),
         (["--config", "absent.yaml"], "absent.yaml"),
     ],
 )
@@ -138,10 +139,10 @@ def test_a_run_trains_is_resumed_and_leaves_its_files(
     options += ["--no-plots", "--no-tensorboard", "--close-mosaic", "1", "--project", str(tmp_path), "--name", "run"]
     validate = Trainer._validate
 
-    def stop_in_second(self: Trainer, epoch: int) -> Any:
-        if epoch == 1:
+    def stop_in_second(self: Trainer, model: DetectionModel, title: str, *arguments: Any) -> Any:
+        if title == "epoch 2/2 val":
             raise KeyboardInterrupt
-        return validate(self, epoch)
+        return validate(self, model, title, *arguments)
 
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "_validate", stop_in_second)

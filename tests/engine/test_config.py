@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -47,9 +48,9 @@ def test_augmentation_options_may_stand_beside_the_others() -> None:
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        ({"epoch": 3}, "unknown option epoch"),
-        ({"epochs": "three"}, "epochs must be int, got 'three'"),
-        ({"epochs": True}, "epochs must be int"),
+        ({"epoch": 3}, "recipe: unknown option epoch"),
+        ({"epochs": "three"}, "recipe: epochs: expected int, got 'three'"),
+        ({"epochs": True}, "epochs: expected int, got True"),
         ([1], "expected a table"),
     ],
 )
@@ -61,17 +62,30 @@ def test_a_wrong_recipe_is_named(data: object, message: str) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"data": ""}, "no data file given"),
-        ({"epochs": 0}, "epochs must be at least 1"),
-        ({"batch": -1}, "batch must be at least 1"),
-        ({"lr0": float("nan")}, "lr0 must not be negative, got nan"),
-        ({"lr0": float("inf")}, "lr0 must not be negative, got inf"),
-        ({"workers": -1}, "workers must not be negative"),
-        ({"conf": 1.5}, "conf must lie in 0..1, got 1.5"),
-        ({"amp": "fp8"}, "amp must be one of auto, off, bf16, fp16"),
-        ({"cache": "tape"}, "cache must be one of ram, disk"),
+        ({"epochs": 0}, "epochs: expected at least 1, got 0"),
+        ({"batch": -1}, "batch: expected at least 1, got -1"),
+        ({"lr0": float("nan")}, "lr0: expected a finite value of at least 0, got nan"),
+        ({"lr0": float("inf")}, "lr0: expected a finite value of at least 0, got inf"),
+        ({"workers": -1}, "workers: expected a finite value of at least 0, got -1"),
+        ({"conf": 1.5}, r"conf: expected a value in \[0, 1\], got 1.5"),
+        ({"amp": "fp8"}, "amp: expected one of auto, off, bf16, fp16, got 'fp8'"),
+        ({"cache": "tape"}, "cache: expected one of ram, disk, got 'tape'"),
     ],
 )
 def test_values_that_no_run_can_use_are_refused(changes: dict[str, object], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        TrainConfig(**{"data": "x.yaml", **changes}).check()  # type: ignore[arg-type]
+        TrainConfig(**{"data": "x.yaml", **changes})  # type: ignore[arg-type]
+
+
+def test_options_are_frozen_and_changed_copies_are_checked() -> None:
+    config = TrainConfig(data="x.yaml")
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.epochs = 3  # type: ignore[misc]
+    with pytest.raises(UserError, match="epochs: expected at least 1, got 0"):
+        dataclasses.replace(config, epochs=0)
+
+
+def test_a_recipe_needs_no_data_but_a_run_does() -> None:
+    TrainConfig(data="x.yaml").require_data()
+    with pytest.raises(UserError, match="data: expected a data file, got none"):
+        TrainConfig().require_data()

@@ -9,8 +9,9 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
+from yolov9_fast.engine.callbacks import Callback, EpochResult
 from yolov9_fast.engine.config import TrainConfig
-from yolov9_fast.engine.interrupts import NotedInterrupt
+from yolov9_fast.engine.interrupts import InterruptMonitor
 from yolov9_fast.engine.trainer import Trainer
 
 
@@ -37,7 +38,7 @@ def lose_an_interrupt() -> None:
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_lost_interrupt_is_raised_at_the_next_check() -> None:
-    with NotedInterrupt() as interrupt:
+    with InterruptMonitor() as interrupt:
         interrupt.check()
         lose_an_interrupt()
         with pytest.raises(KeyboardInterrupt):
@@ -46,7 +47,7 @@ def test_a_lost_interrupt_is_raised_at_the_next_check() -> None:
 
 
 def test_an_interrupt_raises_at_once() -> None:
-    with pytest.raises(KeyboardInterrupt), NotedInterrupt():
+    with pytest.raises(KeyboardInterrupt), InterruptMonitor():
         signal.raise_signal(signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
@@ -54,7 +55,7 @@ def test_an_interrupt_raises_at_once() -> None:
 def test_another_handler_and_another_thread_are_left_alone() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        with NotedInterrupt():
+        with InterruptMonitor():
             assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
         assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
     finally:
@@ -63,7 +64,7 @@ def test_another_handler_and_another_thread_are_left_alone() -> None:
 
     def enter() -> None:
         try:
-            with NotedInterrupt():
+            with InterruptMonitor():
                 pass
         except BaseException as error:
             errors.append(error)
@@ -75,19 +76,13 @@ def test_another_handler_and_another_thread_are_left_alone() -> None:
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_training_ends_although_the_interrupt_was_lost(
-    tiny_config: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    trainer = Trainer(tiny_config(epochs=4))
-    finish = trainer._finish_epoch
+def test_training_ends_although_the_interrupt_was_lost(tiny_config: Callable[..., TrainConfig]) -> None:
+    class Interrupted(Callback):
+        def on_epoch_end(self, trainer: Trainer, result: EpochResult) -> None:
+            if result.epoch == 1:
+                lose_an_interrupt()
 
-    def interrupted(epoch: int, row: dict, result: object) -> bool:
-        stop = finish(epoch, row, result)
-        if epoch == 1:
-            lose_an_interrupt()
-        return stop
-
-    monkeypatch.setattr(trainer, "_finish_epoch", interrupted)
+    trainer = Trainer(tiny_config(epochs=4), callbacks=[Interrupted()])
     with pytest.raises(KeyboardInterrupt):
         trainer.run()
     assert trainer.state.epoch == 1

@@ -18,7 +18,7 @@ from yolov9_fast.engine.config import TrainConfig
 from yolov9_fast.engine.run_files import load_state
 from yolov9_fast.engine.trainer import Trainer, TrainingDivergedError, train
 from yolov9_fast.errors import CheckpointError, DataError, UserError
-from yolov9_fast.models import load_checkpoint
+from yolov9_fast.models import DetectionModel, load_checkpoint
 
 Make = Callable[..., TrainConfig]
 
@@ -102,8 +102,12 @@ def test_a_run_stopped_in_mid_epoch_resumes_to_the_same_end(
     train(whole)
     broken = tiny_config(name="broken", **options)
     trainer = Trainer(broken)
-    method, call = {"first batch": ("_rescaled", 2), "batch": ("_step", 1), "validation": ("_validate", 2)}[stop_at]
-    original, calls = getattr(trainer, method), []
+    owner, method, call = {
+        "first batch": (trainer, "_image_size", 2),
+        "batch": (trainer.step, "update", 1),
+        "validation": (trainer, "_validate", 2),
+    }[stop_at]
+    original, calls = getattr(owner, method), []
 
     def interrupted(*arguments: Any) -> Any:
         calls.append(1)
@@ -111,7 +115,7 @@ def test_a_run_stopped_in_mid_epoch_resumes_to_the_same_end(
             raise KeyboardInterrupt
         return original(*arguments)
 
-    monkeypatch.setattr(trainer, method, interrupted)
+    monkeypatch.setattr(owner, method, interrupted)
     with pytest.raises(KeyboardInterrupt):
         trainer.run()
     project = Path(whole.project)
@@ -185,12 +189,12 @@ def test_a_full_disk_keeps_the_last_checkpoint_and_training_goes_on(
 
     monkeypatch.setattr(os, "fsync", full)
     seen: list[int] = []
-    after = trainer._validate
+    validate = trainer._validate
 
-    def watch(epoch: int) -> Any:
-        if epoch == 2:
+    def watch(model: DetectionModel, title: str, *arguments: Any) -> Any:
+        if title == "epoch 3/3 val":
             seen.append(load_state(trainer.run_folder.state)["epoch"])
-        return after(epoch)
+        return validate(model, title, *arguments)
 
     monkeypatch.setattr(trainer, "_validate", watch)
     with caplog.at_level(logging.ERROR):
@@ -225,7 +229,7 @@ def test_frozen_layers_stay_as_they_are(tiny_config: Make) -> None:
 
 
 def test_freezing_everything_is_refused(tiny_config: Make) -> None:
-    with pytest.raises(UserError, match="nothing is left to train"):
+    with pytest.raises(UserError, match="every parameter is frozen"):
         Trainer(tiny_config(freeze=99))
 
 
@@ -239,10 +243,9 @@ def test_patience_ends_a_run_that_does_not_improve(tiny_config: Make, caplog: py
 
 def test_multi_scale_draws_sizes_by_seed_and_iteration(tiny_config: Make) -> None:
     trainer = Trainer(tiny_config(multi_scale=True, imgsz=128))
-    images = torch.zeros(1, 3, 128, 128)
-    sizes = [trainer._rescaled(images, i).shape[-1] for i in range(30)]
+    sizes = [trainer._image_size(i) for i in range(30)]
     assert set(sizes) == {64, 96, 128, 160, 192}
-    assert sizes == [trainer._rescaled(images, i).shape[-1] for i in range(30)]
+    assert sizes == [trainer._image_size(i) for i in range(30)]
 
 
 @pytest.mark.parametrize("amp", ["bf16", pytest.param("fp16", marks=pytest.mark.slow)])
@@ -261,7 +264,7 @@ def test_an_odd_image_size_is_rounded_and_said(tiny_config: Make, caplog: pytest
     with caplog.at_level(logging.INFO):
         trainer = Trainer(tiny_config(imgsz=70))
     assert trainer.config.imgsz == 96
-    assert "image size 70 is not a multiple of 32: training at 96" in caplog.text
+    assert "image size 70 is not a multiple of 32: using 96" in caplog.text
 
 
 def test_training_starts_from_weights_of_another_class_count(
@@ -283,7 +286,7 @@ def test_fused_weights_are_unfused_and_calibrated(
         trainer = Trainer(tiny_config(model="yolov9-t", weights=str(weights), class_tower=None))
     assert trainer.model.class_tower == 80
     assert trainer.model.box_groups == 1
-    assert "is fused: BatchNorm put back" in caplog.text
+    assert "is fused: BatchNorm statistics measured on" in caplog.text
     assert float(trainer.model.state_dict()["model.0.bn.running_var"].max()) != 1.0
 
 
@@ -291,9 +294,9 @@ def test_fused_weights_are_unfused_and_calibrated(
     ("changes", "error", "message"),
     [
         ({"data": "missing.yaml"}, DataError, "missing.yaml"),
-        ({"weights": "missing.pt"}, UserError, "no weights file missing.pt"),
+        ({"weights": "missing.pt"}, UserError, "weights: expected a file, got missing.pt"),
         ({"device": "cuda:0"}, UserError, "sees no CUDA GPU"),
-        ({"device": "tpu"}, UserError, "unknown device 'tpu'"),
+        ({"device": "tpu"}, UserError, "device: expected cpu, or CUDA indices such as 0 or 0,1, got 'tpu'"),
         ({"model": "yolov9-z"}, UserError, "unknown network"),
         ({"box_groups": 3}, UserError, "box_groups must divide 64, got 3"),
         ({"model": "yolov7", "class_tower": None}, UserError, "anchor-based head cannot be trained here"),

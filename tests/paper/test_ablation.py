@@ -88,10 +88,10 @@ def test_a_table_is_trained_once_and_written(
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("table5", "no data file given: --data"),
+        ("table5", "data: expected a data file, got none (--data FILE.yaml)"),
         ("table5 --data missing.yaml", "missing.yaml: data file does not exist"),
         ("table5 --data missing.yaml --seeds 0", "--seeds must be at least 1, got 0"),
-        ("table5 --data missing.yaml --epochs 0", "epochs must be at least 1, got 0"),
+        ("table5 --data missing.yaml --epochs 0", "epochs: expected at least 1, got 0"),
         ("table2 --dry --block nothing", "unknown block 'nothing'"),
         ("tables", "give --dry"),
     ],

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from yolov9_fast.bench.cases import FAMILIES
-from yolov9_fast.engine.evaluate import single_device
+from yolov9_fast.engine.device import single_device
 from yolov9_fast.errors import UserError
 
 _EPILOG = """examples:

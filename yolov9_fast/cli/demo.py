@@ -14,7 +14,7 @@ from yolov9_fast.cli.predict import predict_all
 from yolov9_fast.data import AugmentConfig, open_source
 from yolov9_fast.data.rendered import MOST_OBJECTS, SHAPES, render_dataset
 from yolov9_fast.engine.config import TrainConfig
-from yolov9_fast.engine.evaluate import EvaluationOptions, evaluate
+from yolov9_fast.engine.evaluation import EvaluationOptions, evaluate
 from yolov9_fast.engine.prediction_files import PredictionFiles
 from yolov9_fast.engine.predictor import Predictor
 from yolov9_fast.engine.trainer import Trainer

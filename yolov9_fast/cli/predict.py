@@ -57,8 +57,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    if arguments.vid_stride < 1 or (arguments.line_width or 1) < 1:
-        raise UserError("--vid-stride and --line-width must be at least 1")
+    for flag, value in (("--vid-stride", arguments.vid_stride), ("--line-width", arguments.line_width)):
+        if value is not None and value < 1:
+            raise UserError(f"{flag}: expected at least 1, got {value}")
     predictor = Predictor(
         arguments.weights,
         arguments.imgsz,

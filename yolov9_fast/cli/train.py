@@ -12,7 +12,8 @@ from typing import Any
 
 from yolov9_fast.data import AugmentConfig
 from yolov9_fast.engine.config import TrainConfig, option_fields, plain_type, read_config
-from yolov9_fast.engine.distributed import leave_world, parse_device
+from yolov9_fast.engine.device import device_numbers, parse_device
+from yolov9_fast.engine.distributed import leave_process_group
 from yolov9_fast.engine.run_files import RunFolder, find_run
 from yolov9_fast.errors import UserError
 
@@ -103,7 +104,7 @@ def run(arguments: argparse.Namespace) -> int:
             trainer = Trainer(config)
         trainer.run()
     finally:
-        leave_world()
+        leave_process_group()
     return 0
 
 
@@ -123,7 +124,7 @@ def config_from_flags(given: dict[str, Any]) -> TrainConfig:
         )
     except ValueError as error:
         raise UserError(str(error)) from error
-    config.check()
+    config.require_data()
     return config
 
 
@@ -163,8 +164,8 @@ def start_processes(device: str | None) -> None:
     Raises:
         UserError: a device that this machine lacks.
     """
-    numbers = _several(device)
-    if not numbers or "WORLD_SIZE" in os.environ:
+    numbers = device_numbers(device)
+    if len(numbers) < 2 or "WORLD_SIZE" in os.environ:
         return
     for number in numbers:
         parse_device(number)
@@ -177,8 +178,3 @@ def launch_command(words: Sequence[str], processes: int) -> list[str]:
     """The command that runs `yolov9-fast WORDS` in `processes` processes on this machine."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     return [*launcher, "-m", "yolov9_fast", *words]
-
-
-def _several(device: str | None) -> list[str]:
-    numbers = [part for part in (device or "").removeprefix("cuda:").split(",") if part]
-    return numbers if len(numbers) > 1 else []

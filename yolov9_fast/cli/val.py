@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from yolov9_fast.engine.config import AMP_MODES
-from yolov9_fast.engine.evaluate import EvaluationOptions, evaluate
+from yolov9_fast.engine.evaluation import EvaluationOptions, evaluate
 
 _EPILOG = """examples:
   yolov9-fast val --weights best.safetensors --data my.yaml

@@ -1,11 +1,13 @@
-"""Options of a training run; the defaults are the published recipe (appendix, table 1 of the paper)."""
+"""Options of a training run; the defaults are the published recipe (paper, appendix table 1)."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
+import sys
 import types
 import typing
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -16,35 +18,46 @@ from yolov9_fast.data import AugmentConfig
 from yolov9_fast.errors import UserError
 
 AMP_MODES = ("auto", "off", "bf16", "fp16")
-_NOT_NEGATIVE = [
-    "lr0",
-    "lrf",
-    "weight_decay",
-    "warmup_epochs",
-    "warmup_bias_lr",
-    "clip",
-    "freeze",
-    "patience",
-    "close_mosaic",
-    "save_period",
-    "seed",
-    "workers",
-    "box",
-    "cls",
-    "dfl",
-    "cls_pw",
-    "fl_gamma",
-    "auxiliary_weight",
-]
+_POSITIVE = ("epochs", "imgsz", "batch", "nominal_batch", "max_det")
+_FRACTIONS = ("conf", "iou", "momentum", "warmup_momentum", "ema_decay", "label_smoothing")
+
+
+def check_numbers(
+    options: object, *, positive: Iterable[str] = (), fractions: Iterable[str] = (), not_negative: Iterable[str] = ()
+) -> None:
+    """Check numbers among the attributes of `options` by their names; None passes.
+
+    Args:
+        positive: at least 1.
+        fractions: in [0, 1].
+        not_negative: finite, at least 0.
+
+    Raises:
+        UserError: names the first wrong one.
+    """
+    limits = (
+        (positive, 1.0, math.inf, "at least 1"),
+        (fractions, 0.0, 1.0, "a value in [0, 1]"),
+        (not_negative, 0.0, sys.float_info.max, "a finite value of at least 0"),
+    )
+    for names, low, high, expected in limits:
+        for name in names:
+            value = getattr(options, name)
+            if value is not None and not low <= value <= high:
+                raise UserError(f"{name}: expected {expected}, got {value}")
 
 
 def _option(default: Any, text: str, **extra: Any) -> Any:
     return field(default=default, metadata={"help": text, **extra})
 
 
-@dataclass
+@dataclass(frozen=True)
 class TrainConfig:
-    """Everything that defines a run; written to `config.yaml` beside its results."""
+    """Everything that defines a run; written to `config.yaml` in its folder.
+
+    Raises:
+        UserError: a value that no run can use.
+    """
 
     model: str = _option("yolov9-t", "network name or graph YAML")
     auxiliary: str = _option(
@@ -105,25 +118,20 @@ class TrainConfig:
     augmentations: str = _option("", "augmentations of your own: module:function, comma-separated")
     augment: AugmentConfig = field(default_factory=AugmentConfig)
 
-    def check(self) -> None:
-        """Raise `UserError` for a value that no run can use."""
-        if not self.data:
-            raise UserError("no data file given: --data FILE.yaml")
-        for name in ("epochs", "imgsz", "batch", "nominal_batch", "max_det"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in _NOT_NEGATIVE:
-            value = getattr(self, name)
-            if value is not None and not 0 <= value < math.inf:
-                raise UserError(f"{name} must not be negative, got {value}")
-        for name in ("conf", "iou", "momentum", "warmup_momentum", "ema_decay", "label_smoothing"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise UserError(f"{name} must lie in 0..1, got {getattr(self, name)}")
+    def __post_init__(self) -> None:
+        numbers = {f.name for f in option_fields() if isinstance(getattr(self, f.name), int | float)}
+        others = sorted(numbers - {*_POSITIVE, *_FRACTIONS})
+        check_numbers(self, positive=_POSITIVE, fractions=_FRACTIONS, not_negative=others)
         for f in option_fields():
             choices = f.metadata.get("choices")
             value = getattr(self, f.name)
             if choices and value is not None and value not in choices:
-                raise UserError(f"{f.name} must be one of {', '.join(choices)}, got {value!r}")
+                raise UserError(f"{f.name}: expected one of {', '.join(choices)}, got {value!r}")
+
+    def require_data(self) -> None:
+        """Raise `UserError` if no data file is named, as in a recipe for any data."""
+        if not self.data:
+            raise UserError("data: expected a data file, got none (--data FILE.yaml)")
 
 
 def option_fields() -> list[dataclasses.Field[Any]]:
@@ -147,14 +155,22 @@ def _converted(cls: type, name: str, value: Any, origin: str) -> Any:
     if kind is float and isinstance(value, int | float) and not isinstance(value, bool):
         return float(value)
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        raise UserError(f"{origin}: {name} must be {kind.__name__}, got {value!r}")
+        raise UserError(f"{origin}: {name}: expected {kind.__name__}, got {value!r}")
     return value
 
 
 def config_from_dict(data: dict[str, Any], origin: str) -> TrainConfig:
-    """A `TrainConfig` from plain data; augmentation options may stand flat beside the others or under `augment`."""
+    """A `TrainConfig` from plain data; augmentation options may be under `augment` or among the others.
+
+    Args:
+        data: option → value.
+        origin: where the data come from, for error messages.
+
+    Raises:
+        UserError: an unknown option, or a value of the wrong type or range.
+    """
     if not isinstance(data, dict):
-        raise UserError(f"{origin}: expected a table of options")
+        raise UserError(f"{origin}: expected a table of options, got {type(data).__name__}")
     flat = {**data, **(data.get("augment") or {})}
     flat.pop("augment", None)
     own = {f.name for f in option_fields()}
@@ -168,6 +184,7 @@ def config_from_dict(data: dict[str, Any], origin: str) -> TrainConfig:
 
 
 def read_config(path: Path) -> TrainConfig:
+    """Read options from a YAML file; raises `UserError` if it cannot be used."""
     yaml = require("yaml")
     try:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -179,5 +196,6 @@ def read_config(path: Path) -> TrainConfig:
 
 
 def write_config(config: TrainConfig, path: Path) -> None:
+    """Write all options as YAML."""
     yaml = require("yaml")
     atomic_write(path, yaml.safe_dump(dataclasses.asdict(config), sort_keys=False))

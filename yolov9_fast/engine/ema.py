@@ -12,12 +12,15 @@ from yolov9_fast.models import DetectionModel
 
 
 class ModelEMA:
-    """Keeps `model`, the average; `update` after every optimiser step.
+    """The moving average of a model.
 
     Args:
-        source: the trained model, copied.
+        source: the trained model; it is copied.
         decay: the final decay.
-        time_constant: updates after which the decay reaches 63 % of it.
+        time_constant: number of updates after which the decay has reached 63 % of `decay`.
+
+    Attributes:
+        model: the average, in evaluation mode and without gradients.
     """
 
     def __init__(self, source: DetectionModel, decay: float = 0.9999, time_constant: float = 2000.0) -> None:
@@ -27,10 +30,12 @@ class ModelEMA:
         self.updates = 0
 
     def current_decay(self) -> float:
+        """d of the update that was last begun."""
         return self.decay * (1 - math.exp(-self.updates / self.time_constant))
 
     @torch.no_grad()
     def update(self, source: DetectionModel) -> None:
+        """Average in the weights of `source` after an optimiser step; its integer buffers are copied."""
         self.updates += 1
         averaged: list[Tensor] = []
         current: list[Tensor] = []

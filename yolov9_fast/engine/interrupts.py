@@ -7,21 +7,21 @@ import threading
 from types import FrameType, TracebackType
 
 
-class NotedInterrupt:
-    """While entered, an interrupt raises as always and is remembered; `check` raises it again if it was dropped.
+class InterruptMonitor:
+    """A context in which an interrupt raises as always and is remembered; `check` raises it again if it was dropped.
 
-    Does nothing outside the main thread, and where something else than Python's own handler is in charge.
+    Does nothing outside the main thread, or if another handler than Python's own is installed.
     """
 
     def __init__(self) -> None:
-        self._noted = False
+        self._interrupted = False
         self._installed = False
 
-    def __enter__(self) -> NotedInterrupt:
-        in_charge = signal.getsignal(signal.SIGINT) is signal.default_int_handler
-        self._installed = in_charge and threading.current_thread() is threading.main_thread()
+    def __enter__(self) -> InterruptMonitor:
+        default = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        self._installed = default and threading.current_thread() is threading.main_thread()
         if self._installed:
-            signal.signal(signal.SIGINT, self._note)
+            signal.signal(signal.SIGINT, self._handle)
         return self
 
     def __exit__(
@@ -30,11 +30,11 @@ class NotedInterrupt:
         if self._installed:
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        self._noted = True
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        self._interrupted = True
         raise KeyboardInterrupt
 
     def check(self) -> None:
-        """Raise `KeyboardInterrupt` if one arrived and got lost."""
-        if self._noted:
+        """Raise `KeyboardInterrupt` if one arrived and was dropped."""
+        if self._interrupted:
             raise KeyboardInterrupt

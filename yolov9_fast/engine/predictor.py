@@ -1,4 +1,4 @@
-"""Detection in single pictures: letterbox to the smallest rectangle, network, NMS, boxes in pixels of the picture."""
+"""Detection in single images: letterbox to the smallest rectangle, network, NMS, boxes in pixels of the image."""
 
 from __future__ import annotations
 
@@ -14,9 +14,15 @@ import torch
 from numpy.typing import NDArray
 
 from yolov9_fast.data import Frame, letterbox, open_source, scale_boxes_to_original, to_tensor
-from yolov9_fast.engine.evaluate import inference_model, single_device, whole_size
-from yolov9_fast.engine.trainer import resolve_amp
-from yolov9_fast.engine.validator import autocast
+from yolov9_fast.engine.config import check_numbers
+from yolov9_fast.engine.device import (
+    autocast,
+    inference_model,
+    prepare_images,
+    resolve_amp,
+    round_image_size,
+    single_device,
+)
 from yolov9_fast.errors import DataError, UserError
 from yolov9_fast.models import DetectionModel, load_checkpoint
 from yolov9_fast.ops._nms import nms, warn_if_cut
@@ -24,14 +30,15 @@ from yolov9_fast.ops._nms import nms, warn_if_cut
 
 @dataclass(frozen=True)
 class Prediction:
-    """What was found in one picture.
+    """The objects found in one image.
 
     Attributes:
         path: the file, address or webcam; "" for an array.
-        boxes: float32 [n, 6]: x1, y1, x2, y2 in pixels of the picture, score, class index; score falling.
+        boxes: float32 [n, 6]: x1, y1, x2, y2 in pixels of the image, score, class index; in descending
+            order of score.
         names: class index → name.
-        shape: height and width of the picture.
-        seconds: time for this picture, from letterbox to boxes.
+        shape: height and width of the image.
+        seconds: time for this image, from letterbox to boxes.
         frame: number within a video, 0 for an image.
     """
 
@@ -70,15 +77,15 @@ class Prediction:
 
 
 class Predictor:
-    """Finds objects in pictures; `Predictor("best.safetensors")("pictures/")`.
+    """Finds objects in images: `Predictor("best.safetensors")("images/")`.
 
     Args:
-        model: a network (left as it is) or a weights file of any known origin.
+        model: a network, which is copied, or a weights file of any known origin.
         image_size: long side in pixels, rounded up to a multiple of 32.
         conf, iou, max_det: of NMS; the published defaults of prediction.
         classes: keep only these, by index or name.
         agnostic: boxes of different classes suppress each other too.
-        device: cpu, a GPU's number, or None for a GPU where there is one.
+        device: cpu, a GPU's number, or None for a GPU if there is one.
         amp: off, bf16, fp16 or auto.
 
     Raises:
@@ -98,25 +105,20 @@ class Predictor:
         device: str | None = None,
         amp: str = "off",
     ) -> None:
-        for name, value in (("conf", conf), ("iou", iou)):
-            if not 0 <= value <= 1:
-                raise UserError(f"{name} must lie in 0..1, got {value}")
-        for name, number in (("image_size", image_size), ("max_det", max_det)):
-            if number < 1:
-                raise UserError(f"{name} must be at least 1, got {number}")
+        self.image_size, self.conf, self.iou, self.max_det, self.agnostic = image_size, conf, iou, max_det, agnostic
+        check_numbers(self, positive=("image_size", "max_det"), fractions=("conf", "iou"))
         self.device = single_device(device)
         loaded = model if isinstance(model, DetectionModel) else load_checkpoint(model)
         self.model = inference_model(loaded, self.device)
         self.names = dict(loaded.names)
-        self.image_size = whole_size(image_size)
-        self.conf, self.iou, self.max_det, self.agnostic = conf, iou, max_det, agnostic
+        self.image_size = round_image_size(image_size)
         self.classes = None if classes is None else class_indices(classes, self.names)
         self.amp = resolve_amp(amp, self.device)
 
     def __call__(
         self, images: NDArray[np.uint8] | str | Path | Sequence[NDArray[np.uint8] | str | Path]
     ) -> list[Prediction]:
-        """Predict on arrays (uint8 BGR [H, W, 3]) and anything `open_source` takes; a prediction per picture or frame.
+        """Predict on arrays (uint8 BGR [H, W, 3]) and anything `open_source` takes; one prediction per image or frame.
 
         Raises:
             DataError: nothing to read, or a file that cannot be read.
@@ -143,13 +145,12 @@ class Predictor:
 
     @torch.inference_mode()
     def detect(self, image: NDArray[np.uint8], *, path: str = "", frame: int = 0) -> Prediction:
-        """Predict on one picture, uint8 BGR [H, W, 3]; raises `DataError` for another type or shape."""
+        """Predict on one image, uint8 BGR [H, W, 3]; raises `DataError` for another type or shape."""
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
-            raise DataError(f"a picture must be uint8 BGR [H, W, 3], got {image.dtype} {list(image.shape)}")
+            raise DataError(f"image: expected uint8 BGR [H, W, 3], got {image.dtype} {list(image.shape)}")
         started = time.perf_counter()
         boxed = letterbox(image, self.image_size, rectangle=True)
-        batch = to_tensor(boxed.image)[None].to(self.device)
-        batch = batch.contiguous(memory_format=torch.channels_last).float().div_(255)
+        batch = prepare_images(to_tensor(boxed.image)[None], self.device, channels_last=True)
         with autocast(self.device, self.amp):
             maps = [level.float() for level in self.model.raw(batch, auxiliary=False).main]
         found = nms(
@@ -177,6 +178,6 @@ def class_indices(classes: Sequence[int | str], names: dict[int, str]) -> list[i
         index = by_name[text] if text in by_name else int(text) if text.isdecimal() else -1
         if index not in names:
             known = ", ".join(f"{i} {name}" for i, name in list(names.items())[:100])
-            raise UserError(f"unknown class {text!r}; the weights know {known}")
+            raise UserError(f"classes: expected some of {known}, got {text!r}")
         result.append(index)
     return sorted(set(result))

@@ -1,19 +1,35 @@
-"""Pictures, tables and plots that a run leaves in its folder."""
+"""What a run reports: the numbers of an epoch, the files of an evaluation."""
 
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Mapping
 from pathlib import Path
 
-import numpy as np
-
 from yolov9_fast import viz
-from yolov9_fast._lazy import require
 from yolov9_fast.atomic import atomic_write
-from yolov9_fast.data import Batch
-from yolov9_fast.engine.run_files import EventLog, RunFolder
 from yolov9_fast.engine.validator import ValidationResult
 from yolov9_fast.metrics import save_detections
+
+_METRICS = ("ap", "ap50", "ap75", "precision", "recall")
+_SIZES = ("small", "medium", "large")
+
+
+def loss_text(losses: Mapping[str, float]) -> str:
+    """`box 1.234 cls …`."""
+    return " ".join(f"{name} {value:.3f}" for name, value in losses.items())
+
+
+def validation_columns(result: ValidationResult) -> dict[str, float]:
+    """The columns of results.csv that come from the validation; the AP of a size without objects is left out."""
+    assert result.metrics is not None
+    assert result.loss is not None
+    columns = {f"val/{name}": value for name, value in result.loss.items()}
+    columns |= {f"metrics/{name}": getattr(result.metrics, name) for name in _METRICS}
+    by_size = {f"metrics/ap_{size}": getattr(result.metrics, f"ap_{size}") for size in _SIZES}
+    columns |= {name: value for name, value in by_size.items() if not math.isnan(value)}
+    return columns | {"seconds/val": sum(result.seconds.values())}
 
 
 def save_evaluation(result: ValidationResult, names: dict[int, str], folder: Path, *, plots: bool = True) -> None:
@@ -27,21 +43,3 @@ def save_evaluation(result: ValidationResult, names: dict[int, str], folder: Pat
         curves = {"PR": viz.plot_pr_curve, "F1": viz.plot_f1_curve, "P": viz.plot_p_curve, "R": viz.plot_r_curve}
         for name, plot in curves.items():
             plot(result.metrics.curves, folder / f"{name}_curve.png")
-
-
-def write_results_plot(run: RunFolder) -> None:
-    """Losses, AP and learning rates over the epochs, from results.csv."""
-    viz.plot_results(run.results, run.path / "results.png")
-
-
-def write_label_plot(boxes: np.ndarray, names: dict[int, str], run: RunFolder) -> None:
-    """Statistics of the training labels; `boxes` [n, 5]: class, then centre and size normalised."""
-    viz.plot_labels(boxes, names, run.path / "labels.png")
-
-
-def write_batch_picture(batch: Batch, names: dict[int, str], run: RunFolder, index: int, events: EventLog) -> None:
-    """One of the first batches with its boxes, as the network sees it."""
-    picture = viz.draw_targets(batch.images, batch.targets, names)
-    cv2 = require("cv2")
-    cv2.imwrite(str(run.path / f"train_batch{index}.jpg"), picture)
-    events.image(f"train_batch{index}", np.ascontiguousarray(picture[..., ::-1]), 0)

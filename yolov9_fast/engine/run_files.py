@@ -1,10 +1,9 @@
-"""The files of a training run: weights, the state to resume from, results.csv, TensorBoard, plots."""
+"""The folder of a run: its paths, the state to resume from, results.csv."""
 
 from __future__ import annotations
 
 import csv
 import io
-import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,6 @@ import torch
 from yolov9_fast.atomic import atomic_write
 from yolov9_fast.errors import CheckpointError, UserError
 
-log = logging.getLogger(__name__)
 STATE_VERSION = 1
 
 
@@ -50,7 +48,7 @@ class RunFolder:
 
 
 def new_run(project: str | Path, name: str) -> RunFolder:
-    """A folder that did not exist: `project/name`, else `project/name-2`, `-3`, …"""
+    """Make a new folder: `project/name`, or `project/name-2`, `-3`, … if that exists."""
     number = 1
     while True:
         path = Path(project) / (name if number == 1 else f"{name}-{number}")
@@ -79,7 +77,7 @@ def find_run(project: str | Path, name: str | None = None) -> RunFolder:
     candidates = [run for run in candidates if run.state.is_file()]
     if not candidates:
         where = project / name if name else project
-        raise UserError(f"nothing to resume in {where}: no weights/state.pt")
+        raise UserError(f"{where}: nothing to resume, no weights/state.pt")
     return max(candidates, key=lambda run: run.state.stat().st_mtime)
 
 
@@ -88,7 +86,11 @@ def save_state(path: Path, state: dict[str, Any]) -> None:
 
 
 def load_state(path: Path) -> dict[str, Any]:
-    """Read a state without executing anything from the file."""
+    """Read a state without executing code from the file.
+
+    Raises:
+        CheckpointError: the file is damaged, or not a state.
+    """
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many types for damaged files
@@ -98,8 +100,8 @@ def load_state(path: Path) -> dict[str, Any]:
     return state
 
 
-def write_results(path: Path, rows: list[dict[str, Any]]) -> None:
-    """results.csv, whole: a resumed run rewrites it from its state, so no epoch stands in it twice."""
+def write_results(path: Path, rows: list[dict[str, float]]) -> None:
+    """Write all of results.csv: a resumed run rewrites it from its state, so that no epoch appears twice."""
     if not rows:
         return
     columns = list(dict.fromkeys(key for row in rows for key in row))
@@ -108,34 +110,3 @@ def write_results(path: Path, rows: list[dict[str, Any]]) -> None:
     writer.writeheader()
     writer.writerows({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
     atomic_write(path, buffer.getvalue())
-
-
-class EventLog:
-    """TensorBoard events, where tensorboard is installed; otherwise one line says what is missing."""
-
-    def __init__(self, folder: Path, enabled: bool, purge_step: int | None = None) -> None:
-        self._writer: Any = None
-        if not enabled:
-            return
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            log.info("TensorBoard events are off: `pip install tensorboard` brings them")
-            return
-        self._writer = SummaryWriter(str(folder), purge_step=purge_step)
-
-    def scalars(self, row: dict[str, Any], step: int) -> None:
-        if self._writer is not None:
-            for key, value in row.items():
-                if key != "epoch" and isinstance(value, int | float):
-                    self._writer.add_scalar(key, value, step)
-            self._writer.flush()
-
-    def image(self, tag: str, image: Any, step: int) -> None:
-        """`image`: uint8 [H, W, 3] RGB."""
-        if self._writer is not None:
-            self._writer.add_image(tag, image, step, dataformats="HWC")
-
-    def close(self) -> None:
-        if self._writer is not None:
-            self._writer.close()

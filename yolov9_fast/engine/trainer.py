@@ -1,108 +1,116 @@
-"""The one trainer: any graph, with or without PGI's auxiliary branch; the head decides the loss.
+"""The training loop: any graph, with or without PGI's auxiliary branch.
 
-The published recipe (paper, appendix table 1): SGD in three groups, warm-up, linear learning rate, accumulation to 64
-images, gradient norm at most 10, EMA, mosaic closed for the last epochs.
+The published recipe (paper, appendix table 1): SGD in three groups, warm-up, linear learning rate, steps over the
+gradients of 64 images, gradient norm at most 10, moving average of the weights, no mosaic in the last epochs.
 """
 
 from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import logging
-import os
 import random
-import time
-from collections.abc import Mapping
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from yolov9_fast._lazy import require
-from yolov9_fast.data import DetectionDataset, create_loader, load_data_config, load_split
-from yolov9_fast.engine import report
-from yolov9_fast.engine.config import TrainConfig, read_config, write_config
-from yolov9_fast.engine.distributed import World, join_world, leave_world
+from yolov9_fast.engine.callbacks import BatchResult, Callback, CallbackList, EpochResult
+from yolov9_fast.engine.clock import PhaseClock
+from yolov9_fast.engine.config import TrainConfig, read_config
+from yolov9_fast.engine.device import resolve_amp, round_image_size, to_channels_last
+from yolov9_fast.engine.distributed import ProcessGroup, join_process_group, leave_process_group
 from yolov9_fast.engine.ema import ModelEMA
-from yolov9_fast.engine.interrupts import NotedInterrupt
-from yolov9_fast.engine.optimizer import Schedule, accumulation, build_optimizer, lr_factor
-from yolov9_fast.engine.run_files import EventLog, RunFolder, find_run, load_state, new_run, save_state, write_results
-from yolov9_fast.engine.start_weights import build_model
+from yolov9_fast.engine.initial_weights import build_model
+from yolov9_fast.engine.interrupts import InterruptMonitor
+from yolov9_fast.engine.optimizer import Schedule, build_optimizer
+from yolov9_fast.engine.report import loss_text, validation_columns
+from yolov9_fast.engine.run_callbacks import run_callbacks
+from yolov9_fast.engine.run_files import RunFolder, find_run, load_state, new_run
+from yolov9_fast.engine.step import PHASES, TrainStep
+from yolov9_fast.engine.training_data import open_training_data
 from yolov9_fast.engine.training_state import TrainingState
-from yolov9_fast.engine.validator import ValidationResult, autocast, open_evaluation_set, prepare_images, validate
+from yolov9_fast.engine.validator import ValidationResult, validate
 from yolov9_fast.errors import CheckpointError, UserError
 from yolov9_fast.losses import DetectionLoss, parse_terms
-from yolov9_fast.models import load_checkpoint, save_weights
+from yolov9_fast.models import DetectionModel, load_checkpoint
+from yolov9_fast.models.model import MAX_STRIDE
 from yolov9_fast.nn.sync_batch_norm import convert_sync_batch_norm
 
 log = logging.getLogger(__name__)
-STRIDE = 32
-CALIBRATION_IMAGES = 64
-PHASES = ("data", "forward", "loss", "backward", "step")
 
 
 class TrainingDivergedError(UserError):
-    """Not one finite optimiser step in a whole epoch."""
-
-
-def default_workers(world_size: int, batch: int) -> int:
-    """Loader processes: the cores left beside the training process, at most 8 and no more than a batch has images."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
-    return min(max(cores // world_size - 1, 0), batch, 8)
-
-
-def resolve_amp(mode: str, device: torch.device) -> str:
-    """The precision that `auto` means on this device: bf16 on a GPU that has it, else off."""
-    if mode != "auto":
-        return mode
-    return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "off"
+    """An epoch without one finite optimiser step."""
 
 
 class Trainer:
     """One training run.
 
-    `Trainer(config).run()` trains from the start; `Trainer.resume(project, name).run()` goes on after the last finished
-    epoch, and ends as the uninterrupted run would have.
+    `Trainer(config).run()` trains from the start. `Trainer.resume(project, name).run()` continues after the last
+    finished epoch, and ends with the weights of an uninterrupted run.
 
     Args:
         config: the run's options.
-        world: this process among all (None: from the environment that `torchrun` sets).
-        run: the folder of a run that goes on (None: a new one).
+        callbacks: called at the run's events, after its own ones (`engine.callbacks`).
+        process_group: of this process (None: from the environment that `torchrun` sets).
+        run: the folder of a run to resume (None: make a new one).
+
+    Raises:
+        UserError: options, data, weights or device that cannot be used.
     """
 
-    def __init__(self, config: TrainConfig, *, world: World | None = None, run: RunFolder | None = None) -> None:
-        config.check()
-        self.config = config
-        self.world = world or join_world(config.device)
-        self._resuming = run is not None
-        self._save_error: UserError | None = None
-        self._interrupt = NotedInterrupt()
-        if config.imgsz % STRIDE:
-            rounded = -(-config.imgsz // STRIDE) * STRIDE
-            self._say(f"image size {config.imgsz} is not a multiple of {STRIDE}: training at {rounded}")
-            config.imgsz = rounded
-        if config.batch % self.world.size:
-            raise UserError(f"batch {config.batch} does not divide over {self.world.size} processes")
-        self.amp = resolve_amp(config.amp, self.world.device)
+    def __init__(
+        self,
+        config: TrainConfig,
+        *,
+        callbacks: Sequence[Callback] = (),
+        process_group: ProcessGroup | None = None,
+        run: RunFolder | None = None,
+    ) -> None:
+        config.require_data()
+        self.process_group = group = process_group or join_process_group(config.device)
+        if config.batch % group.size:
+            raise UserError(f"batch: expected a multiple of the {group.size} processes, got {config.batch}")
+        config = dataclasses.replace(config, imgsz=round_image_size(config.imgsz))
         random.seed(config.seed)
         np.random.seed(config.seed)
         torch.manual_seed(config.seed)
-        self.data = load_data_config(config.data)
-        self._open_data()
-        self._build()
-        path = run.path if run else new_run(config.project, config.name).path if self.world.is_main else None
-        self.run_folder = RunFolder(Path(self.world.broadcast_object(path)))
+        self.resumed = run is not None
+        self.amp = resolve_amp(config.amp, group.device)
+        self.training_data = open_training_data(config, group)
+        self.loader = self.training_data.loader
+        model, self.config = build_model(config, self.training_data.config, self.loader, load=not self.resumed)
+        self._build_step(model)
+        path = run.path if run else new_run(config.project, config.name).path if group.is_main else None
+        self.run_folder = RunFolder(Path(group.broadcast_object(path)))
+        own = run_callbacks(self.config)
+        self.callbacks = CallbackList([c for c in (*own, *callbacks) if group.is_main or c.every_process])
+        self._interrupts = InterruptMonitor()
+        self._stop = False
 
     @classmethod
     def resume(
-        cls, project: str | Path, name: str | None = None, *, device: str | None = None, workers: int | None = None
+        cls,
+        project: str | Path,
+        name: str | None = None,
+        *,
+        device: str | None = None,
+        workers: int | None = None,
+        callbacks: Sequence[Callback] = (),
     ) -> Trainer:
-        """Go on with a run after its last finished epoch; device and workers may differ, everything else is as it was.
+        """Continue a run after its last finished epoch; only device, workers and callbacks may differ.
+
+        Args:
+            project: the folder of runs.
+            name: the run; None: the newest.
 
         Raises:
-            UserError: no run with a state is there, or it has finished.
+            UserError: there is no run with a state, or it has finished.
             CheckpointError: its state is damaged.
         """
         run = find_run(project, name)
@@ -110,76 +118,32 @@ class Trainer:
         config = read_config(run.config)
         if saved["epoch"] + 1 >= config.epochs:
             raise UserError(f"{run.path} has finished its {config.epochs} epochs; nothing to resume")
-        config.device = device if device is not None else config.device
-        config.workers = workers if workers is not None else config.workers
-        trainer = cls(config, run=run)
+        config = dataclasses.replace(
+            config,
+            device=config.device if device is None else device,
+            workers=config.workers if workers is None else workers,
+        )
+        trainer = cls(config, callbacks=callbacks, run=run)
         try:
             trainer.state.restore(saved)
         except (RuntimeError, ValueError, KeyError) as error:
             raise CheckpointError(f"{run.state} does not belong to this run: {error}") from error
-        trainer._say(f"resuming {run.path}: {saved['epoch'] + 1} of {config.epochs} epochs are done")
+        log.info(f"resuming {run.path}: {saved['epoch'] + 1} of {config.epochs} epochs are done")
         return trainer
 
-    # Set-up -----------------------------------------------------------------------------------------------------------
-
-    def _say(self, text: str) -> None:
-        if self.world.is_main:
-            log.info(text)
-
-    def _open_data(self) -> None:
-        config, world = self.config, self.world
-        workers = default_workers(world.size, config.batch) if config.workers is None else config.workers
-        if not world.is_main:
-            world.barrier()  # Rank 0 checks the labels once; the others then find its result.
-        records, labels = load_split(self.data, "train", for_training=True)
-        local_batch = config.batch // world.size
-        self.evaluation = open_evaluation_set(
-            self.data,
-            "val",
-            image_size=config.imgsz,
-            batch_size=2 * local_batch,
-            workers=workers,
-            rect=config.rect,
-            cache=config.cache,
-            world=world,
-        )
-        if world.is_main:
-            world.barrier()
-        self._say(f"train: {labels.summary()}")
-        self._say(f"val: {self.evaluation.report.summary()}")
-        self.dataset = DetectionDataset(
-            records,
-            image_size=config.imgsz,
-            augment=config.augment,
-            cache=config.cache,
-            seed=config.seed,
-            augmentations=[path for path in config.augmentations.split(",") if path],
-        )
-        self.labels = np.concatenate([r.boxes for r in records]) if records else np.zeros((0, 5), np.float32)
-        self.loader = create_loader(
-            self.dataset,
-            batch_size=local_batch,
-            workers=workers,
-            shuffle=True,
-            seed=config.seed,
-            rank=world.rank,
-            world_size=world.size,
-        )
-
-    def _build(self) -> None:
-        config, world = self.config, self.world
-        model = build_model(config, self.data, self._calibration_images, announce=self._say, load=not self._resuming)
-        model.to(world.device)
+    def _build_step(self, model: DetectionModel) -> None:
+        config, group = self.config, self.process_group
+        model.to(group.device)
         if config.channels_last:
-            nn.Module.to(model, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        if world.is_distributed:
-            world.broadcast_state(model)
+            to_channels_last(model)
+        if group.is_distributed:
+            group.broadcast_state(model)
             if config.sync_bn:
                 convert_sync_batch_norm(model)
         self._frozen = list(model.model)[: config.freeze]
         for layer in self._frozen:
             layer.requires_grad_(False)
-        self.schedule = self._make_schedule()
+        self.schedule = Schedule.from_config(config, len(self.loader))
         optimizer = build_optimizer(
             model,
             config.optimizer,
@@ -187,32 +151,10 @@ class Trainer:
             momentum=config.momentum,
             weight_decay=config.weight_decay * config.batch * self.schedule.accumulate / config.nominal_batch,
         )
-        scaler = torch.amp.GradScaler(world.device.type, enabled=self.amp == "fp16")
-        self.model = model
+        scaler = torch.amp.GradScaler(group.device.type, enabled=self.amp == "fp16")
         self.state = TrainingState(model, ModelEMA(model, config.ema_decay), optimizer, scaler)
-        self.criterion = self._make_loss()
-        self.network: nn.Module = model
-        if world.is_distributed:
-            devices = [world.device.index] if world.device.type == "cuda" else None
-            self.network = nn.parallel.DistributedDataParallel(model, device_ids=devices)
-
-    def _make_schedule(self) -> Schedule:
-        config = self.config
-        warmup = max(round(config.warmup_epochs * len(self.loader)), 100) if config.warmup_epochs > 0 else 0
-        return Schedule(
-            base_lr=config.lr0,
-            momentum=config.momentum,
-            factor=lr_factor(config.schedule, config.epochs, config.lrf),
-            warmup_iterations=warmup,
-            warmup_bias_lr=config.warmup_bias_lr,
-            warmup_momentum=config.warmup_momentum,
-            accumulate=accumulation(config.batch, config.nominal_batch),
-        )
-
-    def _make_loss(self) -> DetectionLoss:
-        config = self.config
-        return DetectionLoss(
-            self.data.num_classes,
+        self.criterion = DetectionLoss(
+            model.num_classes,
             lead_head_guided=config.lead_head_guided,
             auxiliary_weight=config.auxiliary_weight,
             box_gain=config.box,
@@ -223,272 +165,191 @@ class Trainer:
             focal_gamma=config.fl_gamma,
             terms=parse_terms(config.loss_terms),
         )
-
-    def _calibration_images(self) -> list[Tensor]:
-        """A few training batches, as the network will see them (for weights that come without BatchNorm)."""
-        self.loader.set_epoch(0, mosaic=True)
-        images: list[Tensor] = []
-        for batch in self.loader:
-            images.append(batch.images.float().div_(255))
-            if sum(map(len, images)) >= CALIBRATION_IMAGES:
-                break
-        return images
-
-    # Training ---------------------------------------------------------------------------------------------------------
-
-    def run(self) -> ValidationResult | None:
-        """Train to the last epoch (or until patience ends) and evaluate the best weights; rank 0 gets their result."""
-        config, folder, main = self.config, self.run_folder, self.world.is_main
-        start = self.state.epoch + 1
-        self.events = EventLog(folder.path, config.tensorboard and main, purge_step=start if self._resuming else None)
-        if main:
-            write_config(config, folder.config)
-        if main and not self._resuming:
-            # A run killed in its first epoch can be resumed too, and a disk without room is found before any work.
-            save_state(folder.state, self.state.capture())
-            if config.plots:
-                report.write_label_plot(self.labels, self.data.names, folder)
-        self._announce()
-        try:
-            with self._interrupt:
-                for epoch in range(start, config.epochs):
-                    row = self._train_epoch(epoch)
-                    result = self._validate(epoch)
-                    if self._finish_epoch(epoch, row, result):
-                        break
-            if self._save_error is not None:
-                raise self._save_error
-            return self._evaluate_best()
-        except KeyboardInterrupt:
-            self._say(
-                f"interrupted; the last finished epoch is in {folder.weights}; go on with: yolov9-fast train --resume "
-                f"--project {folder.path.parent} --name {folder.path.name}"
-            )
-            raise
-        finally:
-            self.events.close()
-            self.loader.close()
-            self.evaluation.loader.close()
-
-    def _announce(self) -> None:
-        config = self.config
-        mosaic = max(config.epochs - config.close_mosaic, 0) if config.augment.mosaic else 0
-        self._say(
-            f"{self.model.graph_name} on {self.world.size} × {self.world.device}, {config.imgsz} px, "
-            f"batch {config.batch} (an optimiser step every {self.schedule.accumulate}), amp {self.amp}, "
-            f"{config.epochs} epochs of {len(self.loader)} batches, mosaic in the first {mosaic}; "
-            f"results in {self.run_folder.path}"
+        self.network: nn.Module = model
+        if group.is_distributed:
+            devices = [group.device.index] if group.device.type == "cuda" else None
+            self.network = nn.parallel.DistributedDataParallel(model, device_ids=devices)
+        self.step = TrainStep(
+            self.network,
+            self.state,
+            self.criterion,
+            group.device,
+            amp=self.amp,
+            clip=config.clip,
+            channels_last=config.channels_last,
+            processes=group.size,
         )
 
-    def _train_mode(self) -> None:
+    @property
+    def model(self) -> DetectionModel:
+        """The network that is trained; `state.ema.model` has the averaged weights, which are validated and saved."""
+        return self.state.model
+
+    @property
+    def class_names(self) -> dict[int, str]:
+        """Class index → name."""
+        return self.training_data.config.names
+
+    @property
+    def best_weights(self) -> Path:
+        """The weights file of the best epoch so far."""
+        return self.run_folder.best if self.run_folder.best.is_file() else self.run_folder.last
+
+    @property
+    def resume_command(self) -> str:
+        """The command that continues this run."""
+        path = self.run_folder.path
+        return f"yolov9-fast train --resume --project {path.parent} --name {path.name}"
+
+    def stop(self, reason: str) -> None:
+        """End training after this epoch (in every process); for callbacks."""
+        log.info(reason)
+        self._stop = True
+
+    def run(self) -> ValidationResult | None:
+        """Train to the last epoch, or until a callback stops the run, and evaluate the best weights.
+
+        Returns:
+            The result of the best weights on rank 0, None elsewhere.
+
+        Raises:
+            TrainingDivergedError: an epoch without one finite optimiser step.
+            UserError: the last epoch could not be saved.
+        """
+        with contextlib.ExitStack() as stack:
+            for resource in (self.training_data.evaluation.loader, self.loader, *self.callbacks):
+                stack.callback(resource.close)
+            try:
+                with self._interrupts:
+                    self.callbacks.call(Callback.on_train_start, self)
+                    for epoch in range(self.state.epoch + 1, self.config.epochs):
+                        self._run_epoch(epoch)
+                        if self.process_group.any(self._stop):
+                            break
+                self.callbacks.call(Callback.on_train_end, self)
+                return self._evaluate_best()
+            except KeyboardInterrupt:
+                log.info(f"interrupted; the last finished epoch is saved; continue with: {self.resume_command}")
+                raise
+
+    def _run_epoch(self, epoch: int) -> None:
+        state, group = self.state, self.process_group
+        row = self._train_epoch(epoch)
+        group.broadcast_state(state.ema.model)
+        title = f"epoch {epoch + 1}/{self.config.epochs} val"
+        validation = self._validate(state.ema.model, title, self.criterion)
+        state.epoch = epoch
+        # Pending gradients are each process's own until the next update; averaged, one state serves all processes.
+        group.average_gradients(state.model)
+        if group.is_main:
+            row |= validation_columns(validation)
+            row["seconds"] = sum(value for name, value in row.items() if name.startswith("seconds/"))
+        result = EpochResult(epoch, row, validation)
+        self.callbacks.call(Callback.on_validation_end, self, result)
+        if group.is_main:
+            # Callbacks may have added tensors or NumPy numbers; the state takes plain ones.
+            row.update({name: float(value) for name, value in row.items() if not isinstance(value, int)})
+            if validation.fitness > state.best_fitness:
+                state.best_fitness, state.best_epoch = validation.fitness, epoch
+            state.rows.append(row)
+        self.callbacks.call(Callback.on_epoch_end, self, result)
+
+    def _train_epoch(self, epoch: int) -> dict[str, float]:
+        """Train on every batch once; returns the training columns of results.csv."""
+        config, state, batches = self.config, self.state, len(self.loader)
+        self.loader.set_epoch(epoch, mosaic=epoch < config.epochs - config.close_mosaic)
         self.network.train()
         for layer in self._frozen:
             layer.eval()
-
-    def _rescaled(self, images: Tensor, iteration: int) -> Tensor:
-        """The batch at this iteration's size (multi-scale); the draw depends on seed and iteration alone."""
-        if not self.config.multi_scale:
-            return images
-        low, high = (max(int(self.config.imgsz * factor) // STRIDE, 1) for factor in (0.5, 1.5))
-        size = random.Random(f"{self.config.seed}-{iteration}").randint(low, high) * STRIDE
-        return nn.functional.interpolate(images, size=(size, size), mode="bilinear", align_corners=False)
-
-    def _train_epoch(self, epoch: int) -> dict[str, Any]:
-        config, device, state = self.config, self.world.device, self.state
-        self.loader.set_epoch(epoch, mosaic=epoch < config.epochs - config.close_mosaic)
-        self._train_mode()
-        names = self.criterion.names
-        totals = torch.zeros(len(names) + 1, dtype=torch.float64, device=device)
-        clock = dict.fromkeys(PHASES, 0.0)
-        steps = skipped = 0
+        self.callbacks.call(Callback.on_epoch_start, self, epoch)
+        totals = torch.zeros(len(self.criterion.names) + 1, dtype=torch.float64, device=self.process_group.device)
+        updates = skipped = 0
         title = f"epoch {epoch + 1}/{config.epochs}"
         tqdm = require("tqdm").tqdm
-        bar = tqdm(self.loader, desc=title, unit="batch", leave=False, disable=not self.world.is_main)
-        mark = time.perf_counter()
+        bar = tqdm(self.loader, desc=title, unit="batch", leave=False, disable=not self.process_group.is_main)
+        clock = PhaseClock(*PHASES)
         for index, batch in enumerate(bar):
-            self._interrupt.check()
-            iteration = epoch * len(self.loader) + index
+            self._interrupts.check()
+            iteration = epoch * batches + index
             accumulate = self.schedule.apply(state.optimizer, iteration, epoch)
-            will_step = iteration - state.last_step >= accumulate
-            images = self._rescaled(prepare_images(batch, device, channels_last=config.channels_last), iteration)
-            if epoch == 0 and index < 3 and self.world.is_main and config.plots:
-                report.write_batch_picture(batch, self.data.names, self.run_folder, index, self.events)
-            marks = [mark, time.perf_counter()]
-            quiet = self.world.is_distributed and not will_step
-            with self.network.no_sync() if quiet else contextlib.nullcontext():  # type: ignore[operator]
-                with autocast(device, self.amp):
-                    output = self.network(images)
-                marks.append(time.perf_counter())
-                loss = self.criterion(output, batch.targets, (images.shape[2], images.shape[3]))
-                marks.append(time.perf_counter())
-                # Processes average their gradients; the published loss sums over the images of all of them.
-                state.scaler.scale(loss.total * self.world.size).backward()
-            marks.append(time.perf_counter())
-            if will_step:
-                taken = self._step()
-                steps, skipped = steps + 1, skipped + (not taken)
-                state.last_step = iteration
-            items = loss.items.double()
-            totals += torch.where(torch.isfinite(items).all(), torch.cat((items, items.new_ones(1))), 0.0)
-            mark = time.perf_counter()
-            for name, began, ended in zip(PHASES, marks, [*marks[1:], mark], strict=True):
-                clock[name] += ended - began
-            if not bar.disable and (index % 10 == 0 or index == len(self.loader) - 1):
-                means = (totals[:-1] / totals[-1].clamp_min(1)).tolist()
-                bar.set_postfix_str(_loss_text(dict(zip(names, means, strict=True))), refresh=False)
-        state.skipped_steps += skipped
-        # fp16 starts by halving its loss scale until gradients fit; only then are skipped steps the run's fault.
-        searching_scale = self.amp == "fp16" and state.scaler.get_scale() >= 1
-        if steps and skipped == steps and not searching_scale:
-            raise TrainingDivergedError(
-                f"epoch {epoch + 1}: not one of {steps} optimiser steps was finite; lower --lr0, or use --amp off"
-            )
-        if skipped:
-            self._say(f"epoch {epoch + 1}: {skipped} of {steps} optimiser steps skipped (gradients not finite)")
-        totals = self.world.sum(totals)
-        means = (totals[:-1] / totals[-1].clamp_min(1)).tolist()
-        row: dict[str, Any] = {"epoch": epoch + 1}
-        row |= {f"train/{name}": value for name, value in zip(names, means, strict=True)}
+            update = iteration - state.last_step >= accumulate
+            size = self._image_size(iteration)
+            loss, skip = self.step(batch.images, batch.targets, size=size, update=update, clock=clock)
+            if update:
+                updates, skipped, state.last_step = updates + 1, skipped + skip, iteration
+            totals += torch.where(torch.isfinite(loss).all(), torch.cat((loss, loss.new_ones(1))), 0.0)
+            clock.end("step")
+            result = BatchResult(epoch, index, iteration, batch, loss, update, skip)
+            self.callbacks.call(Callback.on_batch_end, self, result)
+            if not bar.disable and (index % 10 == 0 or index == batches - 1):
+                bar.set_postfix_str(loss_text(self._mean_loss(totals)), refresh=False)
+        self._report_skipped(epoch, updates, skipped)
+        row: dict[str, float] = {"epoch": epoch + 1}
+        totals = self.process_group.sum(totals)
+        row |= {f"train/{name}": value for name, value in self._mean_loss(totals).items()}
         groups = zip(("bias", "weight", "bn"), state.optimizer.param_groups, strict=True)
         row |= {f"lr/{name}": group["lr"] for name, group in groups}
-        return row | {"skipped_steps": skipped} | {f"seconds/{name}": value for name, value in clock.items()}
+        return row | {"skipped_steps": skipped} | {f"seconds/{name}": value for name, value in clock.seconds.items()}
 
-    def _step(self) -> bool:
-        """One optimiser step; False where the gradients are not finite and it was skipped."""
-        state = self.state
-        state.scaler.unscale_(state.optimizer)
-        parameters = [p for p in self.model.parameters() if p.grad is not None]
-        norm = nn.utils.clip_grad_norm_(parameters, self.config.clip if self.config.clip > 0 else float("inf"))
-        finite = bool(torch.isfinite(norm))
-        if finite:
-            state.scaler.step(state.optimizer)
-        state.scaler.update()
-        state.optimizer.zero_grad(set_to_none=True)
-        if finite:
-            state.ema.update(self.model)
-        else:
-            self._mend_buffers()
-        return finite
+    def _mean_loss(self, totals: Tensor) -> dict[str, float]:
+        """`totals`: the sum of each loss term over batches, then the number of batches."""
+        return dict(zip(self.criterion.names, (totals[:-1] / totals[-1].clamp_min(1)).tolist(), strict=True))
 
-    @torch.no_grad()
-    def _mend_buffers(self) -> None:
-        """A forward pass with non-finite values has spoilt running statistics for good: take the average's instead."""
-        averaged = dict(self.state.ema.model.named_buffers())
-        for name, buffer in self.model.named_buffers():
-            if buffer.is_floating_point() and not bool(torch.isfinite(buffer).all()):
-                buffer.copy_(averaged[name])
+    def _image_size(self, iteration: int) -> int | None:
+        """Multi-scale training: a size that depends on seed and iteration only, 0.5 to 1.5 times `imgsz`."""
+        if not self.config.multi_scale:
+            return None
+        low, high = (max(int(self.config.imgsz * factor) // MAX_STRIDE, 1) for factor in (0.5, 1.5))
+        return random.Random(f"{self.config.seed}-{iteration}").randint(low, high) * MAX_STRIDE
 
-    # After an epoch ---------------------------------------------------------------------------------------------------
-
-    def _validate(self, epoch: int) -> ValidationResult:
-        config = self.config
-        if self.world.is_distributed:
-            self.world.broadcast_state(self.state.ema.model)
-        return validate(
-            self.state.ema.model,
-            self.evaluation,
-            conf=config.conf,
-            iou=config.iou,
-            max_det=config.max_det,
-            amp=self.amp,
-            criterion=self.criterion,
-            world=self.world,
-            channels_last=config.channels_last,
-            title=f"epoch {epoch + 1}/{config.epochs} val",
-        )
-
-    def _finish_epoch(self, epoch: int, row: dict[str, Any], result: ValidationResult) -> bool:
-        """Record, save and report an epoch; True where training should stop."""
-        state, patience = self.state, self.config.patience
-        state.epoch = epoch
-        # Until the next step pending gradients are each process's own; averaged now, one state holds for all of them.
-        self.world.average_gradients(self.model)
-        stop = False
-        if self.world.is_main:
-            assert result.metrics is not None
-            assert result.loss is not None
-            metrics = result.metrics
-            row |= {f"val/{name}": value for name, value in result.loss.items()}
-            for name in ("ap", "ap50", "ap75", "precision", "recall"):
-                row[f"metrics/{name}"] = getattr(metrics, name)
-            sizes = {f"metrics/ap_{size}": getattr(metrics, f"ap_{size}") for size in ("small", "medium", "large")}
-            row |= {name: value for name, value in sizes.items() if not np.isnan(value)}
-            row["seconds/val"] = sum(result.seconds.values())
-            row["seconds"] = sum(v for k, v in row.items() if k.startswith("seconds/"))
-            fitness = float(np.nan_to_num(0.1 * metrics.ap50 + 0.9 * metrics.ap))
-            if fitness > state.best_fitness:
-                state.best_fitness, state.best_epoch = fitness, epoch
-            state.rows.append(row)
-            self._save(fitness)
-            self.events.scalars(row, epoch + 1)
-            self._say(
-                f"epoch {epoch + 1}/{self.config.epochs}: "
-                f"train {_loss_text({name: row[f'train/{name}'] for name in result.loss})} | "
-                f"val {_loss_text(result.loss)} | AP {metrics.ap:.4f} AP50 {metrics.ap50:.4f} | "
-                f"{row['seconds']:.1f} s"
+    def _report_skipped(self, epoch: int, updates: int, skipped: int) -> None:
+        self.state.skipped_steps += skipped
+        # fp16 begins by halving its loss scale until the gradients fit; such skipped steps do not count as divergence.
+        searching_scale = self.amp == "fp16" and self.state.scaler.get_scale() >= 1
+        if updates and skipped == updates and not searching_scale:
+            raise TrainingDivergedError(
+                f"epoch {epoch + 1}: not one of {updates} optimiser steps was finite; lower --lr0, or use --amp off"
             )
-            stop = bool(patience) and epoch - state.best_epoch >= patience
-            if stop:
-                self._say(f"no improvement for {patience} epochs: stopped; best was epoch {state.best_epoch + 1}")
-        return self.world.any(stop)
+        if skipped:
+            log.info(f"epoch {epoch + 1}: {skipped} of {updates} optimiser steps skipped (gradients not finite)")
 
-    def _save(self, fitness: float) -> None:
-        """Weights and state after an epoch; a full disk is reported and leaves the previous files as they were."""
-        state, folder, period = self.state, self.run_folder, self.config.save_period
-        model, number = state.ema.model, state.epoch + 1
-        metadata = {"epoch": number, "fitness": fitness, "image_size": self.config.imgsz}
-        try:
-            save_weights(model, folder.last, metadata=metadata)
-            if state.best_epoch == state.epoch:
-                save_weights(model, folder.best, metadata=metadata)
-            if period and number % period == 0:
-                save_weights(model, folder.weights / f"epoch{number}.safetensors", metadata=metadata)
-            write_results(folder.results, state.rows)
-            save_state(folder.state, state.capture())
-            self._save_error = None
-        except UserError as error:
-            log.error("epoch %d was not saved: %s; training goes on", number, error)
-            self._save_error = error
+    def _validate(self, model: DetectionModel, title: str, criterion: DetectionLoss | None = None) -> ValidationResult:
+        return validate(
+            model,
+            self.training_data.evaluation,
+            conf=self.config.conf,
+            iou=self.config.iou,
+            max_det=self.config.max_det,
+            amp=self.amp,
+            criterion=criterion,
+            process_group=self.process_group,
+            channels_last=self.config.channels_last,
+            title=title,
+        )
 
     def _evaluate_best(self) -> ValidationResult | None:
-        """Evaluate the best weights once more, and write tables and plots."""
-        config, folder = self.config, self.run_folder
-        self.world.barrier()
-        source = folder.best if folder.best.is_file() else folder.last
+        group = self.process_group
+        group.barrier()
         model = copy.deepcopy(self.state.ema.model)
-        if self.world.is_main:
-            model.load_state_dict(load_checkpoint(source).state_dict())
-        self.world.broadcast_state(model)
-        result = validate(
-            model,
-            self.evaluation,
-            conf=config.conf,
-            iou=config.iou,
-            max_det=config.max_det,
-            amp=self.amp,
-            world=self.world,
-            channels_last=config.channels_last,
-            title="best weights",
-        )
-        if not self.world.is_main:
-            return None
-        assert result.metrics is not None
-        report.save_evaluation(result, self.data.names, folder.path, plots=config.plots)
-        if config.plots:
-            report.write_results_plot(folder)
-        self._say(f"best weights (epoch {self.state.best_epoch + 1}): {source}\n{result.metrics.table()}")
-        if self.state.skipped_steps:
-            self._say(f"{self.state.skipped_steps} optimiser steps were skipped in all (gradients not finite)")
-        return result
+        if group.is_main:
+            model.load_state_dict(load_checkpoint(self.best_weights).state_dict())
+        group.broadcast_state(model)
+        result = self._validate(model, "best weights")
+        self.callbacks.call(Callback.on_evaluation_end, self, result)
+        return result if group.is_main else None
 
 
-def _loss_text(losses: Mapping[str, float]) -> str:
-    return " ".join(f"{name} {value:.3f}" for name, value in losses.items())
+def train(config: TrainConfig, *, callbacks: Sequence[Callback] = ()) -> ValidationResult | None:
+    """Train from the start; the result of the best weights on rank 0, None elsewhere.
 
+    Args:
+        config: the run's options.
+        callbacks: called at the run's events.
 
-def train(config: TrainConfig) -> ValidationResult | None:
-    """Train from the start; the result of the best weights on rank 0."""
+    Raises:
+        UserError: as `Trainer` and `Trainer.run`.
+    """
     try:
-        return Trainer(config).run()
+        return Trainer(config, callbacks=callbacks).run()
     finally:
-        leave_world()
+        leave_process_group()

@@ -31,7 +31,7 @@ class TrainingState:
     best_fitness: float = -1.0
     best_epoch: int = -1
     skipped_steps: int = 0
-    rows: list[dict[str, Any]] = field(default_factory=list)
+    rows: list[dict[str, float]] = field(default_factory=list)
 
     _COUNTERS = ("epoch", "last_step", "best_fitness", "best_epoch", "skipped_steps")
 

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from yolov9_fast._lazy import require
 from yolov9_fast.data import (
-    Batch,
     DataConfig,
     DetectionDataset,
     DetectionLoader,
@@ -26,7 +23,9 @@ from yolov9_fast.data import (
     load_split,
     scale_boxes_to_original,
 )
-from yolov9_fast.engine.distributed import World
+from yolov9_fast.engine.clock import PhaseClock
+from yolov9_fast.engine.device import autocast, prepare_images
+from yolov9_fast.engine.distributed import ProcessGroup
 from yolov9_fast.errors import UserError
 from yolov9_fast.losses import DetectionLoss
 from yolov9_fast.metrics import CocoMetrics, ConfusionMatrix, detections_to_coco, evaluate_coco
@@ -50,7 +49,16 @@ class EvaluationSet:
 
 @dataclass
 class ValidationResult:
-    """What an evaluation found; on other ranks than 0 only `loss` means anything."""
+    """What an evaluation measured.
+
+    Attributes:
+        metrics: COCO metrics; None on other ranks than 0.
+        loss: term → loss of the main branch, the mean over all images; None without a criterion.
+        detections: COCO results of all images on rank 0, of this process's share elsewhere.
+        confusion: of all images on rank 0, of this process's share elsewhere.
+        images: number of images in the split.
+        seconds: phase → seconds.
+    """
 
     metrics: CocoMetrics | None
     loss: dict[str, float] | None
@@ -58,6 +66,12 @@ class ValidationResult:
     confusion: ConfusionMatrix
     images: int
     seconds: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def fitness(self) -> float:
+        """0.1 · AP50 + 0.9 · AP, by which the best epoch is chosen; 0 without objects."""
+        assert self.metrics is not None
+        return float(np.nan_to_num(0.1 * self.metrics.ap50 + 0.9 * self.metrics.ap))
 
 
 def open_evaluation_set(
@@ -69,7 +83,7 @@ def open_evaluation_set(
     workers: int = 0,
     rect: bool = True,
     cache: Literal["ram", "disk"] | None = None,
-    world: World | None = None,
+    process_group: ProcessGroup | None = None,
 ) -> EvaluationSet:
     """Read a split's images and labels and make its loader.
 
@@ -85,27 +99,11 @@ def open_evaluation_set(
         batch_size=batch_size,
         cache=cache,
     )
-    rank, size = (world.rank, world.size) if world else (0, 1)
+    rank, size = (process_group.rank, process_group.size) if process_group else (0, 1)
     loader = create_loader(dataset, batch_size=batch_size, workers=workers, shuffle=False, rank=rank, world_size=size)
     return EvaluationSet(
         split, data.names, records, report, coco_ground_truth(data, split, records), category_ids(data, split), loader
     )
-
-
-def prepare_images(batch: Batch, device: torch.device, *, channels_last: bool = False) -> Tensor:
-    """The batch's images on `device`, float32 in [0, 1]."""
-    images = batch.images.to(device, non_blocking=True)
-    if channels_last:
-        images = images.contiguous(memory_format=torch.channels_last)
-    return images.float().div_(255)
-
-
-def autocast(device: torch.device, amp: str) -> contextlib.AbstractContextManager[Any]:
-    """Autocast for `amp` ∈ off, bf16, fp16."""
-    dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16}
-    if amp == "off":
-        return contextlib.nullcontext()
-    return torch.autocast(device.type, dtype=dtypes[amp])
 
 
 @contextlib.contextmanager
@@ -136,7 +134,7 @@ def validate(
     max_det: int = 300,
     amp: str = "off",
     criterion: DetectionLoss | None = None,
-    world: World | None = None,
+    process_group: ProcessGroup | None = None,
     channels_last: bool = False,
     progress: bool = True,
     title: str = "val",
@@ -146,28 +144,27 @@ def validate(
     Every process evaluates its share of the images; rank 0 gathers and computes the metrics.
 
     Args:
-        model: in any mode; only its main branch is computed.
+        model: in either mode, which it keeps; only its main branch is computed.
         conf, iou, max_det: of NMS.
         amp: off, bf16 or fp16.
         criterion: also compute the main branch's loss: each of its terms by name, weighted by images.
     """
     device = next(model.parameters()).device
-    world = world or World(0, 1, device)
+    process_group = process_group or ProcessGroup(0, 1, device)
     if model.num_classes != len(evaluation.names):
-        raise UserError(f"the model has {model.num_classes} classes, the data has {len(evaluation.names)}")
+        raise UserError(f"model: expected {len(evaluation.names)} classes as the data has, got {model.num_classes}")
     detections: list[dict[str, Any]] = []
     confusion = ConfusionMatrix(model.num_classes)
     names = () if criterion is None else criterion.names
     losses = torch.zeros(len(names) + 1, dtype=torch.float64, device=device)
-    clock = {"data": 0.0, "forward": 0.0, "nms": 0.0, "metrics": 0.0}
     tqdm = require("tqdm").tqdm
-    bar = tqdm(evaluation.loader, desc=title, unit="batch", leave=False, disable=not (progress and world.is_main))
+    show_progress = progress and process_group.is_main
+    bar = tqdm(evaluation.loader, desc=title, unit="batch", leave=False, disable=not show_progress)
+    clock = PhaseClock("data", "forward", "nms", "metrics")
     with _evaluating(model):
-        mark = time.perf_counter()
         for batch in bar:
-            started = time.perf_counter()
-            clock["data"] += started - mark
-            images = prepare_images(batch, device, channels_last=channels_last)
+            clock.end("data")
+            images = prepare_images(batch.images, device, channels_last=channels_last)
             with autocast(device, amp):
                 maps = [m.float() for m in model.raw(images, auxiliary=False).main]
             if criterion is not None:
@@ -175,8 +172,7 @@ def validate(
                 loss = criterion.evaluate(DetectionOutput(maps), batch.targets.to(device), size)
                 losses += torch.cat((loss.items.double() * len(images), losses.new_tensor([len(images)])))
             prediction = model.decode(maps)
-            forwarded = time.perf_counter()
-            clock["forward"] += forwarded - started
+            clock.end("forward")
             found = nms(prediction, conf=conf, iou=iou, max_det=max_det)
             for position, (rows, count) in enumerate(zip(found.boxes.cpu(), found.count.tolist(), strict=True)):
                 record = evaluation.records[batch.indices[position]]
@@ -187,22 +183,20 @@ def validate(
                 detections.extend(detections_to_coco(rows.numpy(), record.image_id, evaluation.categories))
                 confusion.update(rows, torch.from_numpy(_labels_in_pixels(record)).float())
             warn_if_cut(found)
-            mark = time.perf_counter()
-            clock["nms"] += mark - forwarded
-    losses = world.sum(losses)
-    gathered = world.gather_objects((detections, confusion.matrix))
+            clock.end("nms")
+    losses = process_group.sum(losses)
+    gathered = process_group.gather_objects((detections, confusion.matrix))
     metrics = None
-    if world.is_main:
+    if process_group.is_main:
         detections = [d for part, _ in gathered for d in part]
         confusion.matrix = sum(matrix for _, matrix in gathered)  # type: ignore[assignment]
-        started = time.perf_counter()
         metrics = evaluate_coco(
             evaluation.ground_truth,
             detections,
             names=evaluation.names,
             image_ids=[record.image_id for record in evaluation.records],
         )
-        clock["metrics"] = time.perf_counter() - started
+        clock.end("metrics")
     means = (losses[:-1] / losses[-1].clamp_min(1)).tolist()
     losses_by_name = None if criterion is None else dict(zip(names, means, strict=True))
-    return ValidationResult(metrics, losses_by_name, detections, confusion, len(evaluation.records), clock)
+    return ValidationResult(metrics, losses_by_name, detections, confusion, len(evaluation.records), clock.seconds)

@@ -96,7 +96,7 @@ def _recipe(arguments: argparse.Namespace) -> TrainConfig:
     config = read_config(Path(arguments.config)) if arguments.config else TrainConfig()
     given = {name: getattr(arguments, name) for name in _RECIPE if getattr(arguments, name) is not None}
     config = dataclasses.replace(config, plots=False, tensorboard=False, patience=0, **given)
-    config.check()
+    config.require_data()
     return config
 
 

@@ -159,7 +159,7 @@ def trained(network: str, data: Path, arguments: argparse.Namespace, size: int, 
         plots=False,
         tensorboard=False,
     )
-    config.name = f"{network}_seed{seed}_{_digest(config)}"
+    config = dataclasses.replace(config, name=f"{network}_seed{seed}_{_digest(config)}")
     for folder in sorted(Path(arguments.project).glob(f"{config.name}*")):
         run = RunFolder(folder)
         if not run.state.is_file():

@@ -1,0 +1,105 @@
+"""Where a network computes and in which precision: devices, autocast, image preparation, loader processes."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from yolov9_fast.errors import UserError
+from yolov9_fast.models import DetectionModel, fuse
+from yolov9_fast.models.model import MAX_STRIDE
+
+log = logging.getLogger(__name__)
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+_Module = TypeVar("_Module", bound=nn.Module)
+
+
+def parse_device(device: str | None, local_rank: int = 0) -> torch.device:
+    """`cpu`, a CUDA index as `0`, a list `0,1` (one process each), or None for a GPU if there is one.
+
+    Raises:
+        UserError: a device that this machine does not have.
+    """
+    if device in (None, "", "auto"):
+        device = str(local_rank) if torch.cuda.is_available() else "cpu"
+    assert device is not None
+    if device == "cpu":
+        return torch.device("cpu")
+    numbers = device_numbers(device)
+    if not numbers or not all(part.isdigit() for part in numbers):
+        raise UserError(f"device: expected cpu, or CUDA indices such as 0 or 0,1, got {device!r}")
+    if not torch.cuda.is_available():
+        raise UserError(f"device: expected cpu because this PyTorch sees no CUDA GPU, got {device!r}; use --device cpu")
+    index = int(numbers[local_rank] if len(numbers) > 1 else numbers[0])
+    if len(numbers) == 1 and local_rank:
+        index = local_rank
+    if index >= torch.cuda.device_count():
+        raise UserError(f"device: expected a CUDA index below {torch.cuda.device_count()}, got {index}")
+    return torch.device("cuda", index)
+
+
+def device_numbers(device: str | None) -> list[str]:
+    """The parts of `0,1` or `cuda:0,1`."""
+    return [part for part in (device or "").removeprefix("cuda:").split(",") if part]
+
+
+def single_device(device: str | None) -> torch.device:
+    """The device of a command that runs in one process; raises `UserError` for a list or a missing device."""
+    if device and "," in device:
+        raise UserError(f"device: expected one device (this command runs in one process), got {device!r}")
+    return parse_device(device)
+
+
+def default_workers(processes: int, batch: int) -> int:
+    """Loader processes of each training process: the cores left over, at most 8, and at most one per image."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+    return min(max(cores // processes - 1, 0), batch, 8)
+
+
+def resolve_amp(amp: str, device: torch.device) -> str:
+    """`amp` with `auto` resolved: bf16 on a GPU that supports it, else off."""
+    if amp != "auto":
+        return amp
+    return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "off"
+
+
+def autocast(device: torch.device, amp: str) -> contextlib.AbstractContextManager[Any]:
+    """Autocast for an `amp` of off, bf16 or fp16."""
+    return contextlib.nullcontext() if amp == "off" else torch.autocast(device.type, dtype=_DTYPES[amp])
+
+
+def multiple_of_stride(size: int) -> int:
+    """`size` in pixels, rounded up to a multiple of the largest stride."""
+    return -(-size // MAX_STRIDE) * MAX_STRIDE
+
+
+def round_image_size(size: int) -> int:
+    """`multiple_of_stride`, with a log line if that changes `size`."""
+    rounded = multiple_of_stride(size)
+    if rounded != size:
+        log.info(f"image size {size} is not a multiple of {MAX_STRIDE}: using {rounded}")
+    return rounded
+
+
+def prepare_images(images: Tensor, device: torch.device, *, channels_last: bool = False) -> Tensor:
+    """uint8 images [B, 3, H, W] on `device` as float32 in [0, 1]."""
+    images = images.to(device, non_blocking=True)
+    if channels_last:
+        images = images.contiguous(memory_format=torch.channels_last)
+    return images.float().div_(255)
+
+
+def to_channels_last(module: _Module) -> _Module:
+    """Convert the weights of `module` to the channels_last memory format, in place."""
+    nn.Module.to(module, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return module
+
+
+def inference_model(model: DetectionModel, device: torch.device) -> DetectionModel:
+    """A fused copy of `model` in evaluation mode, on `device`, in channels_last memory format."""
+    return to_channels_last(fuse(model).to(device).eval())

@@ -1,0 +1,84 @@
+"""The network a run starts from: with random weights, or with those of a file fitted to its graph and classes."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from pathlib import Path
+
+from torch import Tensor
+
+from yolov9_fast.data import DataConfig, DetectionLoader
+from yolov9_fast.engine.config import TrainConfig
+from yolov9_fast.errors import UserError
+from yolov9_fast.models import (
+    DetectionModel,
+    calibrate_batch_norm,
+    create_model,
+    load_pretrained,
+    suggest_architecture,
+)
+
+log = logging.getLogger(__name__)
+_CALIBRATION_IMAGES = 64
+
+
+def build_model(
+    config: TrainConfig, data: DataConfig, loader: DetectionLoader, *, load: bool = True
+) -> tuple[DetectionModel, TrainConfig]:
+    """Make the run's network.
+
+    The class tower's width and the box branch's groups are read from the weights unless the options name them. Fused
+    weights get BatchNorm layers again, whose statistics are measured on training images.
+
+    Args:
+        loader: of training images; read only for fused weights.
+        load: False builds the network only (a resumed run loads its own weights, and its options have the widths).
+
+    Returns:
+        The network, and `config` with `class_tower` and `box_groups` filled in.
+
+    Raises:
+        UserError: the network cannot be built or trained, or the weights cannot be read.
+    """
+    layout = None
+    if config.weights and load:
+        if not Path(config.weights).is_file():
+            raise UserError(f"weights: expected a file, got {config.weights}")
+        layout = suggest_architecture(config.weights)
+        config = dataclasses.replace(
+            config,
+            class_tower=config.class_tower or layout.class_tower,
+            box_groups=config.box_groups or layout.box_groups,
+        )
+    try:
+        model = create_model(
+            config.model,
+            data.num_classes,
+            class_tower=config.class_tower,
+            box_groups=config.box_groups,
+            auxiliary=config.auxiliary,
+        )
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    model.head.check_trainable()
+    model.names = dict(data.names)
+    if layout is not None:
+        assert config.weights is not None
+        loaded = set(load_pretrained(model, config.weights).loaded)
+        if layout.fused:
+            images = _calibration_images(loader)
+            seen = calibrate_batch_norm(model, images, only=lambda name: f"{name}.running_mean" in loaded)
+            log.info(f"{config.weights} is fused: BatchNorm statistics measured on {seen} training images")
+    return model, dataclasses.replace(config, box_groups=model.box_groups)
+
+
+def _calibration_images(loader: DetectionLoader) -> list[Tensor]:
+    """A few training batches as the network gets them: float32 [B, 3, H, W] in [0, 1]."""
+    loader.set_epoch(0, mosaic=True)
+    images: list[Tensor] = []
+    for batch in loader:
+        images.append(batch.images.float().div_(255))
+        if sum(map(len, images)) >= _CALIBRATION_IMAGES:
+            break
+    return images

@@ -1,0 +1,182 @@
+"""The callbacks of every run: its files, TensorBoard, plots, messages and early stopping."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from yolov9_fast import viz
+from yolov9_fast._lazy import require
+from yolov9_fast.engine.callbacks import BatchResult, Callback, EpochResult
+from yolov9_fast.engine.config import TrainConfig, write_config
+from yolov9_fast.engine.report import loss_text, save_evaluation
+from yolov9_fast.engine.run_files import save_state, write_results
+from yolov9_fast.engine.validator import ValidationResult
+from yolov9_fast.errors import UserError
+from yolov9_fast.models import save_weights
+
+if TYPE_CHECKING:
+    from yolov9_fast.engine.trainer import Trainer
+
+log = logging.getLogger(__name__)
+_BATCH_PICTURES = 3
+
+
+def run_callbacks(config: TrainConfig) -> list[Callback]:
+    """What `config` asks for, in the order of the calls: an epoch is saved before it is reported."""
+    tensorboard = TensorBoard() if config.tensorboard else None
+    callbacks = [
+        SaveRun(config.save_period),
+        tensorboard,
+        Plots(tensorboard) if config.plots else None,
+        Messages(),
+        EarlyStopping(config.patience) if config.patience else None,
+    ]
+    return [callback for callback in callbacks if callback is not None]
+
+
+class SaveRun(Callback):
+    """Options, weights, `results.csv` and the state to resume from.
+
+    A full disk leaves the previous files as they were and is reported; training continues, and the run ends with the
+    error if its last epoch could not be saved.
+
+    Args:
+        period: keep the weights of every `period`-th epoch; 0: only last and best.
+    """
+
+    def __init__(self, period: int = 0) -> None:
+        self.period = period
+        self._error: UserError | None = None
+
+    def on_train_start(self, trainer: Trainer) -> None:
+        write_config(trainer.config, trainer.run_folder.config)
+        if not trainer.resumed:
+            # A run killed in its first epoch can be resumed too, and a full disk is found before any work.
+            save_state(trainer.run_folder.state, trainer.state.capture())
+
+    def on_epoch_end(self, trainer: Trainer, result: EpochResult) -> None:
+        state, folder, number = trainer.state, trainer.run_folder, result.epoch + 1
+        targets = [folder.last]
+        if state.best_epoch == result.epoch:
+            targets.append(folder.best)
+        if self.period and number % self.period == 0:
+            targets.append(folder.weights / f"epoch{number}.safetensors")
+        metadata = {"epoch": number, "fitness": result.validation.fitness, "image_size": trainer.config.imgsz}
+        try:
+            for target in targets:
+                save_weights(state.ema.model, target, metadata=metadata)
+            write_results(folder.results, state.rows)
+            save_state(folder.state, state.capture())  # Last: a state never counts an epoch whose weights are missing.
+            self._error = None
+        except UserError as error:
+            log.error("epoch %d was not saved: %s; training continues", number, error)
+            self._error = error
+
+    def on_train_end(self, trainer: Trainer) -> None:
+        if self._error is not None:
+            raise self._error
+
+    def on_evaluation_end(self, trainer: Trainer, result: ValidationResult) -> None:
+        save_evaluation(result, trainer.class_names, trainer.run_folder.path, plots=trainer.config.plots)
+
+
+class TensorBoard(Callback):
+    """A TensorBoard scalar for every number of an epoch's row; one log line if tensorboard is not installed."""
+
+    def __init__(self) -> None:
+        self._writer: Any = None
+
+    def on_train_start(self, trainer: Trainer) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            log.info("TensorBoard events are off: `pip install tensorboard` turns them on")
+            return
+        purge_step = trainer.state.epoch + 1 if trainer.resumed else None
+        self._writer = SummaryWriter(str(trainer.run_folder.path), purge_step=purge_step)
+
+    def on_epoch_end(self, trainer: Trainer, result: EpochResult) -> None:
+        if self._writer is None:
+            return
+        for key, value in result.row.items():
+            if key != "epoch":
+                self._writer.add_scalar(key, value, result.epoch + 1)
+        self._writer.flush()
+
+    def add_image(self, tag: str, image: np.ndarray) -> None:
+        """`image`: uint8 RGB [H, W, 3]."""
+        if self._writer is not None:
+            self._writer.add_image(tag, image, 0, dataformats="HWC")
+
+    def close(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
+
+
+class Plots(Callback):
+    """Label statistics, the first batches with their boxes, and the curves of `results.csv`."""
+
+    def __init__(self, tensorboard: TensorBoard | None = None) -> None:
+        self._tensorboard = tensorboard
+
+    def on_train_start(self, trainer: Trainer) -> None:
+        if not trainer.resumed:
+            viz.plot_labels(trainer.training_data.labels, trainer.class_names, trainer.run_folder.path / "labels.png")
+
+    def on_batch_end(self, trainer: Trainer, result: BatchResult) -> None:
+        if result.epoch > 0 or result.index >= _BATCH_PICTURES:
+            return
+        name = f"train_batch{result.index}"
+        picture = viz.draw_targets(result.batch.images, result.batch.targets, trainer.class_names)
+        require("cv2").imwrite(str(trainer.run_folder.path / f"{name}.jpg"), picture)
+        if self._tensorboard is not None:
+            self._tensorboard.add_image(name, np.ascontiguousarray(picture[..., ::-1]))
+
+    def on_evaluation_end(self, trainer: Trainer, result: ValidationResult) -> None:
+        viz.plot_results(trainer.run_folder.results, trainer.run_folder.path / "results.png")
+
+
+class Messages(Callback):
+    """Log lines about the run, every epoch, and the final result."""
+
+    def on_train_start(self, trainer: Trainer) -> None:
+        config = trainer.config
+        mosaic = max(config.epochs - config.close_mosaic, 0) if config.augment.mosaic else 0
+        log.info(
+            f"{trainer.model.graph_name} on {trainer.process_group.size} × {trainer.process_group.device}, "
+            f"{config.imgsz} px, batch {config.batch} (an optimiser step every {trainer.schedule.accumulate}), "
+            f"amp {trainer.amp}, {config.epochs} epochs of {len(trainer.loader)} batches, "
+            f"mosaic in the first {mosaic}; results in {trainer.run_folder.path}"
+        )
+
+    def on_epoch_end(self, trainer: Trainer, result: EpochResult) -> None:
+        row, losses = result.row, result.validation.loss
+        assert losses is not None
+        log.info(
+            f"epoch {result.epoch + 1}/{trainer.config.epochs}: "
+            f"train {loss_text({name: row[f'train/{name}'] for name in losses})} | "
+            f"val {loss_text(losses)} | "
+            f"AP {row['metrics/ap']:.4f} AP50 {row['metrics/ap50']:.4f} | {row['seconds']:.1f} s"
+        )
+
+    def on_evaluation_end(self, trainer: Trainer, result: ValidationResult) -> None:
+        assert result.metrics is not None
+        state = trainer.state
+        log.info(f"best weights (epoch {state.best_epoch + 1}): {trainer.best_weights}\n{result.metrics.table()}")
+        if state.skipped_steps:
+            log.info(f"{state.skipped_steps} optimiser steps were skipped in total (gradients not finite)")
+
+
+class EarlyStopping(Callback):
+    """Stop after `patience` epochs without a better fitness."""
+
+    def __init__(self, patience: int) -> None:
+        self.patience = patience
+
+    def on_epoch_end(self, trainer: Trainer, result: EpochResult) -> None:
+        best = trainer.state.best_epoch
+        if result.epoch - best >= self.patience:
+            trainer.stop(f"no improvement for {self.patience} epochs: stopped; best was epoch {best + 1}")

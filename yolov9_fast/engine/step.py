@@ -1,0 +1,100 @@
+"""The training step: image conversion, forward, loss, backward, clipping, optimiser, moving average."""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from yolov9_fast.engine.clock import PhaseClock
+from yolov9_fast.engine.device import autocast, prepare_images
+from yolov9_fast.engine.training_state import TrainingState
+from yolov9_fast.losses import DetectionLoss
+
+PHASES = ("data", "forward", "loss", "backward", "step")
+
+
+@dataclass
+class TrainStep:
+    """What happens to one batch; the only place that changes weights, gradients and the moving average.
+
+    Attributes:
+        network: computes the forward pass: `state.model`, or DistributedDataParallel around it.
+        state: model, moving average, optimiser and gradient scaler.
+        amp: off, bf16 or fp16.
+        clip: largest gradient norm; 0 for no clipping.
+        processes: number of data-parallel processes.
+    """
+
+    network: nn.Module
+    state: TrainingState
+    criterion: DetectionLoss
+    device: torch.device
+    amp: str = "off"
+    clip: float = 10.0
+    channels_last: bool = True
+    processes: int = 1
+
+    def __call__(
+        self, images: Tensor, targets: Tensor, *, size: int | None, update: bool, clock: PhaseClock
+    ) -> tuple[Tensor, bool]:
+        """Accumulate the gradients of a batch; with `update` also step the optimiser and the moving average.
+
+        Args:
+            images: uint8 [B, 3, H, W].
+            targets: float32 [n, 6]: image, class, cx, cy, w, h (normalised).
+            size: resize the images to this many pixels (multi-scale training); None: leave them.
+            clock: of `PHASES`; gets the times of all of them but the optimiser's.
+
+        Returns:
+            The loss terms in the order of `criterion.names`, float64 [terms]; and whether an update was skipped because
+            the gradients are not finite.
+        """
+        images = prepare_images(images, self.device, channels_last=self.channels_last)
+        if size is not None:
+            images = nn.functional.interpolate(images, size=(size, size), mode="bilinear", align_corners=False)
+        clock.end("data")
+        with self._local_gradients(not update):
+            with autocast(self.device, self.amp):
+                output = self.network(images)
+            clock.end("forward")
+            loss = self.criterion(output, targets, (images.shape[2], images.shape[3]))
+            clock.end("loss")
+            # DistributedDataParallel averages gradients; the published loss sums over the images of all processes.
+            self.state.scaler.scale(loss.total * self.processes).backward()
+        clock.end("backward")
+        skipped = update and not self.update()
+        return loss.items.double(), skipped
+
+    def update(self) -> bool:
+        """Clip, step the optimiser, update the moving average; False if skipped for gradients that are not finite."""
+        state = self.state
+        state.scaler.unscale_(state.optimizer)
+        parameters = [p for p in state.model.parameters() if p.grad is not None]
+        norm = nn.utils.clip_grad_norm_(parameters, self.clip if self.clip > 0 else float("inf"))
+        finite = bool(torch.isfinite(norm))
+        if finite:
+            state.scaler.step(state.optimizer)
+        state.scaler.update()
+        state.optimizer.zero_grad(set_to_none=True)
+        if finite:
+            state.ema.update(state.model)
+        else:
+            self._restore_buffers()
+        return finite
+
+    @torch.no_grad()
+    def _restore_buffers(self) -> None:
+        """Replace running statistics that a forward pass made non-finite by those of the moving average."""
+        averaged = dict(self.state.ema.model.named_buffers())
+        for name, buffer in self.state.model.named_buffers():
+            if buffer.is_floating_point() and not bool(torch.isfinite(buffer).all()):
+                buffer.copy_(averaged[name])
+
+    def _local_gradients(self, local: bool) -> contextlib.AbstractContextManager[None]:
+        """Without the all-reduce of gradients, which only the last batch before an update needs."""
+        if local and isinstance(self.network, nn.parallel.DistributedDataParallel):
+            return self.network.no_sync()
+        return contextlib.nullcontext()

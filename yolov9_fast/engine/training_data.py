@@ -1,0 +1,81 @@
+"""The images of a training run: the loader of its training split, and the split it is validated on."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from yolov9_fast.data import DataConfig, DetectionDataset, DetectionLoader, create_loader, load_data_config, load_split
+from yolov9_fast.engine.config import TrainConfig
+from yolov9_fast.engine.device import default_workers
+from yolov9_fast.engine.distributed import ProcessGroup
+from yolov9_fast.engine.validator import EvaluationSet, open_evaluation_set
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """Loaders of this process.
+
+    Attributes:
+        config: the data file.
+        labels: float32 [n, 5], all training boxes: class, then centre and size, normalised.
+        loader: of augmented training images.
+        evaluation: the validation split.
+    """
+
+    config: DataConfig
+    labels: NDArray[np.float32]
+    loader: DetectionLoader
+    evaluation: EvaluationSet
+
+
+def open_training_data(config: TrainConfig, process_group: ProcessGroup) -> TrainingData:
+    """Check the labels of both splits and make their loaders.
+
+    Raises:
+        DataError: the data file, an image or a label cannot be used.
+    """
+    data = load_data_config(config.data)
+    workers = default_workers(process_group.size, config.batch) if config.workers is None else config.workers
+    local_batch = config.batch // process_group.size
+    if not process_group.is_main:
+        process_group.barrier()  # Rank 0 checks the labels and caches the result for the others.
+    records, report = load_split(data, "train", for_training=True)
+    evaluation = open_evaluation_set(
+        data,
+        "val",
+        image_size=config.imgsz,
+        batch_size=2 * local_batch,
+        workers=workers,
+        rect=config.rect,
+        cache=config.cache,
+        process_group=process_group,
+    )
+    if process_group.is_main:
+        process_group.barrier()
+    log.info(f"train: {report.summary()}")
+    log.info(f"val: {evaluation.report.summary()}")
+    dataset = DetectionDataset(
+        records,
+        image_size=config.imgsz,
+        augment=config.augment,
+        cache=config.cache,
+        seed=config.seed,
+        augmentations=[path for path in config.augmentations.split(",") if path],
+    )
+    loader = create_loader(
+        dataset,
+        batch_size=local_batch,
+        workers=workers,
+        shuffle=True,
+        seed=config.seed,
+        rank=process_group.rank,
+        world_size=process_group.size,
+    )
+    labels = np.concatenate([record.boxes for record in records]) if records else np.zeros((0, 5), np.float32)
+    return TrainingData(data, labels, loader, evaluation)

@@ -1,4 +1,4 @@
-"""A file is written whole or the one before it stays."""
+"""Atomic writing: the complete new file, or the previous one."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def test_torch_save_writes_through_it(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("error", [RuntimeError("writer"), KeyboardInterrupt()])
-def test_a_writer_that_fails_leaves_the_previous_file_and_no_rubbish(error: BaseException, tmp_path: Path) -> None:
+def test_a_failing_writer_leaves_the_previous_file_and_no_temporary_file(error: BaseException, tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_text("before")
 
@@ -88,7 +88,7 @@ def test_a_folder_that_cannot_be_made_is_an_error(tmp_path: Path) -> None:
         atomic_write(tmp_path / "file" / "below", b"")
 
 
-def test_errors_that_are_not_the_systems_pass_unchanged(tmp_path: Path) -> None:
+def test_errors_other_than_the_systems_are_raised_unchanged(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="mine"):
         atomic_write(tmp_path / "x", lambda file: (_ for _ in ()).throw(ValueError("mine")))
     assert not list(tmp_path.iterdir())

@@ -1,4 +1,4 @@
-"""Importing the package, or any part of it, loads torch and numpy and no extra, and touches no GPU."""
+"""Importing any module of the package imports no optional dependency and initialises no GPU."""
 
 from __future__ import annotations
 

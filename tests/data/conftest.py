@@ -1,4 +1,4 @@
-"""Data tests keep derived files in their own folder."""
+"""Data tests have a cache folder of their own."""
 
 from __future__ import annotations
 

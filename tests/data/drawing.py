@@ -13,7 +13,7 @@ COLOURS = {0: (0, 0, 255), 1: (0, 255, 0), 2: (255, 0, 0)}
 
 
 def paint(height: int, width: int, objects: list[tuple[int, int, int, int, int]], background: int = 0) -> np.ndarray:
-    """uint8 BGR [height, width, 3]; objects are (class, x1, y1, x2, y2) in whole pixels."""
+    """uint8 BGR [height, width, 3]; objects are (class, x1, y1, x2, y2) in integer pixels."""
     image = np.full((height, width, 3), background, np.uint8)
     for label, x1, y1, x2, y2 in objects:
         image[y1:y2, x1:x2] = COLOURS[label]

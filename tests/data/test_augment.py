@@ -1,4 +1,4 @@
-"""Augmentation: the boxes follow the pixels, and each part does what its name says."""
+"""Built-in augmentations: boxes move with the pixels; probabilities and strengths."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def rng(seed: int = 0) -> np.random.Generator:
 
 
 @pytest.mark.parametrize("kind", ["flipud", "fliplr"])
-def test_flip_takes_the_box_along(kind: str) -> None:
+def test_flip_moves_the_box_with_the_pixels(kind: str) -> None:
     start = labelled((0, 10, 20, 50, 40), (1, 100, 70, 130, 110))
     result = random_flips(start, replace(NOTHING, **{kind: 1.0}), rng())
     assert not np.array_equal(result.image, start.image)
@@ -49,7 +49,7 @@ def test_flip_takes_the_box_along(kind: str) -> None:
     ],
 )
 @pytest.mark.parametrize("polygons", [False, True])
-def test_affine_takes_the_box_along(change: dict, tolerance: float, polygons: bool) -> None:
+def test_affine_moves_the_box_with_the_pixels(change: dict, tolerance: float, polygons: bool) -> None:
     found = 0
     for seed in range(12):
         start = labelled((0, 40, 40, 90, 80), polygons=polygons)
@@ -70,14 +70,14 @@ def test_affine_without_strength_changes_nothing() -> None:
     np.testing.assert_allclose(result.boxes, start.boxes, atol=1e-4)
 
 
-def test_affine_to_a_smaller_canvas_keeps_the_middle() -> None:
+def test_affine_to_a_smaller_canvas_keeps_the_centre() -> None:
     result = random_affine(labelled((0, 60, 50, 100, 70)), (60, 80), NOTHING, rng())
     assert result.image.shape == (60, 80, 3)
     np.testing.assert_allclose(result.boxes, [[20, 20, 60, 40]], atol=1e-4)
     assert box_of_colour(result.image, 0) == (20, 20, 60, 40)
 
 
-def test_turned_polygon_gives_a_tighter_box_than_its_turned_box() -> None:
+def test_rotated_polygon_gives_a_smaller_box_than_its_rotated_box() -> None:
     start = labelled((0, 40, 20, 120, 100))
     diamond = np.array([[80, 20], [120, 60], [80, 100], [40, 60]], np.float32)
     with_polygon = replace_polygon(start, diamond)
@@ -102,7 +102,7 @@ def replace_polygon(start: LabelledImage, polygon: np.ndarray) -> LabelledImage:
         ((0, 0, 30, 30), True, False),
     ],
 )
-def test_only_what_is_still_visible_stays(box: tuple[int, int, int, int], polygons: bool, kept: bool) -> None:
+def test_only_visible_objects_are_kept(box: tuple[int, int, int, int], polygons: bool, kept: bool) -> None:
     start = labelled((0, *box), height=140, width=160, polygons=polygons)
     result = random_affine(start, (60, 80), NOTHING, rng())  # the canvas is x 40..120, y 40..100
     assert (len(result.boxes) == 1) == kept
@@ -148,7 +148,7 @@ def test_copy_paste_mirrors_object_and_box() -> None:
     assert result.polygons[1][:, 0].min() == 110
 
 
-def test_copy_paste_never_hides_what_is_there() -> None:
+def test_copy_paste_never_covers_an_object() -> None:
     start = labelled((0, 10, 20, 50, 60), (1, 105, 15, 140, 65), polygons=True)
     start.polygons[1] = None
     before = start.image.copy()
@@ -162,13 +162,13 @@ def test_copy_paste_leaves_boxes_without_polygon_alone() -> None:
     assert copy_paste(start, 1.0, rng()) is start
 
 
-def test_copy_paste_takes_the_named_share() -> None:
+def test_copy_paste_copies_the_given_share() -> None:
     objects = [(0, 2, y, 12, y + 8) for y in range(0, 100, 10)]
     result = copy_paste(labelled(*objects, polygons=True), 0.3, rng())
     assert len(result.boxes) == 13
 
 
-def test_image_without_objects_passes_through_everything() -> None:
+def test_every_augmentation_takes_an_image_without_objects() -> None:
     empty = LabelledImage(np.zeros((64, 64, 3), np.uint8), np.zeros(0, np.float32), np.zeros((0, 4), np.float32))
     config = AugmentConfig()
     result = copy_paste(empty, 1.0, rng())

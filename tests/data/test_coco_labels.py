@@ -1,4 +1,4 @@
-"""COCO annotation files: classes by name, crowds, bad annotations, and the ground truth given back."""
+"""COCO annotation files: classes by name, crowds, bad annotations, and the ground truth for pycocotools."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def write(root: Path, annotations: list[dict], **changes: object):
     return load_data_config(write_config(root, train={"images": "pics", "annotations": "a.json"}))
 
 
-def test_class_is_found_by_name_and_given_back_as_category_id(tmp_path: Path) -> None:
+def test_classes_are_categories_by_name(tmp_path: Path) -> None:
     config = write(tmp_path, [annotation(5)])
     [record], report = load_split(config, "train", for_training=True)
     np.testing.assert_allclose(record.boxes, [[1, 20 / 60, 15 / 40, 20 / 60, 10 / 40]], atol=1e-6)
@@ -137,7 +137,7 @@ def test_parts_of_an_object_become_one_polygon_without_filling_the_gap(tmp_path:
         ('{"images": [], "annotations": [3], "categories": []}', r"annotations\[0\]: expected 'image_id' \(int\), got"),
     ],
 )
-def test_file_in_another_form_is_an_error(tmp_path: Path, text: str, message: str) -> None:
+def test_file_in_another_format_is_an_error(tmp_path: Path, text: str, message: str) -> None:
     file = tmp_path / "x.json"
     file.write_text(text)
     with pytest.raises(DataError, match=message):

@@ -1,4 +1,4 @@
-"""Augmentations from outside the package: what they get, what they may return, and how they reach worker processes."""
+"""Augmentations from outside the package: arguments, results, errors, worker processes."""
 
 from __future__ import annotations
 
@@ -164,6 +164,6 @@ def test_only_training_has_augmentations(records: list[ImageRecord]) -> None:
 
 
 @pytest.mark.parametrize("path", ["no_such_module:f", "json:no_such_function", "json", ":"])
-def test_a_path_that_leads_nowhere_is_a_user_error(records: list[ImageRecord], path: str) -> None:
+def test_an_import_path_of_nothing_is_a_user_error(records: list[ImageRecord], path: str) -> None:
     with pytest.raises(UserError, match=r"^augmentations: "):
         make(records, path)

@@ -1,4 +1,4 @@
-"""The data file: forms accepted, and errors that name what is wrong."""
+"""The data file: accepted formats, and errors that name the wrong key."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_missing_data_file_is_named(tmp_path: Path) -> None:
         load_data_config(tmp_path / "none.yaml")
 
 
-def test_unknown_split_lists_those_there_are(tmp_path: Path) -> None:
+def test_unknown_split_is_an_error_that_lists_the_splits(tmp_path: Path) -> None:
     config = load_data_config(write(tmp_path, "names: [a]\ntrain: x\nval: y"))
     with pytest.raises(DataError, match="split: expected one of train, val, got 'test'"):
         load_split(config, "test", for_training=False)

@@ -31,7 +31,7 @@ def records(tmp_path: Path) -> list[ImageRecord]:
     return load_split(load_data_config(dataset_folder(tmp_path)), "train", for_training=True)[0]
 
 
-def picture(sample: Sample) -> np.ndarray:
+def pixels(sample: Sample) -> np.ndarray:
     return sample.image.numpy()[::-1].transpose(1, 2, 0)
 
 
@@ -50,11 +50,11 @@ def assert_boxes_match_pixels(sample: Sample, tolerance: float) -> None:
     labels = sample.targets[:, 0].tolist()
     for label, box in zip(labels, pixel_boxes(sample), strict=True):
         if label == max(labels):  # later classes are painted over earlier ones
-            np.testing.assert_allclose(box, box_of_colour(picture(sample), int(label)), atol=tolerance)
+            np.testing.assert_allclose(box, box_of_colour(pixels(sample), int(label)), atol=tolerance)
 
 
 @pytest.mark.parametrize("rect", [False, True])
-def test_evaluation_sample_is_letterboxed_and_leads_back(records: list[ImageRecord], rect: bool) -> None:
+def test_evaluation_sample_is_letterboxed_and_its_boxes_scale_back(records: list[ImageRecord], rect: bool) -> None:
     dataset = DetectionDataset(records, image_size=128, augment=None, rect=rect, batch_size=4)
     for index, record in enumerate(records):
         sample = dataset[index]
@@ -86,7 +86,7 @@ def test_mosaic_sample_holds_objects_of_several_images(records: list[ImageRecord
     assert np.mean(counts) > np.mean([len(record.boxes) for record in records])
 
 
-def test_targets_lie_inside_the_image(records: list[ImageRecord]) -> None:
+def test_targets_are_inside_the_image(records: list[ImageRecord]) -> None:
     dataset = DetectionDataset(records, image_size=64, augment=AugmentConfig(degrees=10, shear=5, mixup=1.0))
     for index in range(len(records)):
         targets = dataset[index].targets
@@ -114,7 +114,7 @@ def test_sample_depends_on_seed_epoch_and_index_alone(records: list[ImageRecord]
     assert same(second[1], first[SampleKey(1, True, 1)])
 
 
-def test_closing_mosaic_closes_mixup_and_copy_paste_too(
+def test_closing_mosaic_also_disables_mixup_and_copy_paste(
     records: list[ImageRecord], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*_: object) -> None:

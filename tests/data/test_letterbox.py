@@ -1,4 +1,4 @@
-"""Decoding, letterboxing and the way back."""
+"""Decoding, letterboxing, and boxes scaled back to the original image."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from yolov9_fast.data import letterbox, read_image, scale_boxes_to_original, to_
     ],
     ids=["grey", "16-bit", "transparent"],
 )
-def test_any_image_comes_as_three_channels_of_eight_bits(tmp_path: Path, image: np.ndarray) -> None:
+def test_any_image_is_decoded_to_three_channels_of_eight_bits(tmp_path: Path, image: np.ndarray) -> None:
     file = tmp_path / "ünï.png"
     file.write_bytes(cv2.imencode(".png", image)[1].tobytes())
     result = read_image(file)
@@ -32,12 +32,12 @@ def test_any_image_comes_as_three_channels_of_eight_bits(tmp_path: Path, image: 
     assert np.abs(result.astype(int) - 120).max() <= 1
 
 
-def test_image_is_turned_upright_by_its_exif_tag(tmp_path: Path) -> None:
+def test_image_is_rotated_by_its_exif_tag(tmp_path: Path) -> None:
     plain = cv2.imencode(".jpg", paint(20, 40, [(0, 0, 0, 20, 20)]))[1].tobytes()
     directory = struct.pack("<HHHIHHI", 1, 0x0112, 3, 1, 6, 0, 0)
     payload = b"Exif\0\0" + b"II*\0" + struct.pack("<I", 8) + directory
     tag = b"\xff\xe1" + struct.pack(">H", len(payload) + 2) + payload
-    file = tmp_path / "turned.jpg"
+    file = tmp_path / "rotated.jpg"
     file.write_bytes(plain[:2] + tag + plain[2:])
     image = read_image(file)
     assert image.shape == (40, 20, 3)
@@ -45,7 +45,7 @@ def test_image_is_turned_upright_by_its_exif_tag(tmp_path: Path) -> None:
     assert image[30, 10, 2] < 50
 
 
-def test_long_side_is_scaled_and_the_rest_is_centred_grey() -> None:
+def test_long_side_is_scaled_and_the_padding_is_grey() -> None:
     boxed = letterbox(np.zeros((50, 100, 3), np.uint8), 64)
     assert boxed.image.shape == (64, 64, 3)
     assert (boxed.ratio, boxed.pad) == ((0.64, 0.64), (0, 16))
@@ -63,14 +63,14 @@ def test_rectangle_is_only_as_large_as_needed() -> None:
 @pytest.mark.parametrize(("height", "width"), [(37, 101), (101, 37), (500, 3), (64, 64), (1, 1)])
 def test_boxes_return_to_the_original_pixels(height: int, width: int) -> None:
     boxed = letterbox(np.zeros((height, width, 3), np.uint8), 96)
-    whole = torch.tensor([[0.0, 0.0, width, height, 0.5, 2.0]])
+    boxes = torch.tensor([[0.0, 0.0, width, height, 0.5, 2.0]])
     gain = torch.tensor([boxed.ratio[1], boxed.ratio[0]] * 2)
-    placed = whole.clone()
-    placed[:, :4] = whole[:, :4] * gain + torch.tensor([*boxed.pad, *boxed.pad])
-    torch.testing.assert_close(scale_boxes_to_original(placed, boxed.ratio, boxed.pad, (height, width)), whole)
+    placed = boxes.clone()
+    placed[:, :4] = boxes[:, :4] * gain + torch.tensor([*boxed.pad, *boxed.pad])
+    torch.testing.assert_close(scale_boxes_to_original(placed, boxed.ratio, boxed.pad, (height, width)), boxes)
 
 
-def test_boxes_are_cut_to_the_original_image_and_the_input_stays() -> None:
+def test_boxes_are_clipped_to_the_original_image_without_changing_the_input() -> None:
     boxes = torch.tensor([[-50.0, -50.0, 500.0, 500.0]])
     result = scale_boxes_to_original(boxes, (0.5, 0.5), (0, 10), (60, 80))
     assert result.tolist() == [[0, 0, 80, 60]]
@@ -89,6 +89,6 @@ def test_tensor_is_rgb_channels_first() -> None:
 
 
 @pytest.mark.parametrize("size", [0, -32, 100])
-def test_size_that_the_network_cannot_take_is_refused(size: int) -> None:
+def test_a_size_that_is_no_multiple_of_the_stride_is_refused(size: int) -> None:
     with pytest.raises(ValueError, match="multiple of 32"):
         letterbox(np.zeros((50, 100, 3), np.uint8), size)

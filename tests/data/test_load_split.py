@@ -1,4 +1,4 @@
-"""Splits of YOLO labels: where they are looked for, and what happens to files that cannot be used."""
+"""Splits with YOLO labels: paths of the labels, and files that cannot be used."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def load(root: Path, *, split: str = "train", for_training: bool = True, **conte
     return load_split(load_data_config(write_config(root, **content)), split, for_training=for_training)
 
 
-def test_good_split_is_read_whole(tmp_path: Path) -> None:
+def test_good_split_is_read_completely(tmp_path: Path) -> None:
     records, report = load_split(load_data_config(dataset_folder(tmp_path)), "train", for_training=True)
     assert (report.images, report.objects, report.background, report.skipped) == (12, 24, 0, [])
     assert [record.path.name for record in records] == [f"p{number:03d}.png" for number in range(12)]
@@ -85,7 +85,7 @@ def test_binary_label_file_is_a_counted_skip(tmp_path: Path) -> None:
     assert load(tmp_path)[1].counts() == {"label file cannot be read as text": 1}
 
 
-def test_labels_may_lie_beside_the_images(tmp_path: Path) -> None:
+def test_labels_may_be_next_to_the_images(tmp_path: Path) -> None:
     folder = tmp_path / "pics"
     folder.mkdir()
     cv2.imwrite(str(folder / "a.png"), PICTURE)
@@ -124,7 +124,7 @@ def test_image_named_twice_is_used_once(tmp_path: Path) -> None:
         ({"train": "data.yaml"}, "expected a folder"),
     ],
 )
-def test_empty_split_says_where_it_looked(tmp_path: Path, content: dict, message: str) -> None:
+def test_empty_split_is_an_error_that_names_its_folders(tmp_path: Path, content: dict, message: str) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match=message):
         load(tmp_path, **content)
@@ -161,13 +161,13 @@ def test_damaged_cache_is_rebuilt(tmp_path: Path, cache_in_tmp: Path, content: s
     add_image(tmp_path, "a.png", PICTURE, LABEL)
     load(tmp_path)
     [file] = cache_in_tmp.rglob("*.json")
-    whole = file.read_text()
+    content = file.read_text()
     file.write_text(content)
     assert load(tmp_path)[1].images == 1
-    assert file.read_text() == whole
+    assert file.read_text() == content
 
 
-def test_loading_writes_nothing_beside_the_users_files(tmp_path: Path) -> None:
+def test_loading_writes_nothing_into_the_users_folders(tmp_path: Path) -> None:
     add_image(tmp_path, "a.png", PICTURE, LABEL)
     write_config(tmp_path)
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}

@@ -1,4 +1,4 @@
-"""The loader: equal runs, any number of workers, ranks that together are one process."""
+"""The loader: reproducible batches with any number of workers; ranks share the batches of one process."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_mosaic_closed_on_the_dataset_reaches_running_workers(records: list[Imag
     assert equal(after, expected)
 
 
-def test_pass_broken_off_does_not_reach_into_the_next(records: list[ImageRecord]) -> None:
+def test_an_unfinished_pass_does_not_affect_the_next(records: list[ImageRecord]) -> None:
     loader = create_loader(training_set(records), batch_size=2, shuffle=True, workers=1)
     [expected] = epochs(create_loader(training_set(records), batch_size=2, shuffle=True), [(1, True)])
     next(iter(loader))
@@ -106,7 +106,9 @@ def test_loading_leaves_the_global_generators_alone(records: list[ImageRecord]) 
 
 
 @pytest.mark.parametrize(("batch_size", "world_size"), [(3, 2), (2, 3), (5, 2), (4, 3)])
-def test_ranks_together_see_what_one_process_sees(records: list[ImageRecord], batch_size: int, world_size: int) -> None:
+def test_ranks_together_get_the_batches_of_one_process(
+    records: list[ImageRecord], batch_size: int, world_size: int
+) -> None:
     dataset = DetectionDataset(records, image_size=64, augment=None)
     one = [b.indices for b in create_loader(dataset, batch_size=batch_size * world_size, shuffle=True, seed=3)]
     ranks = [
@@ -120,15 +122,15 @@ def test_ranks_together_see_what_one_process_sees(records: list[ImageRecord], ba
     ]
     assert len({len(batches) for batches in ranks}) == 1
     start = one[0]
-    for whole, *parts in zip(one, *ranks, strict=True):
+    for batch, *parts in zip(one, *ranks, strict=True):
         together = list(chain.from_iterable(parts))
-        assert together[: len(whole)] == whole
-        assert together[len(whole) :] == start[: len(together) - len(whole)]
+        assert together[: len(batch)] == batch
+        assert together[len(batch) :] == start[: len(together) - len(batch)]
         assert len({len(part) for part in parts}) == 1
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 5, 7])
-def test_evaluation_ranks_share_the_images_without_doubles(records: list[ImageRecord], batch_size: int) -> None:
+def test_evaluation_ranks_share_the_images_without_duplicates(records: list[ImageRecord], batch_size: int) -> None:
     dataset = DetectionDataset(records, image_size=64, augment=None, rect=True, batch_size=batch_size)
     loaders = [create_loader(dataset, batch_size=batch_size, shuffle=False, rank=r, world_size=2) for r in range(2)]
     batches = [batch for loader in loaders for batch in loader]
@@ -136,7 +138,7 @@ def test_evaluation_ranks_share_the_images_without_doubles(records: list[ImageRe
     assert [len(loader) for loader in loaders] == [sum(1 for _ in loader) for loader in loaders]
 
 
-def test_drop_last_gives_whole_batches_only(records: list[ImageRecord]) -> None:
+def test_drop_last_gives_full_batches_only(records: list[ImageRecord]) -> None:
     dataset = DetectionDataset(records, image_size=64, augment=None)
     loader = create_loader(dataset, batch_size=5, shuffle=True, drop_last=True)
     assert [len(batch.indices) for batch in loader] == [5, 5]
@@ -178,7 +180,7 @@ def test_worker_survives_ctrl_c(records: list[ImageRecord]) -> None:
     loader.close()
 
 
-def test_closed_loader_says_so_and_its_workers_are_gone(records: list[ImageRecord]) -> None:
+def test_closed_loader_raises_and_its_workers_have_ended(records: list[ImageRecord]) -> None:
     loader = create_loader(training_set(records), batch_size=4, shuffle=True, workers=1)
     batches = iter(loader)
     list(batches)

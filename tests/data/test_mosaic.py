@@ -1,4 +1,4 @@
-"""Mosaic: four images at one point, boxes with their tiles."""
+"""Mosaic: four images around one point, and their boxes."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_boxes_follow_their_tile(seed: int, position: int) -> None:
         assert (*result.polygons[0].min(0), *result.polygons[0].max(0)) == seen
 
 
-def test_centre_lies_in_the_middle_half_and_the_rest_is_grey() -> None:
+def test_centre_is_in_the_middle_half_and_the_background_is_grey() -> None:
     black = tile(64, 64)
     for seed in range(50):
         canvas = mosaic4([black] * 4, 64, np.random.default_rng(seed)).image
@@ -46,7 +46,7 @@ def test_centre_lies_in_the_middle_half_and_the_rest_is_grey() -> None:
         assert set(np.unique(canvas)) <= {0, 114}
 
 
-def test_tiles_without_polygons_stand_beside_tiles_with_them() -> None:
+def test_images_with_and_without_polygons_share_a_mosaic() -> None:
     tiles = [
         tile(32, 32, (0, 4, 4, 20, 20)),
         tile(32, 32, (1, 4, 4, 20, 20), polygons=True),

@@ -32,7 +32,7 @@ def bccd(tmp_path: Path, shared: Path):
 
 
 @pytest.mark.parametrize(("split", "images", "objects"), [("train", 205, 2804), ("val", 87, 1137), ("test", 72, 945)])
-def test_blood_cells_are_read_whole(tmp_path: Path, shared: Path, split: str, images: int, objects: int) -> None:
+def test_blood_cells_are_read_completely(tmp_path: Path, shared: Path, split: str, images: int, objects: int) -> None:
     config = bccd(tmp_path, shared)
     records, report = load_split(config, split, for_training=split == "train")
     assert (report.images, report.objects, report.skipped) == (images, objects, [])

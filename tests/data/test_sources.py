@@ -1,4 +1,4 @@
-"""Sources to predict on: every kind gives frames, what cannot be read is a frame with an error."""
+"""Sources to predict on: every kind gives frames; an unreadable file is a frame with an error."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_folder_gives_its_own_images_sorted(folder: Path) -> None:
     assert [frame.index for frame in frames] == [0, 1]
 
 
-def test_glob_reaches_below(folder: Path) -> None:
+def test_glob_finds_files_in_subfolders(folder: Path) -> None:
     assert names(open_source(f"{folder}/**/*.png")) == ["b.png", "c.png"]
 
 
@@ -92,7 +92,7 @@ def test_broken_video_is_an_error_frame(tmp_path: Path) -> None:
     assert "no frame" in str(frame.error)
 
 
-def test_several_sources_are_numbered_through(folder: Path) -> None:
+def test_files_of_several_sources_are_numbered_consecutively(folder: Path) -> None:
     frames = list(open_source([folder / "b.png", str(folder / "deep")]))
     assert names(frames) == ["b.png", "c.png"]
     assert [frame.index for frame in frames] == [0, 1]

@@ -1,4 +1,4 @@
-"""Kept images: the same pixels, no decoding twice, and never a crash for want of room."""
+"""Cached images: the same pixels, decoded once; a full disk or memory is a warning."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def records(tmp_path: Path) -> list[ImageRecord]:
 
 @pytest.mark.parametrize("augment", [None, AugmentConfig()])
 @pytest.mark.parametrize("cache", ["ram", "disk"])
-def test_kept_images_give_the_same_samples_without_decoding(
+def test_cached_images_give_the_same_samples_without_decoding(
     records: list[ImageRecord], cache, augment: AugmentConfig | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plain = DetectionDataset(records, image_size=64, augment=augment)
@@ -32,7 +32,7 @@ def test_kept_images_give_the_same_samples_without_decoding(
         monkeypatch.setattr(dataset_module, "read_image", None)
 
 
-def test_too_little_memory_is_said_and_images_are_decoded_anew(
+def test_too_little_memory_is_a_warning_and_nothing_is_cached(
     records: list[ImageRecord], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(stores, "available_memory", lambda: 1000)
@@ -47,16 +47,16 @@ def test_free_memory_is_known_here() -> None:
     assert free is None or free > 0
 
 
-def test_damaged_file_is_made_anew(records: list[ImageRecord], tmp_path: Path) -> None:
+def test_damaged_file_is_written_again(records: list[ImageRecord], tmp_path: Path) -> None:
     folder = tmp_path / "kept"
     dataset = DetectionDataset(records, image_size=64, augment=None, cache="disk", cache_dir=folder)
     expected = dataset[0].image
     [file] = folder.glob("*.npy")
-    whole = file.read_bytes()
-    for damage in (b"", whole[:40], whole[:-7], b"PK\x03\x04 no"):
+    content = file.read_bytes()
+    for damage in (b"", content[:40], content[:-7], b"PK\x03\x04 no"):
         file.write_bytes(damage)
         assert torch.equal(dataset[0].image, expected)
-        assert file.read_bytes() == whole
+        assert file.read_bytes() == content
 
 
 def test_full_disk_is_one_warning(
@@ -75,7 +75,7 @@ def test_full_disk_is_one_warning(
     assert list(folder.iterdir()) == []
 
 
-def test_changed_image_is_not_served_from_disk(records: list[ImageRecord], tmp_path: Path) -> None:
+def test_changed_image_is_not_read_from_the_cache(records: list[ImageRecord], tmp_path: Path) -> None:
     dataset = DetectionDataset(records, image_size=64, augment=None, cache="disk", cache_dir=tmp_path / "kept")
     before = dataset[0].image
     records[0].path.write_bytes(records[1].path.read_bytes())

@@ -1,4 +1,4 @@
-"""YOLO rows: what is read, and what each bad row is called."""
+"""YOLO label files: boxes, polygons, and the reason for each bad row."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def test_box_row_is_kept_exactly() -> None:
     assert parsed.problems == []
 
 
-def test_each_row_of_a_mixed_file_decides_for_itself() -> None:
+def test_boxes_and_polygons_may_be_mixed_in_a_file() -> None:
     parsed = parse_yolo(f"0 0.1 0.2 0.5 0.2 0.3 0.6\n{GOOD}", 3)
     np.testing.assert_allclose(parsed.boxes, [[0, 0.3, 0.4, 0.4, 0.4], [1, 0.5, 0.5, 0.25, 0.125]], atol=1e-7)
     assert parsed.polygons is not None
@@ -49,7 +49,7 @@ def test_each_row_of_a_mixed_file_decides_for_itself() -> None:
         (GOOD, "duplicate"),
     ],
 )
-def test_bad_row_is_counted_and_the_rest_stays(row: str, reason: str) -> None:
+def test_bad_row_is_counted_and_the_others_are_read(row: str, reason: str) -> None:
     parsed = parse_yolo(f"{GOOD}\n\n{row}\n2 0.25 0.25 0.5 0.5", 3)
     assert parsed.boxes[:, 0].tolist() == [1, 2]
     [(number, text)] = parsed.problems
@@ -57,7 +57,7 @@ def test_bad_row_is_counted_and_the_rest_stays(row: str, reason: str) -> None:
     assert re.search(reason, text)
 
 
-def test_rounding_beyond_the_border_is_pulled_in() -> None:
+def test_rounding_outside_the_border_is_clipped() -> None:
     parsed = parse_yolo("0 0.95 0.5 0.1005 1.0008", 1)
     assert parsed.problems == []
     _, cx, cy, width, height = parsed.boxes[0].astype(float)

@@ -169,7 +169,7 @@ def test_targets_may_come_padded() -> None:
 
 
 @pytest.mark.parametrize("lead_head_guided", [False, True])
-def test_a_row_without_a_place_that_nobody_waited_for_makes_the_loss_nan(lead_head_guided: bool) -> None:
+def test_a_row_that_is_left_out_unchecked_makes_the_loss_nan(lead_head_guided: bool) -> None:
     rows = some_targets()
     rows[0, 1] = CLASSES
     placed = sort_rows(rows, 4, CLASSES, (SIZE, SIZE), torch.float32, 4)
@@ -241,8 +241,8 @@ def _half_of_the_batch(rank: int, folder: str) -> None:
     targets[:, 0] -= part.start
     results = []
     for guided in (False, True):
-        whole = random_output()
-        output = DetectionOutput(*([level[part].detach().requires_grad_() for level in maps] for maps in whole if maps))
+        full = random_output()
+        output = DetectionOutput(*([level[part].detach().requires_grad_() for level in maps] for maps in full if maps))
         criterion = DetectionLoss(CLASSES, lead_head_guided=guided)
         loss = criterion(output, targets, SIZE)
         loss.total.backward()
@@ -262,5 +262,5 @@ def test_two_processes_equal_one_of_twice_the_batch(tmp_path: Path) -> None:
         loss.total.backward()
         (first_total, first), (second_total, second) = (half[guided] for half in halves)
         assert first_total + second_total == pytest.approx(loss.total.item(), rel=1e-5)
-        for whole, *parts in zip(gradients(output), first, second, strict=True):
-            torch.testing.assert_close(torch.cat(parts), whole, rtol=1e-5, atol=1e-6)
+        for expected, *parts in zip(gradients(output), first, second, strict=True):
+            torch.testing.assert_close(torch.cat(parts), expected, rtol=1e-5, atol=1e-6)

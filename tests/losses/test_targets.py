@@ -1,4 +1,4 @@
-"""pad_targets: rows of a batch sorted into their images."""
+"""pad_targets: target rows of a batch, sorted by image and padded."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_a_fixed_count_pads_every_image_to_it() -> None:
         pad_targets(rows, 3, 3, SIZE, torch.float32, 1)
 
 
-def test_rows_placed_without_waiting_are_those_placed_with_it() -> None:
+def test_rows_sorted_without_synchronisation_are_the_same() -> None:
     generator = torch.Generator().manual_seed(0)
     for count in (0, 1, 40):
         image = torch.randint(0, 6, (count, 1), generator=generator).float()
@@ -79,7 +79,7 @@ def test_rows_placed_without_waiting_are_those_placed_with_it() -> None:
 
 
 @pytest.mark.parametrize("wrong", [[3.0, 0], [-1.0, 0], [0.0, 2], [0.0, float("nan")], [float("nan"), 0]])
-def test_rows_without_a_place_are_left_out_and_told(wrong: list[float]) -> None:
+def test_rows_without_a_slot_are_left_out_and_reported(wrong: list[float]) -> None:
     good = [1.0, 1, 0.5, 0.5, 0.1, 0.1]
     placed = sort_rows(torch.tensor([[*wrong, 0.5, 0.5, 0.1, 0.1], good]), 3, 2, SIZE, torch.float32, 2)
     assert placed.fits is not None

@@ -1,4 +1,4 @@
-"""Loss terms from outside the package: value, weight, normalisation, branches, and what is refused."""
+"""Loss terms from outside the package: value, weight, normalisation, branches, errors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""COCO figures: the published references, datasets as users have them, and what is refused."""
+"""COCO metrics: published reference values, unusual data sets, errors."""
 
 from __future__ import annotations
 
@@ -92,14 +92,14 @@ REFERENCES = {
 
 
 @pytest.mark.parametrize("name", REFERENCES)
-def test_published_figures_are_met_to_six_places(shared: Path, name: str) -> None:
+def test_published_metrics_are_equal_to_six_decimals(shared: Path, name: str) -> None:
     gt, found, expected = REFERENCES[name]
     metrics = evaluate_coco(*load(shared, gt, found))
     got = {key: metrics.as_dict()[key] for key in expected}
     assert got == pytest.approx(expected, abs=6e-7, rel=0)
 
 
-def test_per_class_figures_average_to_the_whole(shared: Path) -> None:
+def test_metrics_are_means_over_classes(shared: Path) -> None:
     metrics = evaluate_coco(*load(shared, *REFERENCES["val2014_100"][:2]))
     with_objects = [c for c in metrics.per_class if c.objects]
     assert np.mean([c.ap for c in with_objects]) == pytest.approx(metrics.ap, abs=1e-12)
@@ -115,7 +115,7 @@ def test_a_perfect_detector_scores_one() -> None:
     assert 0.3 < metrics.confidence < 0.8  # the middle of the range in which every figure is 1
 
 
-def test_annotation_id_zero_counts_as_any_other() -> None:
+def test_annotation_id_zero_counts_like_any_other() -> None:
     """pycocotools by itself takes a match with id 0 for no match."""
     gt = dataset([(0, 10, BOX)], images=1, categories=1)
     assert gt["annotations"][0]["id"] == 0
@@ -184,7 +184,7 @@ def test_names_follow_the_sorted_category_ids() -> None:
     assert [c.name for c in by_caller.per_class] == ["first", "second"]
 
 
-def test_nothing_is_printed_and_the_arguments_stay_as_they_were(capsys: pytest.CaptureFixture[str]) -> None:
+def test_nothing_is_printed_and_the_arguments_are_not_changed(capsys: pytest.CaptureFixture[str]) -> None:
     gt, found = dataset([(0, 10, BOX)]), [detection(0, 10, BOX, 0.9)]
     before = copy.deepcopy((gt, found))
     evaluate_coco(gt, found)

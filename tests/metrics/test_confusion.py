@@ -21,7 +21,7 @@ def matrix(detections: list[tuple[float, ...]], labels: list[tuple[float, ...]],
     return confusion.matrix
 
 
-def test_right_wrong_missed_and_imagined_have_their_cells() -> None:
+def test_each_kind_of_match_has_its_cell() -> None:
     got = matrix(
         [(*A, 0.9, 0), (*B, 0.8, 0), (100.0, 0.0, 110.0, 10.0, 0.7, 1)],
         [(0, *A), (1, *B), (1, 0.0, 100.0, 10.0, 110.0)],
@@ -39,7 +39,7 @@ def test_of_equal_overlaps_the_higher_score_wins() -> None:
     np.testing.assert_array_equal(got, [[1, 0, 0], [0, 0, 1], [0, 0, 0]])
 
 
-def test_a_detection_that_lost_its_object_may_take_another() -> None:
+def test_a_detection_without_its_best_object_takes_the_next() -> None:
     near = (0.0, 2.0, 10.0, 12.0)  # overlaps A_SHIFTED by 0.82 as A does
     got = matrix([(*A, 0.9, 0), (*A_SHIFTED, 0.8, 1)], [(0, *A), (1, *near)])
     np.testing.assert_array_equal(got, [[1, 0, 0], [0, 1, 0], [0, 0, 0]])
@@ -52,7 +52,7 @@ def test_thresholds_decide_what_counts() -> None:
     assert matrix([(*A_THIRD, 0.9, 0)], [(0, *A)], iou=0.3)[0].tolist() == [1, 0, 0]
 
 
-def test_images_add_up_and_empty_ones_add_nothing() -> None:
+def test_counts_of_images_add_up() -> None:
     confusion = ConfusionMatrix(2)
     none_found, none_there = torch.zeros(0, 6), torch.zeros(0, 5)
     confusion.update(none_found, none_there)

@@ -1,4 +1,4 @@
-"""Curves by hand and against COCO's own AP50."""
+"""Curves against counting by hand and against COCO's AP50."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Figures as objects: plots are judged by what they draw, not only by the file they leave."""
+"""Figures as objects, to test what a plot draws."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Boxes and labels are where they should be, in the colour of their class, on any picture."""
+"""Boxes and labels: position, colour, kinds of images."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_a_box_has_its_edges_in_its_colour_and_leaves_the_rest_alone() -> None:
     np.testing.assert_array_equal(changed(image, drawn), expected)
 
 
-def test_the_picture_given_stays_as_it_was() -> None:
+def test_the_given_image_is_not_changed() -> None:
     image = np.full((60, 60, 3), 30, np.uint8)
     drawn = draw_detections(image, detections((5, 20, 50, 50, 0.9, 0)), NAMES)
     assert (image == 30).all()
@@ -51,17 +51,17 @@ def test_no_detections_give_an_equal_copy() -> None:
     assert not np.shares_memory(drawn, image)
 
 
-def test_a_label_stands_above_its_box_and_inside_where_there_is_no_room() -> None:
+def test_a_label_is_above_its_box_or_inside_without_space_above() -> None:
     image = np.full((200, 300, 3), 30, np.uint8)
-    roomy = changed(image, draw_detections(image, detections((50, 100, 150, 180, 0.9, 0)), NAMES, line_width=1))
-    assert roomy[:99].any()
-    assert not roomy[:60].any()
+    above = changed(image, draw_detections(image, detections((50, 100, 150, 180, 0.9, 0)), NAMES, line_width=1))
+    assert above[:99].any()
+    assert not above[:60].any()
     at_the_top = draw_detections(image, detections((50, 0, 150, 80, 0.9, 0)), NAMES, line_width=1)
     assert at_the_top[3, 53].tolist() == bgr(0)
     assert changed(image, at_the_top)[1:10, 52:60].all()
 
 
-def test_a_label_at_the_right_edge_moves_left_to_stay_whole() -> None:
+def test_a_label_at_the_right_edge_moves_left_to_stay_visible() -> None:
     image = np.full((200, 300, 3), 30, np.uint8)
     box = (280.0, 100.0, 299.0, 180.0)
     drawn = changed(image, draw_detections(image, detections((*box, 0.9, 1)), NAMES, line_width=1))
@@ -83,7 +83,7 @@ def test_labels_and_scores_can_be_hidden(options: dict[str, bool], longer: dict[
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 3), (2, 3, 3), (5, 200, 3), (200, 5, 3), (8, 8), (9, 7, 1), (30, 40, 4)])
-def test_any_size_and_kind_of_picture_comes_back_as_bgr_of_its_size(shape: tuple[int, ...]) -> None:
+def test_any_size_and_kind_of_image_becomes_bgr_of_its_size(shape: tuple[int, ...]) -> None:
     image = np.zeros(shape, np.uint8)
     drawn = draw_detections(image, detections((0, 0, 4, 4, 0.5, 0), (-100, -100, 1000, 1000, 0.9, 2)), NAMES)
     assert drawn.shape == (shape[0], shape[1], 3)
@@ -91,7 +91,7 @@ def test_any_size_and_kind_of_picture_comes_back_as_bgr_of_its_size(shape: tuple
     assert drawn[0, 0].tolist() != [0, 0, 0]
 
 
-def test_the_higher_score_lies_on_top() -> None:
+def test_the_higher_score_is_drawn_on_top() -> None:
     image = np.zeros((100, 100, 3), np.uint8)
     box = (10.0, 10.0, 90.0, 90.0)
     rows = ((*box, 0.9, 0.0), (*box, 0.3, 1.0))
@@ -127,12 +127,12 @@ def test_colours_of_80_classes_differ() -> None:
     colors = np.array([class_color(k) for k in range(80)], dtype=np.float64)
     assert colors.min() >= 0
     assert colors.max() <= 255
-    apart = np.abs(colors[:, None] - colors[None]).sum(axis=2) + 1000 * np.eye(80)
-    assert apart.min() > 8
-    assert apart[:20, :20].min() > 40
+    distance = np.abs(colors[:, None] - colors[None]).sum(axis=2) + 1000 * np.eye(80)
+    assert distance.min() > 8
+    assert distance[:20, :20].min() > 40
 
 
-def test_text_contrasts_with_its_ground() -> None:
+def test_text_contrasts_with_its_background() -> None:
     assert text_color((240, 228, 66)) == (0, 0, 0)
     assert text_color((0, 114, 178)) == (255, 255, 255)
 

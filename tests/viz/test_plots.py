@@ -1,4 +1,4 @@
-"""Plots show the numbers they were given, whatever is missing."""
+"""Plots show the given numbers, also when some are missing."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_results_show_every_column_by_epoch(tmp_path: Path, figures: list[Any]) 
         "epoch,train/box,val/box\n1,2.5\n",
     ],
 )
-def test_missing_columns_rows_and_numbers_are_passed_over(tmp_path: Path, figures: list[Any], text: str) -> None:
+def test_missing_columns_rows_and_numbers_are_skipped(tmp_path: Path, figures: list[Any], text: str) -> None:
     (tmp_path / "results.csv").write_text(text)
     plot_results(tmp_path / "results.csv", tmp_path / "results.png")
     box, *_, lr = figures[0].axes
@@ -123,7 +123,7 @@ def test_confidence_curves_mark_the_highest_mean_f1(tmp_path: Path, figures: lis
 
 
 @pytest.mark.parametrize("plot", [plot_pr_curve, plot_f1_curve, plot_p_curve, plot_r_curve])
-def test_curves_without_any_object_say_so(tmp_path: Path, figures: list[Any], plot: Any) -> None:
+def test_curves_without_objects_have_a_note(tmp_path: Path, figures: list[Any], plot: Any) -> None:
     plot(curves(0), tmp_path / "curve.png")
     assert [t.get_text() for t in figures[0].axes[0].texts] == ["no objects to find"]
 
@@ -156,7 +156,9 @@ def test_a_large_confusion_matrix_names_all_classes_and_writes_no_cells(tmp_path
     assert not axes.texts
 
 
-def test_an_empty_confusion_matrix_is_drawn_and_a_crooked_one_refused(tmp_path: Path, figures: list[Any]) -> None:
+def test_an_empty_confusion_matrix_is_drawn_and_one_that_is_not_square_refused(
+    tmp_path: Path, figures: list[Any]
+) -> None:
     plot_confusion_matrix(np.zeros((3, 3)), ["cat", "dog"], tmp_path / "confusion.png")
     assert figures[0].axes[0].images[0].get_array().mask.all()
     with pytest.raises(ValueError, match="matrix"):
@@ -216,11 +218,11 @@ def test_importing_the_package_loads_neither_opencv_nor_matplotlib_nor_pycocotoo
     assert done.stdout.strip() == "[]"
 
 
-def test_a_few_peaks_of_a_loss_do_not_flatten_the_panel() -> None:
+def test_peaks_of_a_loss_may_exceed_the_panel() -> None:
     from yolov9_fast.viz.plots import _loss_limit
 
-    falling = np.linspace(6.0, 2.0, 30)
-    spiked = falling.copy()
+    descending = np.linspace(6.0, 2.0, 30)
+    spiked = descending.copy()
     spiked[8] = 4000.0
-    assert _loss_limit([falling]) == 6.0
-    assert 6.0 <= _loss_limit([falling, spiked]) < 20.0
+    assert _loss_limit([descending]) == 6.0
+    assert 6.0 <= _loss_limit([descending, spiked]) < 20.0

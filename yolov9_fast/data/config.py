@@ -32,6 +32,7 @@ class DataConfig:
 
     @property
     def num_classes(self) -> int:
+        """Number of classes, nc."""
         return len(self.names)
 
     def split(self, name: str) -> Split:

@@ -31,14 +31,17 @@ class Loss(NamedTuple):
 
     @property
     def box(self) -> Tensor:
+        """Box (CIoU) loss, 0-dimensional."""
         return self.items[0]
 
     @property
     def cls(self) -> Tensor:
+        """Class (BCE) loss, 0-dimensional."""
         return self.items[1]
 
     @property
     def dfl(self) -> Tensor:
+        """Distribution focal loss, 0-dimensional."""
         return self.items[2]
 
 

@@ -67,14 +67,17 @@ class CocoMetrics:
 
     @property
     def precision(self) -> float:
+        """Mean precision over the classes with objects, at `confidence`; NaN without such classes."""
         return _mean(c.precision for c in self.per_class)
 
     @property
     def recall(self) -> float:
+        """Mean recall over the classes with objects, at `confidence`; NaN without such classes."""
         return _mean(c.recall for c in self.per_class)
 
     @property
     def f1(self) -> float:
+        """Mean F1 over the classes with objects, at `confidence`; NaN without such classes."""
         return _mean(c.f1 for c in self.per_class)
 
     def as_dict(self) -> dict[str, float]:

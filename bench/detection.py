@@ -14,6 +14,7 @@ from yolov9_fast.nn import DetectionOutput
 from yolov9_fast.ops import Assignment
 from yolov9_fast.ops._backend import backend
 from yolov9_fast.ops._boxes import STRIDES, anchor_points
+from yolov9_fast.ops._decode import decode_for_assignment
 
 from .cases import Case, OpenCase, Settings, Traffic
 from .operators import Problem, open_problem, random_tensors
@@ -40,6 +41,17 @@ def detection_cases(settings: Settings, dtypes: tuple[str, ...]) -> Iterator[Cas
     for dtype in dtypes:
         yield _case(
             "loss", "decode", f"{size}px/b{settings.batch}", "forward", size, settings.batch, 0, _open_decode, dtype
+        )
+        yield _case(
+            "loss",
+            "decode_for_assignment",
+            f"{size}px/b{settings.batch}",
+            "forward",
+            size,
+            settings.batch,
+            QUICK_OBJECTS[0],
+            _open_decode_for_assignment,
+            dtype,
         )
     for number in (100, 300, 2000) if settings.full else (300,):
         yield _case("nms", "box_iou", f"{number}x{number}", "forward", size, 1, number, _open_box_iou)
@@ -201,6 +213,25 @@ def _open_decode(shape: dict[str, Any], mode: str, dtype: str, device: torch.dev
     read, written = _map_bytes(shape, 2 if dtype != "float32" else 4, 64 + CLASSES), _map_bytes(shape, 4, 4 + CLASSES)
     traffic = Traffic(read + written, 10 * read / 4, read + written)
     return open_problem("decode", problem, mode, dtype, device, settings, traffic, traffic)
+
+
+def _open_decode_for_assignment(
+    shape: dict[str, Any], mode: str, dtype: str, device: torch.device, settings: Settings
+) -> OpenCase:
+    labels = scene(shape)[0]
+
+    def call(*tensors: Tensor) -> Any:
+        found = decode_for_assignment(tensors[:3], tensors[3])
+        # The eager form decodes all classes: compared are the scores that `assign` reads.
+        columns = found.columns[:, None].expand(-1, found.scores.shape[1], -1)
+        return found.boxes, found.scores.gather(2, columns)
+
+    problem = Problem(call, [*raw_maps(shape), labels], [False] * 4)
+    # The box part of every anchor and one score for each ground truth are read; boxes and these scores are written.
+    anchors = _map_bytes(shape, 1, 1)
+    read = anchors * (2 if dtype != "float32" else 4) * (64 + shape["objects"])
+    traffic = Traffic(read + 4 * anchors * (4 + shape["objects"]), 10 * read / 4, read)
+    return open_problem("decode_for_assignment", problem, mode, dtype, device, settings, traffic, traffic)
 
 
 def _open_box_iou(shape: dict[str, Any], mode: str, dtype: str, device: torch.device, settings: Settings) -> OpenCase:

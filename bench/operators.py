@@ -115,6 +115,12 @@ def _build_conv1x1(function: Callable[..., Any], dims: Dims, batch: int, random:
     return Problem(lambda *t: function(list(t[:-1]), t[-1]), [*inputs, weight], [True] * (len(inputs) + 1))
 
 
+def _build_conv1x1_pair(function: Callable[..., Any], dims: Dims, batch: int, random: Callable[..., Tensor]) -> Problem:
+    (channels,) = dims["inputs"]
+    weights = [random(dims["out"], channels, 1, 1, scale=channels**-0.5) for _ in range(2)]
+    return Problem(function, [random(batch, channels, dims["height"], dims["width"]), *weights], [True] * 3)
+
+
 def _build_cbfuse(function: Callable[..., Any], dims: Dims, batch: int, random: Callable[..., Tensor]) -> Problem:
     inputs = [random(batch, dims["channels"], h, w) for h, w in dims["inputs"]]
     target = random(*_plane(dims, batch))
@@ -159,6 +165,11 @@ def _conv1x1_traffic(dims: Dims, batch: int, itemsize: int) -> tuple[Traffic, Tr
     )
 
 
+def _conv1x1_pair_traffic(dims: Dims, batch: int, itemsize: int) -> tuple[Traffic, Traffic]:
+    """As one convolution of twice the outputs."""
+    return _conv1x1_traffic({**dims, "out": 2 * dims["out"]}, batch, itemsize)
+
+
 def _cbfuse_traffic(dims: Dims, batch: int, itemsize: int) -> tuple[Traffic, Traffic]:
     channels = batch * dims["channels"] * itemsize
     parts = sum(h * w for h, w in dims["inputs"]) * channels
@@ -187,6 +198,7 @@ ENTRIES = {
         Entry("bn_silu", _build_bn_silu, _passes(3, 5, 2)),
         Entry("rep_bn_silu", _build_rep_bn_silu, _passes(5, 8, 3, work=14)),
         Entry("conv1x1", _build_conv1x1, _conv1x1_traffic),
+        Entry("conv1x1_pair", _build_conv1x1_pair, _conv1x1_pair_traffic),
         Entry("cbfuse", _build_cbfuse, _cbfuse_traffic),
         Entry("spp", _build_spp, _passes(4, 9, 4, work=12)),
         Entry("adown_pool", _build_adown_pool, _adown_traffic),

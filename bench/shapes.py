@@ -43,7 +43,7 @@ class LayerShape:
         """As `24x320x320` or `[32,16,16,16]->64x80x80`: part of a case's name."""
         s = self.sizes
         plane = f"{s['height']}x{s['width']}"
-        if "inputs" in s and self.operator == "conv1x1":
+        if "out" in s:
             return f"{'+'.join(map(str, s['inputs']))}->{s['out']}x{plane}"
         if "inputs" in s:
             return f"{len(s['inputs'])}in->{s['channels']}x{plane}"
@@ -165,6 +165,9 @@ def _own(key: str, inputs: Any, output: Any, module: nn.Module) -> Iterator[tupl
     if isinstance(module, RepConv):
         height, width = _plane(output)
         yield "rep_bn_silu", {"channels": _flat(output)[0].shape[1], "height": height, "width": width}, key
+    elif isinstance(module, RepCSP):
+        out = module.cv1.conv.out_channels
+        yield "conv1x1_pair", {"inputs": (channels,), "out": out, "height": height, "width": width}, key
     elif isinstance(module, SPPELAN):
         yield "spp", {"channels": module.cv1.conv.out_channels, "height": height, "width": width}, key
     elif isinstance(module, ADown | AConv):

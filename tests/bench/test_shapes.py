@@ -8,7 +8,7 @@ from yolov9_fast.bench.shapes import NETWORKS, network_blocks, network_shapes
 
 from yolov9_fast.models import create_model
 from yolov9_fast.models.model import conv_units, rep_convs
-from yolov9_fast.nn.blocks import SPPELAN, AConv, ADown, CBFuse
+from yolov9_fast.nn.blocks import SPPELAN, AConv, ADown, CBFuse, RepCSP
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -16,13 +16,14 @@ def test_every_unit_of_the_network_is_counted(name: str) -> None:
     with torch.device("meta"):
         model = create_model(name)
     inside = 2 * len(list(rep_convs(model)))
-    count = dict.fromkeys(("bn_silu", "rep_bn_silu", "conv1x1", "spp", "adown_pool", "cbfuse"), 0)
+    count = dict.fromkeys(("bn_silu", "rep_bn_silu", "conv1x1", "conv1x1_pair", "spp", "adown_pool", "cbfuse"), 0)
     for shape in network_shapes(name, 320):
         count[shape.operator] += shape.count
     kinds = [type(module) for module in model.modules()]
     assert count["bn_silu"] == len(list(conv_units(model))) - inside
     assert count["rep_bn_silu"] == inside // 2
     assert count["spp"] == kinds.count(SPPELAN)
+    assert count["conv1x1_pair"] == sum(isinstance(module, RepCSP) for module in model.modules())
     assert count["cbfuse"] == kinds.count(CBFuse)
     assert count["adown_pool"] == kinds.count(ADown) + kinds.count(AConv)
 

@@ -128,3 +128,26 @@ def test_two_processes_resume_to_the_same_end(tiny_config: Make) -> None:
     a, b = _state(whole), _state(killed)
     assert all(torch.equal(v, b["model"][k]) for k, v in a["model"].items())
     assert all(g is None or torch.equal(g, h) for g, h in zip(a["gradients"], b["gradients"], strict=True))
+
+
+@pytest.mark.slow
+def test_callbacks_run_on_rank_0_or_in_every_process(tiny_config: Make, tmp_path: Path) -> None:
+    (tmp_path / "ranks.py").write_text(f"""
+from pathlib import Path
+from yolov9_fast.engine import Callback
+
+class Main(Callback):
+    def on_epoch_end(self, trainer, result):
+        Path({str(tmp_path)!r}, f"{{type(self).__name__}}-{{trainer.process_group.rank}}").touch()
+        if trainer.process_group.rank == trainer.process_group.size - 1:
+            trainer.stop("stop everywhere")
+
+class Every(Main):
+    every_process = True
+""")
+    config = tiny_config(callbacks="ranks:Main,ranks:Every")
+    environment = {**ENVIRONMENT, "PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path}"}
+    finished = subprocess.run(_command(config, processes=2), env=environment, capture_output=True, text=True)
+    assert finished.returncode == 0, finished.stderr
+    assert {path.name for path in tmp_path.glob("*-*")} == {"Main-0", "Every-0", "Every-1"}
+    assert _state(config)["epoch"] == 0

@@ -115,6 +115,7 @@ class TrainConfig:
     max_det: int = _option(300, "detections per image in validation")
     plots: bool = _option(True, "draw plots")
     tensorboard: bool = _option(True, "write TensorBoard events where tensorboard is installed")
+    callbacks: str = _option("", "callbacks of your own: module:class, comma-separated")
     augmentations: str = _option("", "augmentations of your own: module:function, comma-separated")
     augment: AugmentConfig = field(default_factory=AugmentConfig)
 

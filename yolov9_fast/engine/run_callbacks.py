@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from yolov9_fast import viz
-from yolov9_fast._lazy import require
+from yolov9_fast._lazy import import_callable, require
 from yolov9_fast.engine.callbacks import BatchResult, Callback, EpochResult
 from yolov9_fast.engine.config import TrainConfig, write_config
 from yolov9_fast.engine.report import loss_text, save_evaluation
@@ -35,6 +35,24 @@ def run_callbacks(config: TrainConfig) -> list[Callback]:
         EarlyStopping(config.patience) if config.patience else None,
     ]
     return [callback for callback in callbacks if callback is not None]
+
+
+def imported_callbacks(paths: str) -> list[Callback]:
+    """The callbacks that comma-separated import paths `module:class` make, called without arguments.
+
+    Raises:
+        UserError: a path that leads to no callback.
+    """
+    callbacks = []
+    for path in filter(None, paths.split(",")):
+        try:
+            callback = import_callable(path)()
+        except (ValueError, TypeError) as error:
+            raise UserError(f"callbacks: {error}") from error
+        if not isinstance(callback, Callback):
+            raise UserError(f"callbacks: expected {path} to make a Callback, got {type(callback).__name__}")
+        callbacks.append(callback)
+    return callbacks
 
 
 class SaveRun(Callback):

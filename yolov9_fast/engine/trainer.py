@@ -29,7 +29,7 @@ from yolov9_fast.engine.initial_weights import build_model
 from yolov9_fast.engine.interrupts import InterruptMonitor
 from yolov9_fast.engine.optimizer import Schedule, build_optimizer
 from yolov9_fast.engine.report import loss_text, validation_columns
-from yolov9_fast.engine.run_callbacks import run_callbacks
+from yolov9_fast.engine.run_callbacks import imported_callbacks, run_callbacks
 from yolov9_fast.engine.run_files import RunFolder, find_run, load_state, new_run
 from yolov9_fast.engine.step import PHASES, TrainStep
 from yolov9_fast.engine.training_data import open_training_data
@@ -86,10 +86,10 @@ class Trainer:
         self.loader = self.training_data.loader
         model, self.config = build_model(config, self.training_data.config, self.loader, load=not self.resumed)
         self._build_step(model)
+        callbacks = [*run_callbacks(self.config), *imported_callbacks(self.config.callbacks), *callbacks]
         path = run.path if run else new_run(config.project, config.name).path if group.is_main else None
         self.run_folder = RunFolder(Path(group.broadcast_object(path)))
-        own = run_callbacks(self.config)
-        self.callbacks = CallbackList([c for c in (*own, *callbacks) if group.is_main or c.every_process])
+        self.callbacks = CallbackList([c for c in callbacks if group.is_main or c.every_process])
         self._interrupts = InterruptMonitor()
         self._stop = False
 

@@ -233,12 +233,18 @@ def test_evaluate_gives_the_same_without_gradient() -> None:
     assert torch.equal(loss.total, DetectionLoss(CLASSES)(output, some_targets(), SIZE).total)
 
 
-def _half_of_the_batch(rank: int, folder: str) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+def half_of_the_batch(rank: int) -> tuple[slice, Tensor]:
+    """The images of a rank of two, and their targets."""
     part = slice(2 * rank, 2 * rank + 2)
     targets = some_targets()
     targets = targets[(targets[:, 0] >= part.start) & (targets[:, 0] < part.stop)]
     targets[:, 0] -= part.start
+    return part, targets
+
+
+def _loss_of_half_of_the_batch(rank: int, folder: str) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    part, targets = half_of_the_batch(rank)
     results = []
     for guided in (False, True):
         full = random_output()
@@ -254,7 +260,7 @@ def _half_of_the_batch(rank: int, folder: str) -> None:
 
 
 def test_two_processes_equal_one_of_twice_the_batch(tmp_path: Path) -> None:
-    mp.spawn(_half_of_the_batch, (str(tmp_path),), nprocs=2)
+    mp.spawn(_loss_of_half_of_the_batch, (str(tmp_path),), nprocs=2)
     halves = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     for guided in (False, True):
         output = random_output()

@@ -11,7 +11,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
 
-from tests.losses.test_detection import CLASSES, SIZE, gradients, random_output, some_targets
+from tests.losses.test_detection import CLASSES, SIZE, gradients, half_of_the_batch, random_output, some_targets
 from yolov9_fast.errors import UserError
 from yolov9_fast.losses import DetectionLoss, LossTerm, PaddedTargets, parse_terms
 from yolov9_fast.nn.output import DetectionOutput
@@ -80,19 +80,16 @@ def test_a_term_gets_float32_maps_under_autocast() -> None:
     assert seen == [torch.float32] * 3
 
 
-def _half_of_the_batch(rank: int, folder: str) -> None:
+def _loss_of_half_of_the_batch(rank: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    part = slice(2 * rank, 2 * rank + 2)
-    targets = some_targets()
-    targets = targets[(targets[:, 0] >= part.start) & (targets[:, 0] < part.stop)]
-    targets[:, 0] -= part.start
+    part, targets = half_of_the_batch(rank)
     output = DetectionOutput(*([level[part] for level in maps] for maps in random_output() if maps))
     torch.save(DetectionLoss(CLASSES, terms=[TERM])(output, targets, SIZE).items * 2, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
 
 def test_two_processes_equal_one_of_twice_the_batch(tmp_path: Path) -> None:
-    mp.spawn(_half_of_the_batch, (str(tmp_path),), nprocs=2)
+    mp.spawn(_loss_of_half_of_the_batch, (str(tmp_path),), nprocs=2)
     halves = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     expected = DetectionLoss(CLASSES, terms=[TERM])(random_output(), some_targets(), SIZE).items * 4
     torch.testing.assert_close(halves[0] + halves[1], expected, rtol=1e-5, atol=1e-6)
@@ -112,11 +109,17 @@ def test_names_differ(names: tuple[str, ...]) -> None:
 
 
 def test_terms_by_import_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "terms_by_path.py").write_text("def first(*_): ...\ndef second(*_): ...\n")
+    (tmp_path / "terms_by_path.py").write_text("def first(*_): ...\nsecond = box = first\n")
     monkeypatch.chdir(tmp_path)
     first, second = parse_terms("terms_by_path:first,terms_by_path:second=0.25")
     assert (first.name, first.weight, second.name, second.weight) == ("first", 1.0, "second", 0.25)
     assert parse_terms("") == ()
-    for wrong in ("terms_by_path:third", "no_such_module:f", "terms_by_path", "terms_by_path:first=much"):
+    for wrong in (
+        "terms_by_path:third",
+        "no_such_module:f",
+        "terms_by_path",
+        "terms_by_path:first=much",
+        "terms_by_path:box",
+    ):
         with pytest.raises(UserError, match=r"^loss_terms: "):
             parse_terms(wrong)

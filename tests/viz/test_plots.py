@@ -83,6 +83,17 @@ def test_missing_columns_rows_and_numbers_are_skipped(tmp_path: Path, figures: l
         np.testing.assert_allclose(lines(box)["training"].get_xydata(), [(1, 2.5)])
 
 
+def test_a_further_loss_term_has_a_panel(tmp_path: Path, figures: list[Any]) -> None:
+    (tmp_path / "results.csv").write_text("epoch,train/box,train/entropy,val/entropy\n1,2.5,-1.5,0.5\n")
+    plot_results(tmp_path / "results.csv", tmp_path / "results.png")
+    assert len(figures[0].axes) == 9
+    term, *unused = figures[0].axes[6:]
+    assert term.get_title(loc="left") == "entropy"
+    np.testing.assert_allclose(lines(term)["training"].get_xydata(), [(1, -1.5)])
+    assert term.get_ylim()[0] < -1.5
+    assert not any(axes.axison for axes in unused)
+
+
 @pytest.mark.parametrize("text", ["", "epoch,train/box\n"])
 def test_results_without_rows_are_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "results.csv").write_text(text)

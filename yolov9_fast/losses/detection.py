@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from yolov9_fast.losses.targets import PaddedTargets, pad_targets
-from yolov9_fast.losses.terms import STANDARD_TERMS, LossTerm
+from yolov9_fast.losses.terms import LossTerm, term_names
 from yolov9_fast.nn.output import DetectionOutput
 from yolov9_fast.ops._assign import Assignment, assign
 from yolov9_fast.ops._boxes import REG_MAX, STRIDES
@@ -99,9 +99,7 @@ class DetectionLoss:
             raise ValueError(f"label_smoothing: expected a number in [0, 1), got {label_smoothing}")
         if max_objects is not None and max_objects < 0:
             raise ValueError(f"max_objects: expected at least 0, got {max_objects}")
-        self.names = (*STANDARD_TERMS, *(term.name for term in terms))
-        if len(set(self.names)) < len(self.names):
-            raise ValueError(f"terms: expected names that differ, got {', '.join(self.names)}")
+        self.names = term_names(terms)
         self.terms = tuple(terms)
         self.num_classes = num_classes
         self.lead_head_guided = lead_head_guided

@@ -43,13 +43,22 @@ def parse_terms(text: str) -> tuple[LossTerm, ...]:
     """Terms of a comma-separated list of `module:function` or `module:function=weight`, named by their functions.
 
     Raises:
-        UserError: a path that leads nowhere, or a weight that is not a number.
+        UserError: there is no such function, a weight is not a number, or two terms have the same name.
     """
     terms = []
-    for entry in filter(None, text.split(",")):
-        path, _, weight = entry.partition("=")
-        try:
+    try:
+        for entry in filter(None, text.split(",")):
+            path, _, weight = entry.partition("=")
             terms.append(LossTerm(path.rpartition(":")[2], import_callable(path), float(weight or 1)))
-        except ValueError as error:
-            raise UserError(f"loss_terms: {error}") from error
+        term_names(terms)
+    except ValueError as error:
+        raise UserError(f"loss_terms: {error}") from error
     return tuple(terms)
+
+
+def term_names(terms: Sequence[LossTerm]) -> tuple[str, ...]:
+    """The names of the standard terms, then of `terms`; raises `ValueError` unless all differ."""
+    names = (*STANDARD_TERMS, *(term.name for term in terms))
+    if len(set(names)) < len(names):
+        raise ValueError(f"terms: expected names that differ, got {', '.join(names)}")
+    return names

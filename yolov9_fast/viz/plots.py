@@ -20,10 +20,16 @@ _LEGEND_CLASSES = 12
 _COUNTED_CELLS = 31
 
 _Series = tuple[str, str, str]  # column, label, colour
-_RESULT_PANELS: tuple[tuple[str, str, tuple[_Series, ...]], ...] = (
-    ("Box loss", "loss", (("train/box", "training", BLUE), ("val/box", "validation", ORANGE))),
-    ("Class loss", "loss", (("train/cls", "training", BLUE), ("val/cls", "validation", ORANGE))),
-    ("Distribution focal loss", "loss", (("train/dfl", "training", BLUE), ("val/dfl", "validation", ORANGE))),
+_Panel = tuple[str, str, tuple[_Series, ...]]  # title, unit, series
+
+
+def _loss_panel(name: str, title: str) -> _Panel:
+    return title, "loss", ((f"train/{name}", "training", BLUE), (f"val/{name}", "validation", ORANGE))
+
+
+_LOSSES = {"box": "Box loss", "cls": "Class loss", "dfl": "Distribution focal loss"}
+_RESULT_PANELS: tuple[_Panel, ...] = (
+    *(_loss_panel(name, title) for name, title in _LOSSES.items()),
     (
         "Average precision",
         "AP",
@@ -72,6 +78,8 @@ class Curves(Protocol):
 def plot_results(csv_path: str | Path, out: str | Path) -> Path:
     """Losses, AP, precision and recall, and learning rates by epoch, from a run's `results.csv`; returns `out`.
 
+    Each further loss term (columns `train/NAME`, `val/NAME`) gets a panel.
+
     Missing columns, empty cells and NaN are skipped. Raises `DataError` when the file has no header or no row.
     """
     columns = _read_columns(Path(csv_path))
@@ -79,12 +87,19 @@ def plot_results(csv_path: str | Path, out: str | Path) -> Path:
     if epochs is None or not np.isfinite(epochs).all():
         epochs = np.arange(1, 1 + len(next(iter(columns.values()))), dtype=np.float64)
 
+    terms = [column.removeprefix("train/") for column in columns if column.startswith("train/")]
+    panels = [*_RESULT_PANELS, *(_loss_panel(name, name) for name in terms if name not in _LOSSES)]
+    rows = math.ceil(len(panels) / 3)
+
     def paint(figure: Any) -> None:
-        for axes, (title, unit, series) in zip(figure.subplots(2, 3).flat, _RESULT_PANELS, strict=True):
+        grid = list(figure.subplots(rows, 3).flat)
+        for axes, (title, unit, series) in zip(grid, panels, strict=False):
             _result_panel(axes, epochs, columns, series)
             axes.set(title=title, xlabel="epoch", ylabel=unit)
+        for axes in grid[len(panels) :]:
+            axes.set_axis_off()
 
-    return save_figure(out, (13.0, 7.2), paint)
+    return save_figure(out, (13.0, 3.6 * rows), paint)
 
 
 def plot_pr_curve(curves: Curves, out: str | Path) -> Path:
@@ -199,7 +214,7 @@ def _result_panel(axes: Any, epochs: np.ndarray, columns: dict[str, np.ndarray],
     highest = max(float(np.nanmax(values)) for values, _, _ in drawn)
     if family == "metrics":
         axes.set_ylim(0.0, min(1.02, 1.15 * highest) if highest > 0 else 1.0)
-    elif family == "train" and highest > 0:
+    elif family == "train" and highest > 0 and min(float(np.nanmin(values)) for values, _, _ in drawn) >= 0:
         limit = _loss_limit([values for values, _, _ in drawn])
         axes.set_ylim(0.0, 1.08 * limit)
         if highest > limit:

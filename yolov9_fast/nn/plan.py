@@ -83,7 +83,12 @@ def _fused_like(x: Tensor) -> bool:
 
 def hooked(*modules: Any) -> bool:
     """Whether a module has hooks, which only a call of it would run; what is no module is ignored."""
-    return any(isinstance(module, nn.Module) and any(_HOOKS(vars(module))) for module in modules)
+    for m in modules:
+        if isinstance(m, nn.Module) and (
+            m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks
+        ):
+            return True
+    return False
 
 
 class Planning:

@@ -15,12 +15,12 @@ from yolov9_fast.data import (
     DetectionDataset,
     ImageRecord,
     Sample,
+    SampleKey,
     load_data_config,
     load_split,
     scale_boxes_to_original,
 )
 from yolov9_fast.data import dataset as dataset_module
-from yolov9_fast.data.dataset import SampleKey
 from yolov9_fast.errors import DataError
 
 PLAIN = AugmentConfig(hsv_h=0, hsv_s=0, hsv_v=0, translate=0, scale=0)
@@ -74,10 +74,10 @@ def test_evaluation_sample_is_letterboxed_and_its_boxes_scale_back(records: list
 
 def test_training_sample_without_mosaic_keeps_boxes_on_pixels(records: list[ImageRecord]) -> None:
     dataset = DetectionDataset(records, image_size=128, augment=PLAIN)
-    dataset.close_mosaic()
     for index in range(len(records)):
-        assert dataset[index].image.shape == (3, 128, 128)
-        assert_boxes_match_pixels(dataset[index], 1.5)
+        sample = dataset[SampleKey(index, mosaic=False)]
+        assert sample.image.shape == (3, 128, 128)
+        assert_boxes_match_pixels(sample, 1.5)
 
 
 def test_mosaic_sample_holds_objects_of_several_images(records: list[ImageRecord]) -> None:
@@ -109,25 +109,22 @@ def test_sample_depends_on_seed_epoch_and_index_alone(records: list[ImageRecord]
     assert same(first[1], second[1])
     assert same(first[1], first[1])
     assert not same(first[1], make(seed=1)[1])
-    second.set_epoch(1)
-    assert not same(first[1], second[1])
-    assert same(second[1], first[SampleKey(1, True, 1)])
+    assert not same(first[1], second[SampleKey(1, epoch=1)])
+    assert same(second[SampleKey(1, epoch=1)], first[SampleKey(1, epoch=1)])
 
 
-def test_closing_mosaic_also_disables_mixup_and_copy_paste(
+def test_without_mosaic_there_is_no_mixup_or_copy_paste(
     records: list[ImageRecord], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*_: object) -> None:
-        raise AssertionError("called after closing mosaic")
+        raise AssertionError("called without mosaic")
 
     for name in ("mosaic4", "mixup", "copy_paste"):
         monkeypatch.setattr(dataset_module, name, refuse)
     dataset = DetectionDataset(records, image_size=64, augment=AugmentConfig(mixup=1.0, copy_paste=1.0))
     with pytest.raises(AssertionError):
         dataset[0]
-    assert dataset[SampleKey(0, False, 0)].image.shape == (3, 64, 64)
-    dataset.close_mosaic()
-    assert dataset[0].image.shape == (3, 64, 64)
+    assert dataset[SampleKey(0, mosaic=False)].image.shape == (3, 64, 64)
 
 
 def test_rectangular_canvases_fit_the_aspect_of_their_batch() -> None:

@@ -65,7 +65,7 @@ def test_batch_numbers_the_targets_by_image(records: list[ImageRecord]) -> None:
         assert torch.equal(batch.targets[batch.targets[:, 0] == position, 1:], dataset[index].targets)
 
 
-def test_workers_change_nothing_and_long_lived_ones_learn_epoch_and_mosaic(records: list[ImageRecord]) -> None:
+def test_batches_of_persistent_workers_depend_on_epoch_and_mosaic_alone(records: list[ImageRecord]) -> None:
     plan = [(0, True), (1, True), (2, False)]
     alone = epochs(create_loader(training_set(records), batch_size=4, shuffle=True), plan)
     helped = epochs(create_loader(training_set(records), batch_size=4, shuffle=True, workers=2), plan)
@@ -75,12 +75,11 @@ def test_workers_change_nothing_and_long_lived_ones_learn_epoch_and_mosaic(recor
     assert not equal(with_mosaic, alone[2])
 
 
-def test_mosaic_closed_on_the_dataset_reaches_running_workers(records: list[ImageRecord]) -> None:
+def test_mosaic_ends_in_running_workers(records: list[ImageRecord]) -> None:
     [expected] = epochs(create_loader(training_set(records), batch_size=4, shuffle=True), [(0, False)])
     loader = create_loader(training_set(records), batch_size=4, shuffle=True, workers=1)
     assert not equal(list(loader), expected)
-    loader.dataset.close_mosaic()
-    [after] = epochs(loader, [(0, True)])
+    [after] = epochs(loader, [(0, False)])
     assert equal(after, expected)
 
 

@@ -4,7 +4,7 @@ from yolov9_fast.data.augment import AugmentConfig, LabelledImage
 from yolov9_fast.data.coco import category_ids, coco_ground_truth
 from yolov9_fast.data.config import DataConfig, Split, load_data_config
 from yolov9_fast.data.custom import Augmentation
-from yolov9_fast.data.dataset import DetectionDataset
+from yolov9_fast.data.dataset import DetectionDataset, SampleKey
 from yolov9_fast.data.images import Letterboxed, letterbox, read_image, scale_boxes_to_original, to_tensor
 from yolov9_fast.data.labels import load_split
 from yolov9_fast.data.loader import DetectionLoader, create_loader
@@ -25,6 +25,7 @@ __all__ = [
     "LabelledImage",
     "Letterboxed",
     "Sample",
+    "SampleKey",
     "Split",
     "category_ids",
     "coco_ground_truth",

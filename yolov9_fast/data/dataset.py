@@ -36,15 +36,18 @@ from yolov9_fast.ops._boxes import STRIDES
 
 @dataclass(frozen=True)
 class SampleKey:
-    """What the loader asks for: epoch and mosaic are included because persistent workers see no later changes."""
+    """Which sample of a training set: the image, the epoch of its random draws, and whether it may be a mosaic.
 
-    epoch: int
-    mosaic: bool
+    Without `mosaic` there is no mixup or copy-paste either.
+    """
+
     index: int
+    epoch: int = 0
+    mosaic: bool = True
 
 
 class DetectionDataset(Dataset[Sample]):
-    """Samples of `records`.
+    """Samples of `records`, by index (which means the `SampleKey` of epoch 0) or by `SampleKey`.
 
     `augment`: the training pipeline, or None for evaluation (letterbox only). `image_size`: side in pixels, a multiple
     of `stride`. `rect`: evaluation canvases of `rectangular_batches` for loaders of `batch_size`. `cache`: keep resized
@@ -84,7 +87,6 @@ class DetectionDataset(Dataset[Sample]):
         self.rect, self.batch_size = rect, batch_size
         self._given_augmentations = tuple(augmentations)
         self._augmentations = resolve_augmentations(augmentations)
-        self.epoch, self.mosaic_enabled = 0, True
         self._packed = PackedRecords(records)
         self.order = list(range(len(records)))
         self._shapes: list[tuple[int, int]] | None = None
@@ -96,7 +98,7 @@ class DetectionDataset(Dataset[Sample]):
         return len(self._packed)
 
     def __getitem__(self, index: int | SampleKey) -> Sample:
-        key = index if isinstance(index, SampleKey) else SampleKey(self.epoch, self.mosaic_enabled, index)
+        key = index if isinstance(index, SampleKey) else SampleKey(index)
         if not 0 <= key.index < len(self):
             raise IndexError(f"sample {key.index} of {len(self)}")
         if self.augment is None:
@@ -111,14 +113,6 @@ class DetectionDataset(Dataset[Sample]):
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._augmentations = resolve_augmentations(self._given_augmentations)
-
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the random draws of `dataset[index]`; a loader passes its own epoch with each index."""
-        self.epoch = epoch
-
-    def close_mosaic(self) -> None:
-        """Disable mosaic, mixup and copy-paste; in a loader, from its next pass on."""
-        self.mosaic_enabled = False
 
     def _evaluation_sample(self, index: int) -> Sample:
         image = self._store.get(index)

@@ -32,22 +32,17 @@ def read_image(path: str | Path) -> Image:
         raise DataError(f"{path}: image file is missing") from error
     except OSError as error:
         raise DataError(f"{path}: image file cannot be read: {error}") from error
-    return decode_image(data, str(path))
-
-
-def decode_image(data: NDArray[np.uint8], name: str) -> Image:
-    """Decode the bytes of an image file (uint8 [n]) as `read_image` does; `name` is for the error."""
     if data.size == 0:
-        raise DataError(f"{name}: image file is empty")
+        raise DataError(f"{path}: image file is empty")
     if _is_truncated(data.tobytes()):
-        raise DataError(f"{name}: image file is truncated")
+        raise DataError(f"{path}: image file is truncated")
     cv2 = require("cv2")
     try:
         image: Image | None = cv2.imdecode(data, cv2.IMREAD_COLOR)
     except cv2.error as error:
-        raise DataError(f"{name}: image file cannot be decoded: {error}") from error
+        raise DataError(f"{path}: image file cannot be decoded: {error}") from error
     if image is None:
-        raise DataError(f"{name}: image file cannot be decoded")
+        raise DataError(f"{path}: image file cannot be decoded")
     return image
 
 

@@ -17,7 +17,9 @@ def list_images(config: DataConfig, split: str) -> list[Path]:
         found.update(dict.fromkeys(_expand(entry, config, split)))
     if not found:
         places = ", ".join(str(entry) for entry in entries)
-        raise DataError(f"{config.file}: split '{split}' has no images in {places}; suffixes are {_suffix_text()}")
+        raise DataError(
+            f"{config.file}: split '{split}' has no images in {places}; suffixes are {' '.join(sorted(IMAGE_SUFFIXES))}"
+        )
     return list(found)
 
 
@@ -31,11 +33,6 @@ def label_path(image: Path) -> Path:
                 return labels.joinpath(*parts[position + 1 :]).with_suffix(".txt")
             break
     return image.with_suffix(".txt")
-
-
-def folder_images(folder: Path) -> list[Path]:
-    """All image files below a folder, sorted."""
-    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
 
 
 def read_image_list(file: Path, root: Path | None = None) -> list[Path]:
@@ -54,7 +51,7 @@ def read_image_list(file: Path, root: Path | None = None) -> list[Path]:
 
 def _expand(entry: Path, config: DataConfig, split: str) -> list[Path]:
     if entry.is_dir():
-        return folder_images(entry)
+        return sorted(path for path in entry.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
     if not entry.is_file():
         raise DataError(f"{config.file}: split '{split}': {entry} does not exist")
     if entry.suffix.lower() == ".txt":
@@ -62,7 +59,3 @@ def _expand(entry: Path, config: DataConfig, split: str) -> list[Path]:
     if entry.suffix.lower() in IMAGE_SUFFIXES:
         return [entry]
     raise DataError(f"{config.file}: split '{split}': expected a folder, a .txt list or an image, got {entry}")
-
-
-def _suffix_text() -> str:
-    return " ".join(sorted(IMAGE_SUFFIXES))

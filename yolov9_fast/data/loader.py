@@ -74,7 +74,6 @@ class DetectionLoader:
     def set_epoch(self, epoch: int, *, mosaic: bool = True) -> None:
         """Choose the order and the random draws of the next pass; without `mosaic` also no mixup and no copy-paste."""
         self._order.epoch, self._order.mosaic = epoch, mosaic
-        self.dataset.set_epoch(epoch)
 
     def close(self) -> None:
         """End the worker processes."""
@@ -124,7 +123,6 @@ class BatchOrder(Sampler[list[SampleKey]]):
                 f"got {shuffle=}, {batch_size=}"
             )
         self.epoch, self.mosaic = 0, True
-        self._dataset = dataset
         self._base = np.asarray(dataset.order)
         self._batch_size, self._shuffle, self._seed = batch_size, shuffle, seed
         self._rank, self._world_size, self._drop_last = rank, world_size, drop_last
@@ -136,9 +134,9 @@ class BatchOrder(Sampler[list[SampleKey]]):
         order = self._base
         if self._shuffle:
             order = np.random.default_rng((self._seed, self.epoch)).permutation(order)
-        epoch, mosaic = self.epoch, self.mosaic and self._dataset.mosaic_enabled
+        epoch, mosaic = self.epoch, self.mosaic
         for start, end in self._cuts():
-            yield [SampleKey(epoch, mosaic, int(order[position % len(order)])) for position in range(start, end)]
+            yield [SampleKey(int(order[position % len(order)]), epoch, mosaic) for position in range(start, end)]
 
     def _cuts(self) -> list[tuple[int, int]]:
         """(start, end) of this rank's batches in the global order, which is cyclic: `end` may exceed its length."""

@@ -13,13 +13,13 @@ from yolov9_fast.models import create_model, save_weights
 
 @pytest.fixture(scope="session")
 def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Data file of 8 + 4 rendered pictures of 64 pixels."""
+    """Data file of 8 + 4 rendered images of 64 pixels."""
     return render_dataset(tmp_path_factory.mktemp("shapes"), train=8, val=4, size=64)
 
 
 @pytest.fixture(scope="session")
 def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A fresh gelan-t for the rendered shapes."""
+    """A gelan-t with random weights for the rendered shapes."""
     torch.manual_seed(0)
     model = create_model("gelan-t", len(SHAPES))
     model.names = dict(enumerate(SHAPES))

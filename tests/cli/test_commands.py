@@ -12,7 +12,7 @@ import pytest
 from yolov9_fast.cli.main import main
 
 
-def test_val_prints_tables_and_leaves_its_files(
+def test_val_prints_tables_and_writes_its_files(
     shapes: Path, weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = ["val", "--weights", str(weights), "--data", str(shapes), "--imgsz", "50", "--workers", "0"]
@@ -58,20 +58,20 @@ def test_val_refuses_weights_of_other_classes(
 def test_predict_skips_and_counts_what_it_cannot_read(
     weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    pictures = tmp_path / "pictures"
-    pictures.mkdir()
-    cv2.imwrite(str(pictures / "good.jpg"), np.full((40, 60, 3), 90, np.uint8))
-    (pictures / "bad.jpg").write_bytes(b"no picture")
+    images = tmp_path / "images"
+    images.mkdir()
+    cv2.imwrite(str(images / "good.jpg"), np.full((40, 60, 3), 90, np.uint8))
+    (images / "bad.jpg").write_bytes(b"no picture")
     words = ["predict", "--weights", str(weights), "--imgsz", "64", "--project", str(tmp_path), "--save-json"]
-    assert main([*words, "--source", str(pictures), "--conf", "0"]) == 0
+    assert main([*words, "--source", str(images), "--conf", "0"]) == 0
     shown = capsys.readouterr()
-    assert "1 picture, 1 unreadable and skipped" in shown.out
+    assert "1 image, 1 unreadable and skipped" in shown.out
     assert "bad.jpg" in shown.err
     (record,) = json.loads((tmp_path / "exp" / "predictions.json").read_text())
     assert (record["width"], record["height"], Path(record["path"]).name) == (60, 40, "good.jpg")
     assert (tmp_path / "exp" / "good.jpg").is_file()
 
-    assert main([*words, "--source", str(pictures / "bad.jpg")]) == 1
+    assert main([*words, "--source", str(images / "bad.jpg")]) == 1
 
 
 @pytest.mark.parametrize(

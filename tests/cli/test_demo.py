@@ -1,4 +1,4 @@
-"""`demo`: its folder, its report, its verdict."""
+"""`demo`: its folder, its report, its exit code."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from yolov9_fast.errors import UserError
 
 
 @pytest.mark.slow
-def test_an_untrained_demo_leaves_everything_and_says_that_it_failed(
+def test_an_untrained_demo_writes_everything_and_fails(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(demo, "TRAIN_IMAGES", 16)
@@ -36,7 +36,7 @@ def test_an_earlier_demo_is_replaced(tmp_path: Path) -> None:
     assert not (folder / "old.txt").exists()
 
 
-def test_a_folder_of_the_users_is_left_alone(tmp_path: Path) -> None:
+def test_a_folder_with_other_content_is_not_changed(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("years of work")
     with pytest.raises(UserError, match="not a demo's"):
         demo.fresh_folder(tmp_path)

@@ -1,4 +1,4 @@
-"""`yolov9-fast kernels` and `tune` say clearly what they lack."""
+"""`yolov9-fast kernels` and `tune` name what is missing."""
 
 from __future__ import annotations
 

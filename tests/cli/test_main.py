@@ -49,11 +49,11 @@ def test_wrong_usage_gives_2(words: list[str], capsys: pytest.CaptureFixture[str
 
 def test_a_users_error_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     def fail(arguments: object) -> int:
-        raise UserError("the cat sits on the data")
+        raise UserError("the data cannot be used")
 
     command(monkeypatch, fail)
     assert main(["info"]) == 2
-    assert capsys.readouterr().err == "error: the cat sits on the data\n"
+    assert capsys.readouterr().err == "error: the data cannot be used\n"
     assert main(["info", "--debug"]) == 2
     assert "Traceback" in capsys.readouterr().err
 
@@ -67,14 +67,14 @@ def test_an_interrupt_gives_130(monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     assert capsys.readouterr().err == "interrupted\n"
 
 
-def test_a_defect_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unexpected_exception_is_not_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     command(monkeypatch, lambda arguments: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         main(["info"])
 
 
 @pytest.mark.slow
-def test_a_reader_that_leaves_is_no_error() -> None:
+def test_a_closed_pipe_is_no_error() -> None:
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(
         [sys.executable, "-m", "yolov9_fast", "info", "--model", "gelan-t"],

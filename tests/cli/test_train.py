@@ -63,7 +63,7 @@ def test_flags_have_their_types() -> None:
     assert (config.augment.hsv_h, config.class_tower, config.device) == (0.0, 64, "0,1")
 
 
-def test_flags_win_over_the_recipe_file_and_the_file_over_the_defaults(tmp_path: Path) -> None:
+def test_flags_override_the_recipe_file_and_the_file_the_defaults(tmp_path: Path) -> None:
     file = tmp_path / "recipe.yaml"
     file.write_text("data: d.yaml\nlr0: 0.1\nepochs: 7\naugment: {mosaic: 0.5, mixup: 0.2}\n")
     config = train.config_from_flags(given("--config", str(file), "--epochs", "9", "--mixup", "0"))
@@ -130,7 +130,7 @@ def test_there_is_nothing_to_resume(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert capsys.readouterr().err.count("error:") == 3
 
 
-def test_a_run_trains_is_resumed_and_leaves_its_files(
+def test_a_run_trains_is_resumed_and_writes_its_files(
     shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from yolov9_fast.engine.trainer import Trainer
@@ -152,7 +152,7 @@ def test_a_run_trains_is_resumed_and_leaves_its_files(
     assert "Traceback" not in shown.err
 
     assert main(["train", "--resume", str(tmp_path / "run"), "--lr0", "1"]) == 2
-    assert "--lr0 (0.01, not 1.0)" in capsys.readouterr().err
+    assert "got --lr0 1.0 (the run has 0.01)" in capsys.readouterr().err
 
     assert main(["train", "--data", str(shapes), "--epochs", "2", *options, "--resume"]) == 0
     assert "resuming" in capsys.readouterr().out
@@ -163,7 +163,7 @@ def test_a_run_trains_is_resumed_and_leaves_its_files(
     assert "has finished" in capsys.readouterr().err
 
 
-def test_other_processes_than_the_first_print_errors_only(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ranks_other_than_0_print_errors_only(monkeypatch: pytest.MonkeyPatch) -> None:
     from yolov9_fast.cli.output import LOGGER, set_up_logging
 
     monkeypatch.setenv("RANK", "1")

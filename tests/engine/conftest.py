@@ -1,4 +1,4 @@
-"""A network of a few thousand parameters and a data set of a few pictures, so that whole runs take seconds."""
+"""A network of a few thousand parameters and a data set of a few images, so that runs take seconds."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Options survive a file, and wrong ones are named."""
+"""Options of a run: defaults, files, checks."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_a_written_config_reads_back_the_same(tmp_path: Path) -> None:
     assert read_config(tmp_path / "config.yaml") == config
 
 
-def test_augmentation_options_may_stand_beside_the_others() -> None:
+def test_augmentation_options_may_be_among_the_others() -> None:
     config = config_from_dict({"epochs": 5, "mosaic": 0.0, "lr0": 1}, "recipe")
     assert (config.epochs, config.augment.mosaic, config.lr0) == (5, 0.0, 1.0)
 

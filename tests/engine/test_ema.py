@@ -28,7 +28,7 @@ def test_two_updates_follow_the_formula() -> None:
     assert int(ema.model.state_dict()["model.0.bn.num_batches_tracked"]) == 2
 
 
-def test_the_average_is_apart_from_the_model_and_needs_no_gradient() -> None:
+def test_the_average_shares_no_memory_with_the_model_and_needs_no_gradient() -> None:
     model = create_model("gelan-t", 1)
     ema = ModelEMA(model)
     assert not any(p.requires_grad for p in ema.model.parameters())

@@ -30,17 +30,17 @@ class InterruptedWhenDestroyed:
             pass
 
 
-def lose_an_interrupt() -> None:
-    """As `del` of an object whose destructor the interrupt hits: Python prints it and goes on."""
+def drop_an_interrupt() -> None:
+    """As `del` of an object whose destructor is interrupted: Python prints it and continues."""
     thing = InterruptedWhenDestroyed()
     del thing
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_a_lost_interrupt_is_raised_at_the_next_check() -> None:
+def test_a_dropped_interrupt_is_raised_at_the_next_check() -> None:
     with InterruptMonitor() as interrupt:
         interrupt.check()
-        lose_an_interrupt()
+        drop_an_interrupt()
         with pytest.raises(KeyboardInterrupt):
             interrupt.check()
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
@@ -52,7 +52,7 @@ def test_an_interrupt_raises_at_once() -> None:
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-def test_another_handler_and_another_thread_are_left_alone() -> None:
+def test_other_handlers_and_other_threads_are_not_changed() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         with InterruptMonitor():
@@ -76,11 +76,11 @@ def test_another_handler_and_another_thread_are_left_alone() -> None:
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_training_ends_although_the_interrupt_was_lost(tiny_config: Callable[..., TrainConfig]) -> None:
+def test_training_ends_although_the_interrupt_was_dropped(tiny_config: Callable[..., TrainConfig]) -> None:
     class Interrupted(Callback):
         def on_epoch_end(self, trainer: Trainer, result: EpochResult) -> None:
             if result.epoch == 1:
-                lose_an_interrupt()
+                drop_an_interrupt()
 
     trainer = Trainer(tiny_config(epochs=4), callbacks=[Interrupted()])
     with pytest.raises(KeyboardInterrupt):

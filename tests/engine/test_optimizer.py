@@ -37,13 +37,13 @@ def test_an_unknown_optimizer_is_refused() -> None:
         build_optimizer(create_model("gelan-t", 1), "lion", lr=0.1, momentum=0.9, weight_decay=0)
 
 
-def test_the_linear_schedule_ends_just_above_its_final_factor() -> None:
+def test_the_linear_schedule_ends_one_step_above_its_final_factor() -> None:
     factor = lr_factor("linear", 500, 0.01)
     assert factor(0) == 1.0
     assert factor(499) == pytest.approx(0.01198)
 
 
-def test_the_cosine_schedule_falls_from_one_to_the_final_factor() -> None:
+def test_the_cosine_schedule_descends_from_one_to_the_final_factor() -> None:
     factor = lr_factor("cosine", 10, 0.1)
     assert [factor(0), factor(5), factor(10)] == pytest.approx([1.0, 0.55, 0.1])
 

@@ -19,11 +19,11 @@ BOX = np.array([[10, 5, 30, 15, 0.9, 1]], np.float32)
 
 def put(files: PredictionFiles, path: str, index: int = 0, frame: int = 0, **options: object) -> None:
     image = np.zeros((20, 40, 3), np.uint8)
-    picture = Frame(image, path, index, frame, **options)  # type: ignore[arg-type]
-    files.write(picture, Prediction(path, BOX, NAMES, (20, 40), 0.0, frame))
+    read = Frame(image, path, index, frame, **options)  # type: ignore[arg-type]
+    files.write(read, Prediction(path, BOX, NAMES, (20, 40), 0.0, frame))
 
 
-def test_pictures_keep_their_names_and_get_their_boxes(tmp_path: Path) -> None:
+def test_images_keep_their_names_and_show_their_boxes(tmp_path: Path) -> None:
     files = PredictionFiles(tmp_path)
     put(files, "somewhere/cat.PNG")
     files.close()
@@ -33,7 +33,7 @@ def test_pictures_keep_their_names_and_get_their_boxes(tmp_path: Path) -> None:
     assert picture[15, 20].any()
 
 
-def test_equal_stems_are_told_apart_in_pictures_and_text(tmp_path: Path) -> None:
+def test_equal_stems_get_numbers_in_images_and_text(tmp_path: Path) -> None:
     files = PredictionFiles(tmp_path, text=True)
     for index, path in enumerate(("a/cat.jpg", "b/cat.jpg", "a/Cat.png", "a/dog.jpg")):
         put(files, path, index)
@@ -43,7 +43,7 @@ def test_equal_stems_are_told_apart_in_pictures_and_text(tmp_path: Path) -> None
     assert stems == ["Cat-3", "cat", "cat-2", "dog"]
 
 
-def test_a_picture_of_a_form_that_cannot_be_written_becomes_png(tmp_path: Path) -> None:
+def test_an_image_of_a_format_that_cannot_be_written_becomes_png(tmp_path: Path) -> None:
     files = PredictionFiles(tmp_path)
     put(files, "scan.jp2")
     assert (tmp_path / "scan.png").is_file()
@@ -57,15 +57,15 @@ def test_text_is_normalised_centre_and_size(confidence: bool, row: str) -> None:
     assert label_text(Prediction("", BOX, NAMES, (20, 40), 0.0), confidence) == row + "\n"
 
 
-def test_a_picture_without_objects_has_an_empty_text(tmp_path: Path) -> None:
-    files = PredictionFiles(tmp_path, pictures=False, text=True)
+def test_an_image_without_objects_has_an_empty_text(tmp_path: Path) -> None:
+    files = PredictionFiles(tmp_path, images=False, text=True)
     empty = Prediction("x.jpg", np.zeros((0, 6), np.float32), NAMES, (20, 40), 0.0)
     files.write(Frame(np.zeros((20, 40, 3), np.uint8), "x.jpg", 0), empty)
     assert (tmp_path / "labels" / "x.txt").read_text() == ""
 
 
 def test_json_holds_every_frame_and_no_password(tmp_path: Path) -> None:
-    files = PredictionFiles(tmp_path, pictures=False, json=True)
+    files = PredictionFiles(tmp_path, images=False, json=True)
     for frame in range(2):
         put(files, "rtsp://user:secret@camera/live", frame=frame, is_video=True)
     files.close()

@@ -1,4 +1,4 @@
-"""Prediction: boxes in pixels of the picture, class filter, sources, refusals."""
+"""Prediction: boxes in pixels of the image, class filter, sources, refusals."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ def model() -> DetectionModel:
     return model
 
 
-def seeing(model: DetectionModel, **options: object) -> Predictor:
-    """A predictor whose network finds, whatever it is shown, a dog (0.98) and a weaker cat (0.88) on the same spot."""
+def fixed_predictor(model: DetectionModel, **options: object) -> Predictor:
+    """A predictor whose network finds a dog (0.98) and a cat (0.88) at the same place in every image."""
     predictor = Predictor(model, 64, device="cpu", **options)  # type: ignore[arg-type]
 
     def raw(images: Tensor, *, auxiliary: bool) -> DetectionOutput:
@@ -45,8 +45,8 @@ def seeing(model: DetectionModel, **options: object) -> Predictor:
     return predictor
 
 
-def test_boxes_are_in_pixels_of_the_picture(model: DetectionModel) -> None:
-    (prediction,) = seeing(model, conf=0.9)(np.zeros((100, 200, 3), np.uint8))
+def test_boxes_are_in_pixels_of_the_image(model: DetectionModel) -> None:
+    (prediction,) = fixed_predictor(model, conf=0.9)(np.zeros((100, 200, 3), np.uint8))
     # Letterboxed to 64 × 32 by 0.32; anchor point (36, 20), sides 8 pixels away.
     assert prediction.boxes[:, :4].tolist() == [pytest.approx([87.5, 37.5, 137.5, 87.5], abs=1e-3)]
     assert prediction.boxes[0, 4] == pytest.approx(1 / (1 + np.exp(-4.0)), abs=1e-6)
@@ -55,22 +55,24 @@ def test_boxes_are_in_pixels_of_the_picture(model: DetectionModel) -> None:
     assert prediction.seconds > 0
 
 
-def test_scores_fall_and_overlaps_of_other_classes_stay_unless_agnostic(model: DetectionModel) -> None:
-    picture = np.zeros((100, 200, 3), np.uint8)
-    (both,) = seeing(model, iou=0.2)(picture)
+def test_boxes_are_in_descending_order_and_overlaps_of_other_classes_stay_unless_agnostic(
+    model: DetectionModel,
+) -> None:
+    image = np.zeros((100, 200, 3), np.uint8)
+    (both,) = fixed_predictor(model, iou=0.2)(image)
     assert both.boxes[:, 5].tolist() == [1, 0]
     assert both.counts() == {"cat": 1, "dog": 1}
-    (best,) = seeing(model, iou=0.2, agnostic=True)(picture)
+    (best,) = fixed_predictor(model, iou=0.2, agnostic=True)(image)
     assert best.counts() == {"dog": 1}
 
 
-def test_only_the_classes_asked_for(model: DetectionModel) -> None:
-    (prediction,) = seeing(model, classes=["cat"])(np.zeros((64, 64, 3), np.uint8))
+def test_only_the_requested_classes_are_returned(model: DetectionModel) -> None:
+    (prediction,) = fixed_predictor(model, classes=["cat"])(np.zeros((64, 64, 3), np.uint8))
     assert prediction.counts() == {"cat": 1}
 
 
-def test_at_most_max_det(model: DetectionModel) -> None:
-    (prediction,) = seeing(model, max_det=1)(np.zeros((64, 64, 3), np.uint8))
+def test_at_most_max_det_boxes_are_returned(model: DetectionModel) -> None:
+    (prediction,) = fixed_predictor(model, max_det=1)(np.zeros((64, 64, 3), np.uint8))
     assert len(prediction) == 1
 
 
@@ -81,7 +83,7 @@ def test_classes_by_index_or_name() -> None:
             class_indices([wrong], NAMES)
 
 
-def test_the_given_network_is_left_as_it_is(model: DetectionModel) -> None:
+def test_the_given_network_is_not_changed(model: DetectionModel) -> None:
     before = {key: value.clone() for key, value in model.state_dict().items()}
     Predictor(model, 64, device="cpu")
     after = model.state_dict()
@@ -91,10 +93,10 @@ def test_the_given_network_is_left_as_it_is(model: DetectionModel) -> None:
     assert all(torch.equal(before[key], after[key]) for key in before)
 
 
-def test_the_fused_network_predicts_what_the_network_does(model: DetectionModel) -> None:
-    picture = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
-    (found,) = Predictor(model, 64, conf=0.0, iou=1.0, device="cpu")(picture)
-    images = torch.from_numpy(picture[..., ::-1].copy()).permute(2, 0, 1)[None].float() / 255
+def test_the_fused_network_predicts_the_same_as_the_network(model: DetectionModel) -> None:
+    image = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
+    (found,) = Predictor(model, 64, conf=0.0, iou=1.0, device="cpu")(image)
+    images = torch.from_numpy(image[..., ::-1].copy()).permute(2, 0, 1)[None].float() / 255
     with torch.inference_mode():
         scores = model.eval()(images)[0, 4:].amax(0)
     model.train()
@@ -105,27 +107,25 @@ def test_the_fused_network_predicts_what_the_network_does(model: DetectionModel)
 def test_files_folders_and_arrays_in_one_call(model: DetectionModel, tmp_path: Path) -> None:
     for name, size in (("a.png", (40, 60)), ("b.png", (60, 40))):
         cv2.imwrite(str(tmp_path / name), np.zeros((*size, 3), np.uint8))
-    predictor = seeing(model)
+    predictor = fixed_predictor(model)
     found = predictor([tmp_path, str(tmp_path / "b.png"), np.zeros((32, 32, 3), np.uint8)])
     assert [Path(p.path).name for p in found] == ["a.png", "b.png", "b.png", ""]
     assert [p.shape for p in found] == [(40, 60), (60, 40), (60, 40), (32, 32)]
 
 
-def test_unreadable_pictures_are_an_error_in_a_call_and_a_none_in_a_stream(
-    model: DetectionModel, tmp_path: Path
-) -> None:
-    (tmp_path / "bad.jpg").write_bytes(b"no picture")
-    predictor = seeing(model)
+def test_unreadable_images_are_an_error_in_a_call_and_a_none_in_a_stream(model: DetectionModel, tmp_path: Path) -> None:
+    (tmp_path / "bad.jpg").write_bytes(b"no image")
+    predictor = fixed_predictor(model)
     with pytest.raises(DataError, match=r"bad\.jpg"):
         predictor(tmp_path / "bad.jpg")
     frame = Frame(None, "bad.jpg", 0, error="why")
     assert list(predictor.stream([frame])) == [(frame, None)]
 
 
-@pytest.mark.parametrize("picture", [np.zeros((8, 8)), np.zeros((8, 8), np.uint8), np.zeros((8, 0, 3), np.uint8)])
-def test_other_arrays_are_refused(model: DetectionModel, picture: np.ndarray) -> None:
+@pytest.mark.parametrize("image", [np.zeros((8, 8)), np.zeros((8, 8), np.uint8), np.zeros((8, 0, 3), np.uint8)])
+def test_other_arrays_are_refused(model: DetectionModel, image: np.ndarray) -> None:
     with pytest.raises(DataError, match="uint8 BGR"):
-        seeing(model)(picture)
+        fixed_predictor(model)(image)
 
 
 @pytest.mark.parametrize("options", [{"conf": 2}, {"iou": -1}, {"image_size": 0}, {"max_det": 0}, {"device": "0,1"}])

@@ -1,4 +1,4 @@
-"""Runs as a user starts them: killed, interrupted, and in several processes."""
+"""Runs from the command line: killed, interrupted, and in several processes."""
 
 from __future__ import annotations
 
@@ -50,8 +50,8 @@ def _state(config: TrainConfig) -> dict[str, Any]:
 
 @pytest.mark.slow
 def test_a_killed_run_resumes_to_the_end_of_an_uninterrupted_one(tiny_config: Make) -> None:
-    whole, killed = (tiny_config(name=name, epochs=4, workers=1) for name in ("whole", "killed"))
-    assert _run(_command(whole)).returncode == 0
+    uninterrupted, killed = (tiny_config(name=name, epochs=4, workers=1) for name in ("uninterrupted", "killed"))
+    assert _run(_command(uninterrupted)).returncode == 0
     process = subprocess.Popen(_command(killed), env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
     run = Path(killed.project) / "killed"
     _wait_for_two_epochs(run, process)
@@ -59,7 +59,7 @@ def test_a_killed_run_resumes_to_the_end_of_an_uninterrupted_one(tiny_config: Ma
     process.wait()
     finished = _run([sys.executable, "-m", "yolov9_fast", "train", "--resume", str(run)])
     assert finished.returncode == 0, finished.stderr
-    a, b = _state(whole), _state(killed)
+    a, b = _state(uninterrupted), _state(killed)
     assert b["epoch"] == 3
     for part in ("model", "ema"):
         assert all(torch.equal(v, b[part][k]) for k, v in a[part].items())
@@ -71,7 +71,7 @@ def test_a_killed_run_resumes_to_the_end_of_an_uninterrupted_one(tiny_config: Ma
 @pytest.mark.slow
 def test_ctrl_c_ends_with_130_and_leaves_the_last_checkpoint(tiny_config: Make) -> None:
     config = tiny_config(epochs=500)
-    # In the background of a shell interrupts are ignored, and children inherit that.
+    # A background process of a shell ignores interrupts, and its children inherit that.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     process = subprocess.Popen(
         _command(config), env=ENVIRONMENT, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -91,7 +91,7 @@ def test_ctrl_c_ends_with_130_and_leaves_the_last_checkpoint(tiny_config: Make) 
 def test_two_processes_equal_one_of_twice_the_batch(tiny_config: Make, nominal_batch: int) -> None:
     """The published loss sums over the images of all processes; statistics and normalisers are shared.
 
-    With 24 images to a step, gradients of one epoch are used in the next.
+    With 24 images per step, gradients of one epoch are used in the next.
     """
     options = {"epochs": 2, "warmup_epochs": 0.0, "lr0": 0.002, "clip": 0.0, "nominal_batch": nominal_batch}
     one, two = tiny_config(name="one", **options), tiny_config(name="two", **options)
@@ -111,10 +111,10 @@ def test_two_processes_equal_one_of_twice_the_batch(tiny_config: Make, nominal_b
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("pkill") is None, reason="needs pkill")
 def test_two_processes_resume_to_the_same_end(tiny_config: Make) -> None:
-    """A step every five batches of epochs of two: nearly every state holds pending gradients of both processes."""
+    """A step every five batches, epochs of two batches: most states have pending gradients of both processes."""
     options = {"epochs": 10, "nominal_batch": 40, "warmup_epochs": 0.0}
-    whole, killed = (tiny_config(name=name, **options) for name in ("whole", "killed"))
-    assert _run(_command(whole, processes=2)).returncode == 0
+    uninterrupted, killed = (tiny_config(name=name, **options) for name in ("uninterrupted", "killed"))
+    assert _run(_command(uninterrupted, processes=2)).returncode == 0
     command = _command(killed, processes=2)
     process = subprocess.Popen(command, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
     run = Path(killed.project) / "killed"
@@ -125,7 +125,7 @@ def test_two_processes_resume_to_the_same_end(tiny_config: Make) -> None:
     assert _state(killed)["epoch"] < 9
     finished = _run([*command[:-2], "--resume", str(run)])
     assert finished.returncode == 0, finished.stderr
-    a, b = _state(whole), _state(killed)
+    a, b = _state(uninterrupted), _state(killed)
     assert all(torch.equal(v, b["model"][k]) for k, v in a["model"].items())
     assert all(g is None or torch.equal(g, h) for g, h in zip(a["gradients"], b["gradients"], strict=True))
 

@@ -1,4 +1,4 @@
-"""Whole runs of the trainer: what they leave, that they are repeatable, and what happens when things go wrong."""
+"""Runs of the trainer: their files, that they are reproducible, and errors."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def _without_seconds(state: dict[str, Any]) -> dict[str, Any]:
     return {**state, "rows": rows}
 
 
-def test_a_run_leaves_weights_state_table_and_plots(tiny_config: Make) -> None:
+def test_a_run_writes_weights_state_table_and_plots(tiny_config: Make) -> None:
     config = tiny_config(epochs=2, plots=True, tensorboard=True, save_period=1)
     result = train(config)
     run = Path(config.project) / "exp"
@@ -93,13 +93,13 @@ def test_an_existing_run_is_never_overwritten(tiny_config: Make) -> None:
 
 
 @pytest.mark.parametrize("stop_at", ["first batch", "batch", "validation"])
-def test_a_run_stopped_in_mid_epoch_resumes_to_the_same_end(
+def test_a_run_stopped_during_an_epoch_resumes_to_the_same_end(
     tiny_config: Make, monkeypatch: pytest.MonkeyPatch, stop_at: str
 ) -> None:
-    """With 40 images to a step, epochs of 16 leave gradients pending: they are part of what is resumed."""
+    """With 40 images per step, epochs of 16 leave pending gradients, which are part of the state."""
     options = {"nominal_batch": 40, "warmup_epochs": 0.0}
-    whole = tiny_config(name="whole", **options)
-    train(whole)
+    uninterrupted = tiny_config(name="uninterrupted", **options)
+    train(uninterrupted)
     broken = tiny_config(name="broken", **options)
     trainer = Trainer(broken)
     owner, method, call = {
@@ -118,12 +118,14 @@ def test_a_run_stopped_in_mid_epoch_resumes_to_the_same_end(
     monkeypatch.setattr(owner, method, interrupted)
     with pytest.raises(KeyboardInterrupt):
         trainer.run()
-    project = Path(whole.project)
+    project = Path(uninterrupted.project)
     Trainer.resume(project, "broken").run()
-    states = [_without_seconds(load_state(project / n / "weights/state.pt")) for n in ("whole", "broken")]
+    states = [_without_seconds(load_state(project / n / "weights/state.pt")) for n in ("uninterrupted", "broken")]
     assert _same(*states)
     assert any(g is not None for g in states[0]["gradients"])
-    assert [r["metrics/ap"] for r in _rows(project / "whole")] == [r["metrics/ap"] for r in _rows(project / "broken")]
+    assert [r["metrics/ap"] for r in _rows(project / "uninterrupted")] == [
+        r["metrics/ap"] for r in _rows(project / "broken")
+    ]
 
 
 def test_a_finished_run_and_a_missing_run_cannot_be_resumed(tiny_config: Make) -> None:
@@ -144,7 +146,7 @@ def test_a_damaged_state_is_refused(tiny_config: Make) -> None:
         Trainer.resume(config.project)
 
 
-def _poison(trainer: Trainer, monkeypatch: pytest.MonkeyPatch, iterations: set[int]) -> None:
+def _make_nan(trainer: Trainer, monkeypatch: pytest.MonkeyPatch, iterations: set[int]) -> None:
     """Make the network's input NaN at some iterations."""
     original, calls = trainer.network.forward, []
 
@@ -159,7 +161,7 @@ def test_steps_that_are_not_finite_are_skipped_and_counted(
     tiny_config: Make, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     trainer = Trainer(tiny_config(epochs=2))
-    _poison(trainer, monkeypatch, {1})
+    _make_nan(trainer, monkeypatch, {1})
     with caplog.at_level(logging.INFO):
         trainer.run()
     assert trainer.state.skipped_steps == 1
@@ -170,13 +172,13 @@ def test_steps_that_are_not_finite_are_skipped_and_counted(
 
 def test_an_epoch_without_a_finite_step_ends_the_run(tiny_config: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = Trainer(tiny_config(epochs=2))
-    _poison(trainer, monkeypatch, {2, 3})
+    _make_nan(trainer, monkeypatch, {2, 3})
     with pytest.raises(TrainingDivergedError, match="epoch 2: not one of 2 optimiser steps was finite"):
         trainer.run()
     assert load_state(trainer.run_folder.state)["epoch"] == 0
 
 
-def test_a_full_disk_keeps_the_last_checkpoint_and_training_goes_on(
+def test_a_full_disk_keeps_the_last_checkpoint_and_training_continues(
     tiny_config: Make, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     trainer = Trainer(tiny_config(epochs=3))
@@ -218,7 +220,7 @@ def test_a_full_disk_at_the_end_is_an_error(tiny_config: Make, monkeypatch: pyte
         trainer.run()
 
 
-def test_frozen_layers_stay_as_they_are(tiny_config: Make) -> None:
+def test_frozen_layers_do_not_change(tiny_config: Make) -> None:
     trainer = Trainer(tiny_config(epochs=1, freeze=2))
     before = {k: v.clone() for k, v in trainer.model.state_dict().items()}
     trainer.run()
@@ -260,7 +262,7 @@ def test_lead_head_guided_training_runs(tiny_config: Make) -> None:
     assert train(tiny_config(epochs=1, lead_head_guided=True)) is not None
 
 
-def test_an_odd_image_size_is_rounded_and_said(tiny_config: Make, caplog: pytest.LogCaptureFixture) -> None:
+def test_an_odd_image_size_is_rounded_and_logged(tiny_config: Make, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO):
         trainer = Trainer(tiny_config(imgsz=70))
     assert trainer.config.imgsz == 96

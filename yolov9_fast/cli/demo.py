@@ -28,13 +28,13 @@ VAL_IMAGES = 64
 EPOCHS = 18
 PASSING_AP50 = 0.5
 _MARKER = ".yolov9_fast_demo"
-_SHOWN_PICTURES = 8
+_SHOWN_IMAGES = 8
 _EPILOG = """examples:
   yolov9-fast demo
   yolov9-fast demo --device 0 --project runs/demo_gpu
 
-Left in the folder: report.md, the data set, the training run, the evaluation and the pictures with found objects. An
-earlier demo in the same folder is replaced. The exit code is 1 where AP50 stays below 0.5."""
+Files in the folder: report.md, the data set, the training run, the evaluation and the annotated images. An
+earlier demo in the same folder is replaced. The exit code is 1 if AP50 is below 0.5."""
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -42,13 +42,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--epochs", type=int, default=EPOCHS, metavar="N", help="epochs (default %(default)s)")
     add("--imgsz", type=int, default=128, metavar="N", help="image size in pixels (default %(default)s)")
-    add("--device", help="cpu or a GPU's number (default: a GPU where there is one)")
+    add("--device", help="cpu or a GPU's number (default: a GPU if there is one)")
     add("--project", default="runs/demo", metavar="DIR", help="folder of the demo (default %(default)s)")
     add("--seed", type=int, default=0, metavar="N", help="seed of data, weights and order (default %(default)s)")
 
 
 def demo_config(data: Path, folder: Path, *, epochs: int, imgsz: int, seed: int, device: str | None) -> TrainConfig:
-    """The recipe for a few minutes: a step on every batch, AdamW, little augmentation, the end without mosaic."""
+    """A recipe for a few minutes: a step per batch, AdamW, little augmentation, no mosaic in the last third."""
     return TrainConfig(
         model="yolov9-t",
         data=str(data),
@@ -61,7 +61,7 @@ def demo_config(data: Path, folder: Path, *, epochs: int, imgsz: int, seed: int,
         lrf=0.02,
         schedule="cosine",
         weight_decay=0.01,
-        cls=1.5,  # boxes are learned long before shapes are told apart
+        cls=1.5,  # boxes are learned long before classes
         warmup_epochs=2.0,
         warmup_bias_lr=0.002,
         patience=0,
@@ -78,13 +78,13 @@ def demo_config(data: Path, folder: Path, *, epochs: int, imgsz: int, seed: int,
 def run(arguments: argparse.Namespace) -> int:
     for name in ("epochs", "imgsz"):
         if getattr(arguments, name) < 1:
-            raise UserError(f"--{name} must be at least 1, got {getattr(arguments, name)}")
+            raise UserError(f"--{name}: expected at least 1, got {getattr(arguments, name)}")
     started = time.perf_counter()
     folder = fresh_folder(Path(arguments.project))
     data = render_dataset(
         folder / "data", train=TRAIN_IMAGES, val=VAL_IMAGES, size=arguments.imgsz, seed=arguments.seed
     )
-    log.info(f"rendered {TRAIN_IMAGES} + {VAL_IMAGES} pictures of {', '.join(SHAPES)} into {folder / 'data'}")
+    log.info(f"rendered {TRAIN_IMAGES} + {VAL_IMAGES} images of {', '.join(SHAPES)} into {folder / 'data'}")
     config = demo_config(
         data,
         folder,
@@ -106,19 +106,19 @@ def run(arguments: argparse.Namespace) -> int:
     atomic_write(folder / "report.md", report(config, result, trained, time.perf_counter() - started))
     assert result.metrics is not None
     ap50 = result.metrics.ap50
-    print(f"report, pictures and weights in {folder}")
+    print(f"report, images and weights in {folder}")
     print(f"AP50 {ap50:.4f}")
     if not ap50 >= PASSING_AP50:
-        log.error("AP50 is below %.2f: this installation does not train as it should", PASSING_AP50)
+        log.error("AP50 is below %.2f: this installation does not train correctly", PASSING_AP50)
         return 1
     return 0
 
 
 def fresh_folder(folder: Path) -> Path:
-    """An empty folder that carries the demo's mark; an earlier demo there is removed, anything else is left alone.
+    """Make an empty folder with the demo's marker file; an earlier demo is removed, any other content refused.
 
     Raises:
-        UserError: the folder holds something that no demo has written, or cannot be made.
+        UserError: the folder has content that is not a demo's, or cannot be created.
     """
     marker = folder / _MARKER
     try:
@@ -133,31 +133,31 @@ def fresh_folder(folder: Path) -> Path:
     return folder
 
 
-def _predict(weights: Path, pictures: Path, folder: Path, config: TrainConfig) -> None:
+def _predict(weights: Path, images: Path, folder: Path, config: TrainConfig) -> None:
     predictor = Predictor(weights, config.imgsz, device=config.device)
     files = PredictionFiles(folder, text=True, json=True)
-    good, _ = predict_all(predictor, open_source(pictures), files, verbose=False)
-    log.info(f"{good} pictures with their objects in {folder}")
+    number, _ = predict_all(predictor, open_source(images), files, verbose=False)
+    log.info(f"{number} annotated images in {folder}")
 
 
 def report(config: TrainConfig, result: ValidationResult, trained: float, total: float) -> str:
     """The demo's report as Markdown; paths are relative to its folder."""
     assert result.metrics is not None
     metrics = result.metrics
-    shown = "\n".join(f"![{n:04d}](predict/{n:04d}.jpg)" for n in range(_SHOWN_PICTURES))
+    shown = "\n".join(f"![{n:04d}](predict/{n:04d}.jpg)" for n in range(_SHOWN_IMAGES))
     options = dataclasses.asdict(config)
     names = ("model", "epochs", "imgsz", "batch", "optimizer", "lr0", "schedule", "seed")
     settings = "\n".join(f"| {name} | {options[name]} |" for name in names)
     return f"""# Demo: yolov9-t with PGI on rendered shapes
 
-**AP50 {metrics.ap50:.4f}, AP {metrics.ap:.4f}** on {result.images} pictures, after {trained:.0f} s of training
+**AP50 {metrics.ap50:.4f}, AP {metrics.ap:.4f}** on {result.images} images, after {trained:.0f} s of training
 ({total:.0f} s in all).
 
 | setting | |
 | --- | --- |
 {settings}
 
-Data: {TRAIN_IMAGES} pictures to train, {VAL_IMAGES} to evaluate, up to {MOST_OBJECTS} overlapping objects each, of
+Data: {TRAIN_IMAGES} images to train, {VAL_IMAGES} to evaluate, up to {MOST_OBJECTS} overlapping objects each, of
 {", ".join(SHAPES)}; drawn by program from the seed, in [data](data/).
 
 ## Per class
@@ -166,14 +166,14 @@ Data: {TRAIN_IMAGES} pictures to train, {VAL_IMAGES} to evaluate, up to {MOST_OB
 {metrics.table()}
 ```
 
-## What it finds
+## Predictions
 
 {shown}
 
-All pictures in [predict](predict/), as text in [predict/labels](predict/labels/) and
+All images in [predict](predict/), as text in [predict/labels](predict/labels/) and
 [predict/predictions.json](predict/predictions.json).
 
-## How it learned
+## Training
 
 ![losses and AP over the epochs](train/results.png)
 ![precision and recall](val/PR_curve.png)

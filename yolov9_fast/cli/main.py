@@ -1,4 +1,4 @@
-"""The command line `yolov9-fast COMMAND …`: finds the command, prints errors as one line, chooses the exit code."""
+"""The command line `yolov9-fast COMMAND …`: finds the command, prints errors as one line, sets the exit code."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ COMMANDS = {
     "train": "train a network on your images",
     "val": "evaluate weights on a labelled split: COCO AP",
     "predict": "find objects in images, videos, webcams and streams",
-    "convert": "read weights of any known origin and write them as ours",
+    "convert": "read weights of any known origin and write them as safetensors",
     "bench": "how fast: eager against fused; the benchmark suite, its records compared and reported",
-    "info": "what is installed and runs where; parameters and GFLOPs of networks; what a weights file holds",
+    "info": "what is installed and which backends run; size and GFLOPs of networks; the contents of a weights file",
     "kernels": "compile the Triton kernels for every GPU architecture, without a GPU, and report on them",
     "tune": "measure the Triton kernels' tiles on this GPU and keep the fastest",
     "paper": "the tables and figures of the paper, rebuilt on your data: ablations, PGI variants, feature maps",
@@ -34,9 +34,9 @@ _EPILOG = """examples:
   yolov9-fast demo
   yolov9-fast train --model yolov9-s --data my.yaml --epochs 100
   yolov9-fast val --weights runs/train/exp/weights/best.safetensors --data my.yaml
-  yolov9-fast predict --weights runs/train/exp/weights/best.safetensors --source pictures/
+  yolov9-fast predict --weights runs/train/exp/weights/best.safetensors --source images/
 
-exit codes: 0 done, 1 ran but without the result asked for, 2 wrong input (one line says what), 130 interrupted"""
+exit codes: 0 success, 1 ran without the requested result, 2 wrong input (one line of error), 130 interrupted"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser, module = _parser(words)
     try:
         arguments = parser.parse_args(words)
-    except SystemExit as stop:  # argparse has printed help, version or a usage error
+    except SystemExit as stop:  # argparse has printed the help, the version or a usage error
         return stop.code if isinstance(stop.code, int) else EXIT_ERROR
     if module is None:
         parser.print_help()
@@ -73,13 +73,13 @@ def _run(module: ModuleType, arguments: argparse.Namespace) -> int:
             traceback.print_exc()
         print("interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
-    except BrokenPipeError:  # the reader, such as `head`, has seen enough
+    except BrokenPipeError:  # the reader, such as `head`, has closed the pipe
         silence_stdout()
         return 0
 
 
 def import_modules(names: Sequence[str]) -> None:
-    """Import a user's modules, from the working folder too."""
+    """Import a user's modules; the working folder is searched first."""
     for name in names:
         try:
             import_module(name)
@@ -88,7 +88,7 @@ def import_modules(names: Sequence[str]) -> None:
 
 
 def _parser(words: Sequence[str]) -> tuple[argparse.ArgumentParser, ModuleType | None]:
-    """The parser, and the module of the command named in `words`; only that one is imported, so that help is quick."""
+    """The parser, and the module of the command in `words`, the only one imported, so that help is fast."""
     shared = argparse.ArgumentParser(add_help=False)
     add_shared_flags(shared)
     parser = argparse.ArgumentParser(

@@ -1,4 +1,4 @@
-"""What the commands print: log lines on stdout, warnings on stderr, and only from the first of several processes."""
+"""What the commands print: log lines on stdout, warnings on stderr; of several processes only rank 0 prints."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ LOGGER = "yolov9_fast"
 
 
 def add_shared_flags(parser: argparse.ArgumentParser) -> None:
-    """Flags that every command has; they become attributes only where given."""
+    """Add the flags that every command has; only flags that are given become attributes."""
     parser.add_argument(
         "--debug", action="store_true", default=argparse.SUPPRESS, help="show the traceback of an error"
     )
@@ -22,12 +22,12 @@ def add_shared_flags(parser: argparse.ArgumentParser) -> None:
         action="append",
         metavar="MODULE",
         default=argparse.SUPPRESS,
-        help="import this module first: blocks and auxiliary branches of your own (again for several)",
+        help="import this module first: blocks and auxiliary branches of your own (repeat for several)",
     )
 
 
 class _ConsoleHandler(logging.Handler):
-    """Writes to the stdout or stderr of the moment; a reader that has gone away stops no training."""
+    """Writes to the current stdout or stderr; a closed pipe does not end the training."""
 
     def emit(self, record: logging.LogRecord) -> None:
         warning = record.levelno >= logging.WARNING
@@ -41,7 +41,7 @@ class _ConsoleHandler(logging.Handler):
 
 
 def set_up_logging() -> None:
-    """Send the package's log to the console; repeated calls change nothing."""
+    """Send the package's log to the console; repeated calls have no effect."""
     logger = logging.getLogger(LOGGER)
     if not any(isinstance(handler, _ConsoleHandler) for handler in logger.handlers):
         logger.addHandler(_ConsoleHandler())
@@ -50,7 +50,7 @@ def set_up_logging() -> None:
 
 
 def calm_progress_bars() -> None:
-    """A progress bar that goes into a file is drawn now and then, not ten times a second; before tqdm is imported."""
+    """Update progress bars once a minute if stderr is not a terminal; call it before tqdm is imported."""
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_MININTERVAL", "60")
 
@@ -61,6 +61,6 @@ def is_main_process() -> bool:
 
 
 def silence_stdout() -> None:
-    """Send the rest of stdout nowhere, so that Python's flush at exit does not fail again."""
+    """Redirect stdout to the null device, so that Python's flush at exit does not fail again."""
     with contextlib.suppress(OSError, ValueError):  # stdout has no descriptor (captured, closed)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -15,20 +15,20 @@ from yolov9_fast.errors import UserError
 
 _REPORTED_FRAMES = 100
 _EPILOG = """examples:
-  yolov9-fast predict --weights best.safetensors --source pictures/
-  yolov9-fast predict --weights yolov9-c.pt --source "pictures/**/*.jpg" clip.mp4 --classes person dog
+  yolov9-fast predict --weights best.safetensors --source images/
+  yolov9-fast predict --weights yolov9-c.pt --source "images/**/*.jpg" clip.mp4 --classes person dog
   yolov9-fast predict --weights best.safetensors --source 0                       the first webcam
   yolov9-fast predict --weights best.safetensors --source rtsp://camera/stream --vid-stride 5
   yolov9-fast predict --weights best.safetensors --source list.txt --save-txt --save-json --no-save
 
-Left in PROJECT/NAME: annotated pictures (videos as .mp4), labels/*.txt with --save-txt, predictions.json with
---save-json. A file that cannot be read is named, counted and skipped; the exit code is 1 where none could be read."""
+Files in PROJECT/NAME: annotated images (videos as .mp4), labels/*.txt with --save-txt, predictions.json with
+--save-json. A file that cannot be read is named, counted and skipped; the exit code is 1 if none could be read."""
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.epilog = _EPILOG
     add = parser.add_argument
-    add("--weights", required=True, metavar="FILE", help="weights: ours, or any foreign checkpoint")
+    add("--weights", required=True, metavar="FILE", help="weights of this project, or a foreign checkpoint")
     add(
         "--source",
         required=True,
@@ -37,20 +37,20 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="image, video, folder, glob, .txt list, webcam number or stream address; several allowed",
     )
     add("--imgsz", type=int, default=640, metavar="N", help="long side in pixels (default %(default)s)")
-    add("--conf", type=float, default=0.25, metavar="X", help="least confidence (default %(default)s)")
+    add("--conf", type=float, default=0.25, metavar="X", help="lowest confidence (default %(default)s)")
     add("--iou", type=float, default=0.45, metavar="X", help="IoU threshold of NMS (default %(default)s)")
-    add("--max-det", type=int, default=1000, metavar="N", help="detections per picture (default %(default)s)")
+    add("--max-det", type=int, default=1000, metavar="N", help="detections per image (default %(default)s)")
     add("--classes", nargs="+", metavar="CLASS", help="only these classes, by index or name")
     add("--agnostic", action="store_true", help="boxes of different classes suppress each other too")
-    add("--save", action=argparse.BooleanOptionalAction, default=True, help="write annotated pictures (default on)")
+    add("--save", action=argparse.BooleanOptionalAction, default=True, help="write annotated images (default on)")
     add("--save-txt", action="store_true", help="write labels/*.txt: class cx cy w h, normalised")
     add("--save-conf", action="store_true", help="the score as the last number of each row of the text")
     add("--save-json", action="store_true", help="write predictions.json, boxes in pixels")
-    add("--line-width", type=int, metavar="N", help="width of lines in pixels (default: by the picture's size)")
+    add("--line-width", type=int, metavar="N", help="width of lines in pixels (default: by the image's size)")
     add("--hide-labels", action="store_true", help="draw boxes without names")
     add("--hide-conf", action="store_true", help="draw names without scores")
     add("--vid-stride", type=int, default=1, metavar="N", help="use every n-th frame of videos (default %(default)s)")
-    add("--device", help="cpu or a GPU's number (default: a GPU where there is one)")
+    add("--device", help="cpu or a GPU's number (default: a GPU if there is one)")
     add("--amp", choices=AMP_MODES, default="off", help="mixed precision (default %(default)s)")
     add("--project", default="runs/predict", metavar="DIR", help="folder of runs (default %(default)s)")
     add("--name", default="exp", help="name of this run (default %(default)s)")
@@ -74,7 +74,7 @@ def run(arguments: argparse.Namespace) -> int:
     frames = open_source(arguments.source)
     files = PredictionFiles(
         new_run(arguments.project, arguments.name).path,
-        pictures=arguments.save,
+        images=arguments.save,
         text=arguments.save_txt,
         confidence=arguments.save_conf,
         json=arguments.save_json,
@@ -84,30 +84,30 @@ def run(arguments: argparse.Namespace) -> int:
         frame_step=arguments.vid_stride,
     )
     print(f"{arguments.weights}: {predictor.model.graph_name}, fused, on {predictor.device}, {predictor.image_size} px")
-    good, bad = predict_all(predictor, _every_nth(frames, arguments.vid_stride), files)
-    left_out = f", {bad} unreadable and skipped" if bad else ""
-    print(f"{good} picture{'s' if good != 1 else ''}{left_out}; results in {files.folder}")
-    return 0 if good else 1
+    read, skipped = predict_all(predictor, _every_nth(frames, arguments.vid_stride), files)
+    rest = f", {skipped} unreadable and skipped" if skipped else ""
+    print(f"{read} image{'s' if read != 1 else ''}{rest}; results in {files.folder}")
+    return 0 if read else 1
 
 
 def predict_all(
     predictor: Predictor, frames: Iterator[Frame], files: PredictionFiles, *, verbose: bool = True
 ) -> tuple[int, int]:
-    """Predict, write and, if `verbose`, print a line per picture; the numbers of readable and unreadable ones."""
-    good = bad = 0
+    """Predict, write and, if `verbose`, print a line per image; the numbers of readable and unreadable ones."""
+    read = skipped = 0
     try:
         for frame, prediction in predictor.stream(frames):
             if prediction is None:
-                bad += 1
+                skipped += 1
                 print(f"warning: skipped: {frame.error}", file=sys.stderr)
                 continue
-            good += 1
+            read += 1
             files.write(frame, prediction)
             if verbose and (frame.frame // files.frame_step) % _REPORTED_FRAMES == 0:
                 print(_line(frame, prediction), flush=True)
     finally:
         files.close()
-    return good, bad
+    return read, skipped
 
 
 def _line(frame: Frame, prediction: Prediction) -> str:

@@ -28,24 +28,24 @@ _AUGMENT_HELP = {
     "hsv_s": "largest relative change of saturation",
     "hsv_v": "largest relative change of brightness",
     "degrees": "largest rotation in degrees",
-    "translate": "largest shift as a share of the side",
+    "translate": "largest shift as a fraction of the side",
     "scale": "largest relative change of size, below 1",
     "shear": "largest shear in degrees",
     "perspective": "strength of the perspective map, at most 0.001",
-    "flipud": "probability of a flip upside down",
-    "fliplr": "probability of a flip left to right",
+    "flipud": "probability of a vertical flip",
+    "fliplr": "probability of a horizontal flip",
     "mosaic": "probability of a mosaic of four images",
     "mixup": "probability of blending two mosaics",
-    "copy_paste": "share of the objects with a polygon to paste a second time",
+    "copy_paste": "fraction of the objects with a polygon to paste a second time",
 }
 _EPILOG = """examples:
   yolov9-fast train --data my.yaml                                    yolov9-t from scratch, published recipe
   yolov9-fast train --data my.yaml --model yolov9-s --weights yolov9-s.pt --epochs 50
-  yolov9-fast train --data my.yaml --config recipe.yaml --lr0 0.005   a recipe file; flags win over it
+  yolov9-fast train --data my.yaml --config recipe.yaml --lr0 0.005   a recipe file; flags take precedence
   yolov9-fast train --data my.yaml --device 0,1 --batch 64            two GPUs
-  yolov9-fast train --resume runs/train/exp                           go on after the last finished epoch
+  yolov9-fast train --resume runs/train/exp                           continue after the last finished epoch
   yolov9-fast train --resume                                          the newest run in runs/train
-  torchrun --nproc-per-node 4 -m yolov9_fast train --data my.yaml     processes of your own
+  torchrun --nproc-per-node 4 -m yolov9_fast train --data my.yaml     your own launcher
 
 A recipe file is YAML with the same names (`config.yaml` of an earlier run is one)."""
 
@@ -60,7 +60,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         const="",
         metavar="RUN_FOLDER",
         default=argparse.SUPPRESS,
-        help="go on with this run, or with --project/--name, or with the newest run in the project",
+        help="continue this run, or --project/--name, or the newest run of the project",
     )
     titles = {first: title for title, first in _GROUPS}
     group = parser.add_argument_group(_GROUPS[0][0])
@@ -112,7 +112,7 @@ def config_from_flags(given: dict[str, Any]) -> TrainConfig:
     """The options of a new run: defaults, then the recipe file, then the flags in `given`.
 
     Raises:
-        UserError: an unreadable recipe or a value that no run can use.
+        UserError: a recipe that cannot be read, or a value that no run can use.
     """
     augmentation = {field.name for field in dataclasses.fields(AugmentConfig)}
     try:
@@ -129,40 +129,40 @@ def config_from_flags(given: dict[str, Any]) -> TrainConfig:
 
 
 def _run_to_resume(given: dict[str, Any]) -> RunFolder:
-    """The run that `--resume` means."""
+    """The run that `--resume` selects."""
     folder = given["resume"]
     if folder:
         path = Path(folder)
         if not path.is_dir():
-            raise UserError(f"no run folder {folder} to resume")
+            raise UserError(f"--resume: expected a run folder, got {folder}")
         path = path.resolve()
         return find_run(path.parent, path.name)
     return find_run(given.get("project", TrainConfig.project), given.get("name"))
 
 
 def _unchanged_config(run: RunFolder, given: dict[str, Any]) -> TrainConfig:
-    """The run's own options; the command that started it may be repeated, but options that differ are refused."""
+    """The run's own options; options of the command line that differ from them are refused."""
     config = read_config(run.config)
     own = {**dataclasses.asdict(config), **dataclasses.asdict(config.augment)}
     free = {"resume", "config", "device", "workers", "project", "name"}
     differing = [
-        f"--{key.replace('_', '-')} ({own[key]}, not {value})"
+        f"--{key.replace('_', '-')} {value} (the run has {own[key]})"
         for key, value in sorted(given.items())
         if key not in free and own[key] != value
     ]
     if differing:
         raise UserError(
-            "--resume goes on with the run's own options; only --device and --workers may change, not "
+            "--resume: expected the run's own options (only --device and --workers may change), got "
             + ", ".join(differing)
         )
     return config
 
 
 def start_processes(device: str | None) -> None:
-    """Where `device` names several GPUs and no launcher has made processes yet, replace this process by `torchrun`.
+    """If `device` names several GPUs and no launcher has started processes, replace this process by `torchrun`.
 
     Raises:
-        UserError: a device that this machine lacks.
+        UserError: a device that this machine does not have.
     """
     numbers = device_numbers(device)
     if len(numbers) < 2 or "WORLD_SIZE" in os.environ:

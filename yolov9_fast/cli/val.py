@@ -11,31 +11,31 @@ _EPILOG = """examples:
   yolov9-fast val --weights best.safetensors --data my.yaml
   yolov9-fast val --weights yolov9-c.pt --data coco.yaml --split val --batch 16 --device 0
 
-The defaults are the published settings: 640 px, confidence 0.001, IoU 0.7, 300 detections an image.
-Left in PROJECT/NAME: predictions.json (COCO results), metrics.json, per_class.txt, curves and confusion matrix."""
+The defaults are the published settings: 640 px, confidence 0.001, IoU 0.7, 300 detections per image.
+Files in PROJECT/NAME: predictions.json (COCO results), metrics.json, per_class.txt, curves and confusion matrix."""
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     default = EvaluationOptions
     parser.epilog = _EPILOG
     add = parser.add_argument
-    add("--weights", required=True, metavar="FILE", help="weights: ours, or any foreign checkpoint")
+    add("--weights", required=True, metavar="FILE", help="weights of this project, or a foreign checkpoint")
     add("--data", required=True, metavar="FILE.yaml", help="data file")
     add("--split", default=default.split, choices=("val", "test", "train"), help="default %(default)s")
     add("--imgsz", type=int, default=default.imgsz, metavar="N", help="image size in pixels (default %(default)s)")
     add("--batch", type=int, default=default.batch, metavar="N", help="images per step (default %(default)s)")
-    add("--conf", type=float, default=default.conf, metavar="X", help="least confidence (default %(default)s)")
+    add("--conf", type=float, default=default.conf, metavar="X", help="lowest confidence (default %(default)s)")
     add("--iou", type=float, default=default.iou, metavar="X", help="IoU threshold of NMS (default %(default)s)")
     add("--max-det", type=int, default=default.max_det, metavar="N", help="detections per image (default %(default)s)")
     add(
         "--rect",
         action=argparse.BooleanOptionalAction,
         default=default.rect,
-        help="batches of images of like shape with little padding, instead of squares (default off)",
+        help="batches of images of similar shape with little padding, instead of squares (default off)",
     )
     add("--amp", choices=AMP_MODES, default=default.amp, help="mixed precision (default %(default)s)")
-    add("--device", default=None, help="cpu or a GPU's number (default: a GPU where there is one)")
-    add("--workers", type=int, default=None, metavar="N", help="loader processes (default: by the machine's cores)")
+    add("--device", default=None, help="cpu or a GPU's number (default: a GPU if there is one)")
+    add("--workers", type=int, default=None, metavar="N", help="loader processes (default: by the number of cores)")
     add("--plots", action=argparse.BooleanOptionalAction, default=default.plots, help="draw plots (default on)")
     add("--project", default=default.project, metavar="DIR", help="folder of runs (default %(default)s)")
     add("--name", default=default.name, help="name of this run (default %(default)s)")

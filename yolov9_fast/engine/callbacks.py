@@ -80,13 +80,13 @@ class Callback:
         """Before the first batch of `epoch` (counted from 0)."""
 
     def on_batch_end(self, trainer: Trainer, result: BatchResult) -> None:
-        """After a batch, and after the optimiser's step where one was due."""
+        """After a batch, and after the optimiser's step if one was due."""
 
     def on_validation_end(self, trainer: Trainer, result: EpochResult) -> None:
         """After the validation of an epoch; nothing of the epoch has been saved."""
 
     def on_epoch_end(self, trainer: Trainer, result: EpochResult) -> None:
-        """After an epoch has been saved; from here on the run resumes with the next one."""
+        """After an epoch has been saved; from here on a resumed run starts with the next one."""
 
     def on_train_end(self, trainer: Trainer) -> None:
         """After the last epoch."""

@@ -65,7 +65,7 @@ class TrainConfig:
         "auxiliary branch: default (the graph's own), none, pfh, fpn, pan, icn, BACKBONE,NECK, module:function",
     )
     data: str = _option("", "data file (YAML)")
-    weights: str | None = _option(None, "weights to start from (ours or foreign)")
+    weights: str | None = _option(None, "weights to start from, of this project or a foreign checkpoint")
     epochs: int = _option(100, "epochs")
     imgsz: int = _option(640, "image size in pixels (long side), a multiple of 32")
     batch: int = _option(16, "images per step, over all processes")
@@ -114,7 +114,7 @@ class TrainConfig:
     iou: float = _option(0.7, "IoU threshold of NMS in validation")
     max_det: int = _option(300, "detections per image in validation")
     plots: bool = _option(True, "draw plots")
-    tensorboard: bool = _option(True, "write TensorBoard events where tensorboard is installed")
+    tensorboard: bool = _option(True, "write TensorBoard events if tensorboard is installed")
     callbacks: str = _option("", "callbacks of your own: module:class, comma-separated")
     augmentations: str = _option("", "augmentations of your own: module:function, comma-separated")
     augment: AugmentConfig = field(default_factory=AugmentConfig)
@@ -165,7 +165,7 @@ def config_from_dict(data: dict[str, Any], origin: str) -> TrainConfig:
 
     Args:
         data: option → value.
-        origin: where the data come from, for error messages.
+        origin: what the data were read from, for error messages.
 
     Raises:
         UserError: an unknown option, or a value of the wrong type or range.

@@ -1,4 +1,4 @@
-"""Files of predictions: annotated pictures and videos, label text, and one JSON of all."""
+"""Files of predictions: annotated images and videos, label files, and one JSON file."""
 
 from __future__ import annotations
 
@@ -19,27 +19,28 @@ from yolov9_fast.engine.predictor import Prediction
 from yolov9_fast.errors import UserError
 from yolov9_fast.viz import draw_detections
 
-_PICTURE_SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
+_IMAGE_SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
 _DEFAULT_FPS = 25.0
 
 
 @dataclass
 class PredictionFiles:
-    """Writes predictions into `folder`; `close` finishes videos and the JSON.
+    """Writes predictions to `folder`; `close` finishes videos and the JSON file.
 
-    Pictures keep their file's name; where two sources share a stem, the later gets -2, -3, …, its text too.
+    Images keep their file's name. If two sources have the same stem, -2, -3, … is added to the later one's files.
 
     Args:
-        folder: made when first written to.
-        pictures: annotated pictures, and videos as .mp4.
-        text: `labels/STEM.txt`, rows `class cx cy w h` normalised; for a video one file per frame, `STEM_000000.txt`.
-        confidence: the score as the last number of a text row.
-        json: `predictions.json`.
-        frame_step: only every n-th frame of videos comes here, so they play at 1/n of their rate.
+        folder: created by the first file.
+        images: write annotated images, and videos as .mp4.
+        text: write `labels/STEM.txt`, rows `class cx cy w h` normalised; of a video one file per frame,
+            `STEM_000000.txt`.
+        confidence: add the score to each row of the text.
+        json: write `predictions.json`.
+        frame_step: videos get only every n-th frame, and play at 1/n of their rate.
     """
 
     folder: Path
-    pictures: bool = True
+    images: bool = True
     text: bool = False
     confidence: bool = False
     json: bool = False
@@ -53,11 +54,11 @@ class PredictionFiles:
     _video: _Video | None = None
 
     def write(self, frame: Frame, prediction: Prediction) -> None:
-        """Record one readable frame; raises `UserError` where a file cannot be written."""
+        """Write one frame that has been read; raises `UserError` if a file cannot be written."""
         stem = self._stem(frame)
-        if self.pictures:
+        if self.images:
             assert frame.image is not None
-            picture = draw_detections(
+            annotated = draw_detections(
                 frame.image,
                 prediction.boxes,
                 prediction.names,
@@ -66,9 +67,9 @@ class PredictionFiles:
                 hide_conf=self.hide_conf,
             )
             if frame.is_video:
-                self._write_frame(frame, stem, picture)
+                self._write_frame(frame, stem, annotated)
             else:
-                self._write_picture(Path(frame.path).suffix, stem, picture)
+                self._write_image(Path(frame.path).suffix, stem, annotated)
         if self.text:
             name = f"{stem}_{frame.frame:06d}" if frame.is_video else stem
             atomic_write(self.folder / "labels" / f"{name}.txt", label_text(prediction, self.confidence))
@@ -94,24 +95,24 @@ class PredictionFiles:
             self._stems[key] = name
         return self._stems[key]
 
-    def _write_picture(self, suffix: str, stem: str, picture: np.ndarray) -> None:
-        suffix = suffix if suffix.lower() in _PICTURE_SUFFIXES else ".png"
-        good, data = require("cv2").imencode(suffix.lower(), picture)
-        if not good:
-            raise UserError(f"{stem}{suffix} cannot be encoded")
+    def _write_image(self, suffix: str, stem: str, image: np.ndarray) -> None:
+        suffix = suffix if suffix.lower() in _IMAGE_SUFFIXES else ".png"
+        encoded, data = require("cv2").imencode(suffix.lower(), image)
+        if not encoded:
+            raise UserError(f"{stem}{suffix}: the image cannot be encoded")
         atomic_write(self.folder / f"{stem}{suffix}", data.tobytes())
 
-    def _write_frame(self, frame: Frame, stem: str, picture: np.ndarray) -> None:
+    def _write_frame(self, frame: Frame, stem: str, image: np.ndarray) -> None:
         target = self.folder / f"{stem}.mp4"
         if self._video is None or self._video.target != target:
             if self._video is not None:
                 self._video.close()
-            self._video = _Video(target, (frame.fps or _DEFAULT_FPS) / self.frame_step, picture)
-        self._video.add(picture)
+            self._video = _Video(target, (frame.fps or _DEFAULT_FPS) / self.frame_step, image)
+        self._video.add(image)
 
 
 class _Video:
-    """An .mp4 that gets its name when it is complete."""
+    """An .mp4 file, renamed to its final name when it is complete."""
 
     def __init__(self, target: Path, fps: float, first: np.ndarray) -> None:
         cv2 = require("cv2")
@@ -121,15 +122,17 @@ class _Video:
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UserError(f"cannot make the folder {target.parent}: {error.strerror}") from error
+            raise UserError(f"cannot create the folder {target.parent}: {error.strerror}") from error
         self._writer = cv2.VideoWriter(str(self._temporary), cv2.VideoWriter_fourcc(*"mp4v"), fps, self._size)
         if not self._writer.isOpened():
-            raise UserError(f"cannot write the video {target}: OpenCV has no encoder for it, or the disk refuses")
+            raise UserError(
+                f"cannot write the video {target}: OpenCV has no encoder for it, or the disk is full or read-only"
+            )
 
-    def add(self, picture: np.ndarray) -> None:
-        if (picture.shape[1], picture.shape[0]) != self._size:
-            picture = require("cv2").resize(picture, self._size)
-        self._writer.write(picture)
+    def add(self, image: np.ndarray) -> None:
+        if (image.shape[1], image.shape[0]) != self._size:
+            image = require("cv2").resize(image, self._size)
+        self._writer.write(image)
 
     def close(self) -> None:
         self._writer.release()
@@ -137,7 +140,7 @@ class _Video:
 
 
 def label_text(prediction: Prediction, confidence: bool) -> str:
-    """Rows `class cx cy w h [score]`, centre and size as shares of the picture."""
+    """Rows `class cx cy w h [score]`: centre and size normalised by the image's width and height."""
     height, width = prediction.shape
     lines = []
     for x1, y1, x2, y2, score, label in prediction.boxes.tolist():

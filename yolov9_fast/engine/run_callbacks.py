@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from yolov9_fast.engine.trainer import Trainer
 
 log = logging.getLogger(__name__)
-_BATCH_PICTURES = 3
+_PLOTTED_BATCHES = 3
 
 
 def run_callbacks(config: TrainConfig) -> list[Callback]:
@@ -145,13 +145,13 @@ class Plots(Callback):
             viz.plot_labels(trainer.training_data.labels, trainer.class_names, trainer.run_folder.path / "labels.png")
 
     def on_batch_end(self, trainer: Trainer, result: BatchResult) -> None:
-        if result.epoch > 0 or result.index >= _BATCH_PICTURES:
+        if result.epoch > 0 or result.index >= _PLOTTED_BATCHES:
             return
         name = f"train_batch{result.index}"
-        picture = viz.draw_targets(result.batch.images, result.batch.targets, trainer.class_names)
-        require("cv2").imwrite(str(trainer.run_folder.path / f"{name}.jpg"), picture)
+        image = viz.draw_targets(result.batch.images, result.batch.targets, trainer.class_names)
+        require("cv2").imwrite(str(trainer.run_folder.path / f"{name}.jpg"), image)
         if self._tensorboard is not None:
-            self._tensorboard.add_image(name, np.ascontiguousarray(picture[..., ::-1]))
+            self._tensorboard.add_image(name, np.ascontiguousarray(image[..., ::-1]))
 
     def on_evaluation_end(self, trainer: Trainer, result: ValidationResult) -> None:
         viz.plot_results(trainer.run_folder.results, trainer.run_folder.path / "results.png")

@@ -36,7 +36,7 @@ from yolov9_fast.ops._nms import nms, warn_if_cut
 
 @dataclass(frozen=True)
 class EvaluationSet:
-    """A split ready to be evaluated: its images, its ground truth in COCO form, and the category of each class."""
+    """A split that can be evaluated: its images, its ground truth as COCO data, and the COCO category of each class."""
 
     split: str
     names: dict[int, str]
@@ -189,7 +189,7 @@ def validate(
     metrics = None
     if process_group.is_main:
         detections = [d for part, _ in gathered for d in part]
-        confusion.matrix = sum(matrix for _, matrix in gathered)  # type: ignore[assignment]
+        confusion.matrix = sum(matrix for _, matrix in gathered)
         metrics = evaluate_coco(
             evaluation.ground_truth,
             detections,

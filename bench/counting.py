@@ -1,4 +1,4 @@
-"""What a call does, counted: kernels, copies, allocations, bytes, peak memory. By the profiler, not by a clock.
+"""What a call does, counted by profilers, not by a clock: kernels, copies, allocations, bytes, Python calls.
 
 On the CPU a kernel is an operator call that calls no other and does work (views and empty tensors are none); on CUDA it
 is a kernel that the device ran.
@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
@@ -91,7 +92,7 @@ COPIES = ("aten::copy_", "aten::cat", "aten::_foreach_copy_", "aten::stack")
 
 @dataclass
 class Counts:
-    """One call: kernels by name, copies among them, allocations and their bytes, and the peak of live bytes."""
+    """One call: kernels, copies among them, allocations and their bytes, the peak of live bytes, kernels by name."""
 
     kernels: int = 0
     copies: int = 0
@@ -143,21 +144,21 @@ def count(call: Callable[[], Any], device: torch.device) -> Counts:
 
 @contextmanager
 def quiet_stderr() -> Iterator[None]:
-    """The profiler's own library writes a line to the descriptor at every start and stop."""
+    """Discard what is written to file descriptor 2: the profiler's library writes a line at every start and stop."""
     sys.stderr.flush()
     try:
         own = os.dup(2)
     except OSError:
         yield
         return
-    nowhere = os.open(os.devnull, os.O_WRONLY)
+    null = os.open(os.devnull, os.O_WRONLY)
     try:
-        os.dup2(nowhere, 2)
+        os.dup2(null, 2)
         yield
     finally:
         os.dup2(own, 2)
         os.close(own)
-        os.close(nowhere)
+        os.close(null)
 
 
 def _memory(profiler: Any, device: torch.device) -> tuple[int, int, int]:
@@ -193,10 +194,32 @@ def saved_bytes(forward: Callable[[], Any]) -> int:
     return total
 
 
-def resident_peak(call: Callable[[], Any]) -> int | None:
-    """Bytes by which this process's resident memory rose during `call()`; None where Linux does not tell.
+def python_calls(call: Callable[[], Any]) -> int:
+    """How many functions of this package `call()` calls in this thread; those of bench, torch and others excluded.
 
-    Freed memory is given back first, else the call would live in what earlier ones left.
+    Comprehensions are not counted, which newer versions of Python run without a call, nor generated functions.
+    """
+    number = 0
+
+    def profiled(frame: FrameType, event: str, argument: Any) -> None:
+        nonlocal number
+        name, module = frame.f_code.co_name, frame.f_globals.get("__name__", "")
+        if event == "call" and module.startswith("yolov9_fast.") and not module.startswith("yolov9_fast.bench"):
+            number += (not name.startswith("<") or name == "<lambda>") and frame.f_code.co_filename != "<string>"
+
+    before = sys.getprofile()
+    sys.setprofile(profiled)
+    try:
+        call()
+    finally:
+        sys.setprofile(before)
+    return number
+
+
+def resident_peak(call: Callable[[], Any]) -> int | None:
+    """Bytes by which this process's resident memory rose during `call()`; None where Linux does not report it.
+
+    Free memory is returned to the system first, otherwise the call would reuse what earlier ones left.
     """
     _trim()
     try:

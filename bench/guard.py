@@ -1,12 +1,14 @@
-"""The guard without a clock: what a training step of yolov9-t does, counted and held against a file in the repository.
+"""The guard without a clock: what a training step of yolov9-t does, counted and compared with a file in the repository.
 
-Kernels, copies, allocations and their bytes, bytes saved for the backward: numbers that a busy machine does not change.
-They depend on the version of torch, so each version has its own entry; one that has none is not judged. A change that
-moves them updates the file on purpose: `yolov9-fast bench guard --update`.
+Kernels, copies, allocations and their bytes, bytes saved for the backward, calls of this package's Python functions:
+numbers that a busy machine does not change. They depend on the version of torch, so each version has its own entry; a
+version without an entry is not checked. A commit that changes them updates the file: `yolov9-fast bench guard
+--update`.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +27,8 @@ from .networks import TrainingStep
 FILE = Path(__file__).with_name("counts.json")
 NETWORK, IMAGE_SIZE, BATCH = "yolov9-t", 64, 2
 SIDES = {"eager": ("nchw", "eager"), "fused": ("channels_last", "auto")}
+PYTHON_NETWORKS = (NETWORK, "gelan-s")
+"""Those whose steps' Python calls are counted."""
 _BYTES_TOLERANCE = 1e-3
 UPDATE = "yolov9-fast bench guard --update"
 
@@ -63,12 +67,20 @@ def counts() -> dict[str, dict[str, Any]]:
 
 def _counts(layout: str, backend_name: str) -> dict[str, Any]:
     device = torch.device("cpu")
-    step = TrainingStep(NETWORK, IMAGE_SIZE, BATCH, device, layout=layout, backend_name=backend_name)
-    for _ in range(2):
+    steps = {
+        name: TrainingStep(name, IMAGE_SIZE, BATCH, device, layout=layout, backend_name=backend_name)
+        for name in PYTHON_NETWORKS
+    }
+    for step in (*steps.values(), *steps.values()):
         step(NoClock())
+    calls = {
+        f"python_calls of {name}": counting.python_calls(functools.partial(step, NoClock()))
+        for name, step in steps.items()
+    }
+    step = steps[NETWORK]
     found = counting.count(lambda: step(NoClock()), device)
     saved = counting.saved_bytes(lambda: step.forward(NoClock()))
-    return {**found.numbers(), "saved_bytes": saved, "by_kernel": found.by_kernel}
+    return {**found.numbers(), **calls, "saved_bytes": saved, "by_kernel": found.by_kernel}
 
 
 def check(path: Path = FILE) -> list[Finding] | None:
@@ -100,8 +112,15 @@ def differences(expected: dict[str, Any], found: dict[str, Any]) -> list[Finding
 
 
 def _differ(name: str, old: int | None, new: int | None) -> bool:
-    """Bytes by more than a thousandth: an anchor whose assignment another processor rounds away moves a few hundred."""
-    if old is None or new is None or not name.endswith("_bytes"):
+    """Whether a number is worse or, but for Python calls, better than expected.
+
+    Bytes by more than a thousandth: an anchor assigned otherwise by another processor's rounding changes some hundred.
+    """
+    if old is None or new is None:
+        return old != new
+    if name.startswith("python_calls"):
+        return new > old
+    if not name.endswith("_bytes"):
         return old != new
     return abs(new - old) > _BYTES_TOLERANCE * old
 

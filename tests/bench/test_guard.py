@@ -10,10 +10,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 from yolov9_fast.bench import guard, instructions
-from yolov9_fast.bench.counting import count, saved_bytes
+from yolov9_fast.bench.counting import count, python_calls, saved_bytes
 
+import yolov9_fast as yf
 from yolov9_fast.cli.main import main
 from yolov9_fast.models.model import DetectionModel
+from yolov9_fast.nn import Conv
 
 CPU = torch.device("cpu")
 
@@ -93,6 +95,25 @@ def test_saved_bytes_are_those_of_activations_once() -> None:
         return y * y
 
     assert saved_bytes(forward) == 5 * 10 * 4 * 2, "the input and sigmoid's output, not the weight"
+
+
+def test_python_calls_are_those_of_the_package() -> None:
+    conv = Conv(3, 4).eval()
+
+    def own(calls: int) -> int:
+        with yf.backend("eager"):
+            return python_calls(lambda: [conv(torch.zeros(1, 3, 2, 2)) for _ in range(calls)])
+
+    assert python_calls(lambda: nn.Linear(2, 2)(torch.zeros(1, 2))) == 0
+    assert own(0) == 0
+    assert own(5) == 5 * own(1) > 0
+
+
+def test_fewer_python_calls_are_no_finding() -> None:
+    expected = {"fused": {"python_calls of yolov9-t": 100}}
+    assert not guard.differences(expected, {"fused": {"python_calls of yolov9-t": 99}})
+    (finding,) = guard.differences(expected, {"fused": {"python_calls of yolov9-t": 101}})
+    assert finding.text() == "fused python_calls of yolov9-t: 101, expected 100 (+1)"
 
 
 def test_instructions_are_the_same_every_time_and_more_work_is_seen(tmp_path: Path) -> None:

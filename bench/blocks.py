@@ -108,7 +108,7 @@ def _arguments(ready: list[Tensor], inputs: Any, module: nn.Module) -> Any:
 
 
 def _regroup(ready: list[Tensor], module: nn.Module) -> list[Any]:
-    """Each split that is chosen stands at its index of a list; `ready` holds every split of every source, in order."""
+    """The splits of each source as a list, and the target; `ready` holds every split of every source, in order."""
     indices: list[int] = module.indices  # type: ignore[assignment]
     target, rest = ready[-1], ready[:-1]
     sources: list[list[Tensor]] = []
@@ -118,7 +118,7 @@ def _regroup(ready: list[Tensor], module: nn.Module) -> list[Any]:
             sources[-1].append(tensor)
         else:
             sources.append([tensor])
-    assert len(sources) == len(indices), "the sources of CBFuse cannot be told apart"
+    assert len(sources) == len(indices), "CBFuse: two adjacent sources have the same plane"
     return [*sources, target]
 
 

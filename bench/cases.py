@@ -93,7 +93,7 @@ class Absent:
 class OpenCase:
     """A case with its memory allocated. The first runner is the baseline.
 
-    `reference`: what `results()` must be, in float64, or None where the baseline itself is the truth. `rule`: how
+    `reference`: what `results()` must be, in float64, or None where results are compared with the baseline. `rule`: how
     results are judged, see `check.py`. `traffic`: None where it is not countable. `items`: images per call where a rate
     makes sense. `peers`: runners of others, judged by their agreement.
     """

@@ -1,4 +1,4 @@
-"""Is a result right? Errors against float64, and the rules by which a wrong result has no speed."""
+"""Is a result right? Errors against float64, and the rules by which a result is refused before any timing."""
 
 from __future__ import annotations
 
@@ -11,30 +11,30 @@ _FLOOR = 1e-7
 _PEER_AGREEMENT = 0.99
 
 
-def relative_error(result: Tensor, truth: Tensor) -> float:
-    """Root mean square of the difference over that of the truth; infinite for another shape or a value not finite."""
-    if result.shape != truth.shape:
+def relative_error(result: Tensor, exact: Tensor) -> float:
+    """Root mean square of the difference over that of `exact`; infinite for another shape or a value not finite."""
+    if result.shape != exact.shape:
         return math.inf
-    if truth.numel() == 0:
+    if exact.numel() == 0:
         return 0.0
-    difference = result.detach().to("cpu", torch.float64) - truth.detach().to("cpu", torch.float64)
-    scale = truth.detach().to("cpu", torch.float64).square().mean().sqrt().item()
+    difference = result.detach().to("cpu", torch.float64) - exact.detach().to("cpu", torch.float64)
+    scale = exact.detach().to("cpu", torch.float64).square().mean().sqrt().item()
     error = difference.square().mean().sqrt().item()
     if not math.isfinite(error):
         return math.inf
     return error / scale if scale > 0 else error
 
 
-def errors(results: dict[str, Tensor], truth: dict[str, Tensor]) -> dict[str, float]:
+def errors(results: dict[str, Tensor], exact: dict[str, Tensor]) -> dict[str, float]:
     """`relative_error` by name; infinite for what is missing."""
-    return {name: relative_error(results[name], one) if name in results else math.inf for name, one in truth.items()}
+    return {name: relative_error(results[name], one) if name in results else math.inf for name, one in exact.items()}
 
 
 def judge(
     rule: str,
     results: dict[str, Tensor],
     baseline: dict[str, Tensor],
-    truth: dict[str, Tensor] | None,
+    exact: dict[str, Tensor] | None,
 ) -> tuple[float, str | None]:
     """(largest error, why the result is wrong or None).
 
@@ -56,8 +56,8 @@ def judge(
     if rule == "exact":
         differing = [name for name, one in baseline.items() if name not in results or not _same(results[name], one)]
         return (math.inf, f"differs from eager in {', '.join(differing)}") if differing else (0.0, None)
-    own = errors(results, truth if truth is not None else baseline)
-    theirs = errors(baseline, truth) if truth is not None else dict.fromkeys(baseline, 0.0)
+    own = errors(results, exact if exact is not None else baseline)
+    theirs = errors(baseline, exact) if exact is not None else dict.fromkeys(baseline, 0.0)
     worst = max(own.values(), default=0.0)
     for name, error in own.items():
         allowed = (10 if rule == "rough" else 2) * theirs[name] + _FLOOR

@@ -1,7 +1,7 @@
 """Two measurements compared: files of records, commits, or this tree against a commit, with a threshold of 5 %.
 
 Commits are checked out into git worktrees of their own, compiled, and measured by one process each; the processes take
-turns sample by sample, so that the machine's moods meet both. A difference counts when every repeat shows it.
+turns sample by sample, so that what disturbs the machine disturbs both. A difference counts when every repeat shows it.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ REPEATS = 3
 ROUNDS = 15
 # Threads that wait by spinning would take the cores from the other process, whose turn it is. glibc keeps freed memory:
 # otherwise page faults decide, and one allocation more can make everything after it faster.
-_CALM = {
+_QUIET = {
     "OMP_WAIT_POLICY": "PASSIVE",
     "GOMP_SPINCOUNT": "0",
     "KMP_BLOCKTIME": "0",
@@ -204,7 +204,7 @@ class _Process:
             stdout=subprocess.PIPE,
             text=True,
             cwd=tempfile.gettempdir(),
-            env=dict(os.environ) | _CALM,
+            env=dict(os.environ) | _QUIET,
         )
         self._answer()
         return self

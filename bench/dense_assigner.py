@@ -1,6 +1,6 @@
 """The dense eager form of task-aligned assignment, [B, N, A] throughout: what `ops.assign` is measured against.
 
-Written from the published definition in the manner in which trainers run it: every ground truth with every anchor, the
+Written from the published definition in the form in which trainers run it: every ground truth with every anchor, the
 top-k counted by one-hot vectors over the anchors, targets as [B, A, classes].
 """
 
@@ -16,7 +16,7 @@ _EPS = 1e-7
 
 
 class DenseAssigner(nn.Module):
-    """Called as assigner(scores, boxes, points, labels [B, N, 1], truths, mask [B, N, 1]) like the published losses do.
+    """Called as assigner(scores, boxes, points, labels [B, N, 1], gt_boxes, mask [B, N, 1]) like the published losses do.
 
     Returns labels [B, A], boxes [B, A, 4], scores [B, A, classes], foreground [B, A], ground truth [B, A].
     `inside_only`: overlaps outside a ground truth's box count as 0, so that contests are among those that contain
@@ -32,10 +32,10 @@ class DenseAssigner(nn.Module):
 
     @torch.no_grad()
     def forward(
-        self, scores: Tensor, boxes: Tensor, points: Tensor, labels: Tensor, truths: Tensor, mask: Tensor
+        self, scores: Tensor, boxes: Tensor, points: Tensor, labels: Tensor, gt_boxes: Tensor, mask: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         batch, anchors = boxes.shape[:2]
-        count = truths.shape[1]
+        count = gt_boxes.shape[1]
         if count == 0:
             nothing = torch.zeros(batch, anchors, dtype=torch.int64, device=boxes.device)
             return (
@@ -45,10 +45,10 @@ class DenseAssigner(nn.Module):
                 nothing.bool(),
                 nothing,
             )
-        low, high = truths[:, :, None].chunk(2, -1)
+        low, high = gt_boxes[:, :, None].chunk(2, -1)
         inside = torch.cat((points - low, high - points), -1).amin(-1) > self.eps
         score = scores.gather(2, labels[:, None, :, 0].long().expand(-1, anchors, -1)).transpose(1, 2)
-        overlap = _ciou(truths[:, :, None], boxes[:, None]).clamp(min=0)
+        overlap = _ciou(gt_boxes[:, :, None], boxes[:, None]).clamp(min=0)
         if self.inside_only:
             overlap = overlap * (inside & (mask > 0))
         metric = score.pow(self.alpha) * overlap.pow(self.beta)
@@ -61,15 +61,15 @@ class DenseAssigner(nn.Module):
         highest = F.one_hot(overlap.argmax(1), count).transpose(1, 2).bool()
         positive = torch.where((claims > 1)[:, None], highest, positive)
         foreground = positive.any(1)
-        truth = positive.int().argmax(1)
+        gt_index = positive.int().argmax(1)
 
         metric = metric * positive
         overlap = overlap * positive
         weight = (metric * overlap.amax(-1, keepdim=True) / (metric.amax(-1, keepdim=True) + self.eps)).amax(1)
-        target_labels = labels[..., 0].long().gather(1, truth)
-        target_boxes = truths.gather(1, truth[..., None].expand(-1, -1, 4))
+        target_labels = labels[..., 0].long().gather(1, gt_index)
+        target_boxes = gt_boxes.gather(1, gt_index[..., None].expand(-1, -1, 4))
         target_scores = F.one_hot(target_labels, self.num_classes) * (weight * foreground)[..., None]
-        return target_labels, target_boxes, target_scores, foreground, truth
+        return target_labels, target_boxes, target_scores, foreground, gt_index
 
 
 def _ciou(first: Tensor, second: Tensor) -> Tensor:

@@ -48,8 +48,8 @@ def compare_first(
     with tqdm(total=100, desc=f"{model} {image_size} px, batch {batch}", unit="%", leave=False) as bar:
         sides = _sides(model, image_size, batch, device, images, compiled)
         bar.update(5)
-        truth = _judge(sides, model, image_size, batch, images, bar)
-        wrong = {side.name: reason for side in sides if (reason := _wrong(side, sides[0], truth))}
+        exact = _judge(sides, model, image_size, batch, images, bar)
+        wrong = {side.name: reason for side in sides if (reason := _wrong(side, sides[0], exact))}
         right = [side for side in sides if side.name not in wrong]
         _rounds(right, device, seconds, bar, 60)
         for side in right:
@@ -58,7 +58,7 @@ def compare_first(
         bar.update(100 - bar.n)
     head = f"{model}, {image_size} px, batch {batch}, float32, {device_slug(device)}, torch {torch.__version__}, "
     head += f"{torch.get_num_threads()} threads"
-    return "\n".join([head, "", *_table(sides, right, wrong, truth, batch), "", *_notes(sides, wrong)]), not wrong
+    return "\n".join([head, "", *_table(sides, right, wrong, exact, batch), "", *_notes(sides, wrong)]), not wrong
 
 
 def _sides(model: str, size: int, batch: int, device: torch.device, images: Tensor, compiled: bool) -> list[Side]:
@@ -81,7 +81,7 @@ def _works(side: Side) -> dict[str, Callable[[Any], Any]]:
 def _judge(
     sides: list[Side], model: str, size: int, batch: int, images: Tensor, bar: Any
 ) -> dict[str, dict[str, Tensor]]:
-    """Results of every side, and the float64 truth where a CPU can afford it."""
+    """Results of every side; returns those in float64 where a CPU can afford it."""
     for side in sides:
         side.results = {"step": side.step.results(), "inference": side.inference.results()}
         bar.update(5)
@@ -96,9 +96,9 @@ def _judge(
     return exact
 
 
-def _wrong(side: Side, baseline: Side, truth: dict[str, dict[str, Tensor]]) -> str | None:
+def _wrong(side: Side, baseline: Side, exact: dict[str, dict[str, Tensor]]) -> str | None:
     for what, results in side.results.items():
-        _, reason = judge("network", results, baseline.results[what], truth.get(what))
+        _, reason = judge("network", results, baseline.results[what], exact.get(what))
         if reason is not None:
             return f"{what}: {reason}"
     return None
@@ -126,7 +126,7 @@ def _rounds(sides: list[Side], device: torch.device, seconds: float, bar: Any, s
 
 
 def _table(
-    sides: list[Side], right: list[Side], wrong: dict[str, str], truth: dict[str, dict[str, Tensor]], batch: int
+    sides: list[Side], right: list[Side], wrong: dict[str, str], exact: dict[str, dict[str, Tensor]], batch: int
 ) -> list[str]:
     rows: list[list[str]] = [["", *(side.name for side in sides)]]
 
@@ -158,13 +158,13 @@ def _table(
     row("  images/s", lambda side: f"{batch / summarise(side.samples['inference']).median:.1f}")
     row("  times eager", speedup("inference"))
     row("  peak memory, MB", lambda side: f"{side.peak['inference'] / 1e6:.0f}")
-    against = "float64" if truth else "eager"
+    against = "float64" if exact else "eager"
     for label, what, name in (
         ("loss", "step", "loss"),
         ("gradients", "step", "gradient"),
         ("predictions", "inference", "output"),
     ):
-        expected = (truth or sides[0].results)[what][name]
+        expected = (exact or sides[0].results)[what][name]
         cells = [f"{relative_error(side.results[what][name], expected):.1e}" for side in sides]
         rows.append([f"{label}, error against {against}", *cells])
     rows.append(["equal within rounding", *("no" if side.name in wrong else "yes" for side in sides)])

@@ -1,6 +1,6 @@
 """One case measured: results judged first, then all providers timed in turns, memory and launches counted after.
 
-Interleaving: each round calls every provider once, in an order that is drawn anew, so that what disturbs the machine
+Interleaving: each round calls every provider once, in a new random order, so that what disturbs the machine
 disturbs all of them, and ratios of one round's samples keep their meaning.
 """
 
@@ -105,9 +105,9 @@ def _measure(
 
 
 def judged(opened: OpenCase) -> Iterator[Candidate | dict[str, Any]]:
-    """Runners with right results; for the others what a record says of them: a reason, and no time."""
+    """Runners with right results; for the others the contents of their record: the reason, without times."""
     baselines: dict[str, dict[str, Tensor]] = {}
-    truth: dict[str, Tensor] | None = None
+    exact: dict[str, Tensor] | None = None
     for runner, rule in _with_rules(opened):
         if isinstance(runner, Absent):
             yield {"provider": runner.provider, "layout": runner.layout, "reason": runner.reason}
@@ -115,7 +115,7 @@ def judged(opened: OpenCase) -> Iterator[Candidate | dict[str, Any]]:
         where = {"provider": runner.provider, "layout": runner.layout}
         try:
             results = runner.results()
-        except Exception as error:  # whatever a provider trips over is its own affair: the others go on
+        except Exception as error:  # of any kind: the other providers are measured all the same
             if isinstance(error, torch.OutOfMemoryError):
                 gc.collect()
             yield where | {
@@ -124,11 +124,11 @@ def judged(opened: OpenCase) -> Iterator[Candidate | dict[str, Any]]:
             continue
         if not baselines:
             baselines[""] = results
-            truth = opened.reference() if opened.reference is not None else None
+            exact = opened.reference() if opened.reference is not None else None
         eager = runner.provider == "eager"
         # Each memory layout has its own eager form, which sums in another order and is no less right.
         baseline = baselines[""] if eager else baselines.get(runner.layout, baselines[""])
-        worst, wrong = judge("rough" if eager and rule == "twice" else rule, results, baseline, truth)
+        worst, wrong = judge("rough" if eager and rule == "twice" else rule, results, baseline, exact)
         if eager and wrong is None:
             baselines[runner.layout] = results
         if wrong is not None:
@@ -177,7 +177,7 @@ def _time(candidates: list[Candidate], phased: bool, device: torch.device, setti
             for candidate in order:
                 if done < candidate.most:
                     sample(candidate, phased, device, flush)
-            # Autograd graphs are cycles of their own making; without a collector they would pile up.
+            # Autograd graphs contain cycles, which only the collector frees.
             gc.collect(0)
     finally:
         if collecting:
@@ -214,7 +214,7 @@ def sample(candidate: Candidate, phased: bool, device: torch.device, flush: Tens
         finish.synchronize()
         candidate.samples.append(begin.elapsed_time(finish) / 1e3)
         return
-    # A sample during which the system took a core away says how busy the machine is, not how fast the call: once more.
+    # A sample during which the system took a core away measures the machine's load: it is taken again.
     for _ in range(_TRIES):
         before = preemptions()
         start = time.perf_counter()
@@ -229,7 +229,7 @@ def sample(candidate: Candidate, phased: bool, device: torch.device, flush: Tens
 
 
 def preemptions() -> int:
-    """How often the system has taken a core away from this process so far (0 where it does not tell)."""
+    """How often the system has taken a core away from this process so far (0 where it does not count)."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw if resource is not None else 0
 
 

@@ -1,6 +1,6 @@
 """Others that do the same work: OpenCV and torchvision for NMS, a dense assigner, ONNX Runtime and OpenVINO.
 
-Each is optional; where one is missing or fails, the reason is recorded and the run goes on.
+Each is optional; where one is missing or fails, the reason is recorded and the run continues.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def nms_peers(prediction: Tensor, expected: Detections) -> Iterator[Runner | Abs
 
 
 def assign_peers(tensors: list[Tensor], expected: Assignment, classes: int) -> Iterator[Runner | Absent]:
-    """The assignment in the dense manner of published trainers, every ground truth with every anchor.
+    """The assignment in the dense form of published trainers, every ground truth with every anchor.
 
     `tensors`: scores, boxes, anchor points, labels [B, N], ground truths, mask [B, N].
     """

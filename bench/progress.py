@@ -12,7 +12,7 @@ T = TypeVar("T")
 
 
 def progress(items: Sequence[T], name: Callable[[T], str]) -> Iterator[T]:
-    """The items, with the name of the current one beside the bar."""
+    """The items, with the name of the current one next to the bar."""
     if importlib.util.find_spec("tqdm") is None:
         yield from items
         return

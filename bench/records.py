@@ -1,4 +1,4 @@
-"""Records of measurements: JSON lines that are appended whole, read back tolerantly, and grouped into runs.
+"""Records of measurements: JSON lines, appended one write each; incomplete lines are skipped when they are read.
 
 A file holds lines of four kinds: `run` (machine, versions, commit), `ceilings`, `measure` and `absent` (what was not
 measured, and why). A process that dies leaves complete lines only; a torn last line of another writer is passed over.
@@ -22,7 +22,7 @@ KINDS = ("run", "ceilings", "measure", "absent")
 
 
 def results_folder() -> Path:
-    """Where records go unless told otherwise: `bench/results` of the repository, else `bench-results` here."""
+    """The default folder of records: `bench/results` of the repository, else `bench-results` here."""
     return RESULTS if (RESULTS.parent.parent / "pyproject.toml").is_file() else Path("bench-results")
 
 
@@ -57,7 +57,7 @@ class Recorder:
         return record
 
     def _mend(self) -> None:
-        """A torn last line is ended, so that what is appended starts on a line of its own."""
+        """End an incomplete last line, so that what is appended starts on a new line."""
         if self.path.is_file() and self.path.stat().st_size:
             with open(self.path, "rb+") as file:
                 file.seek(-1, os.SEEK_END)
@@ -79,7 +79,7 @@ def _rounded(value: Any) -> Any:
 
 
 def read(path: str | Path) -> list[Record]:
-    """All whole records of a file.
+    """All complete records of a file.
 
     Raises:
         UserError: it cannot be read, or holds no record.

@@ -113,7 +113,7 @@ def _disturbance(run: Run) -> str:
     busy = [r for r in timed if r.get("disturbed", 0) > len(r["samples"]) / 4]
     text = f"{len(busy)} of {len(timed)} measurements had over a quarter of their samples disturbed by other processes"
     if busy:
-        text += f"; they tell little: {', '.join(sorted({r['case'] for r in busy})[:8])}"
+        text += f"; these are unreliable: {', '.join(sorted({r['case'] for r in busy})[:8])}"
     return f"{text}.\n"
 
 

@@ -182,7 +182,7 @@ def _own(key: str, inputs: Any, output: Any, module: nn.Module) -> Iterator[tupl
 
 
 def _aggregations(key: str, module: nn.Module) -> Iterator[tuple[str, list[int]]]:
-    """The 1×1 units that read several tensors side by side: name and channels of each input."""
+    """The 1×1 units that read the concatenation of several tensors: name and channels of each input."""
     if isinstance(module, RepCSP):
         yield f"{key}.cv3", [module.cv3.conv.in_channels // 2] * 2
     elif isinstance(module, SPPELAN):

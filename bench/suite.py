@@ -23,7 +23,7 @@ from .records import Record, Recorder, read, results_folder, run_name
 
 _SECONDS = {"ops": 0.25, "blocks": 0.3, "loss": 0.4, "nms": 0.4, "step": 8.0, "infer": 2.0, "data": 2.0, "places": 0.0}
 _ROUNDS = {"step": (3, 9), "infer": (3, 15)}
-# Of the whole budget, at most so much for one family while others wait.
+# The part of the budget that a family may use while others wait.
 _PART = {
     "ops": 0.34,
     "blocks": 0.12,
@@ -83,7 +83,7 @@ def run_suite(
         match: measure cases whose name contains this.
         budget: seconds for all; cases that do not fit are recorded as absent.
         out: folder of records, below which the device has its own.
-        run: name of the run; one that exists is gone on with: cases it holds are not measured again.
+        run: name of the run; one that exists is continued: cases it holds are not measured again.
     """
     cases = [case for case in all_cases(settings, device, only) if match in case.name]
     if not cases:

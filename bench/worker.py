@@ -1,4 +1,4 @@
-"""Measures one source tree on request: a process per tree, told line by line what to do, so that trees take turns.
+"""Measures one source tree on request: a process per tree that reads commands line by line, so that trees take turns.
 
 Started by its path, with the tree's folder as argument. Operators, kernels, networks and the benchmark's cases are
 those of that tree: a case calls what its tree has. This file and `compare.py` decide when and how often.

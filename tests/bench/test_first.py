@@ -1,4 +1,4 @@
-"""`yolov9-fast bench`: one table, eager against fused, with speed, memory and equality; a wrong side has no speed."""
+"""`yolov9-fast bench`: one table, eager against fused, with speed, memory and equality; a wrong result is not timed."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def test_one_command_prints_the_table(capsys: pytest.CaptureFixture[str]) -> Non
     assert "fused runs on" in text
 
 
-def test_a_fused_side_with_wrong_gradients_has_no_speed(
+def test_a_fused_side_with_wrong_gradients_is_not_timed(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     results = TrainingStep.results

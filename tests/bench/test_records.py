@@ -1,4 +1,4 @@
-"""Records: appended whole, read back past torn lines, newest run of each device."""
+"""Records: appended in one write each, read past incomplete lines, newest run of each device."""
 
 from __future__ import annotations
 

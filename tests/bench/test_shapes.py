@@ -36,7 +36,7 @@ def test_planes_follow_the_image_size() -> None:
     assert all(large[k]["height"] == 2 * small[k]["height"] for k in shared)
 
 
-def test_an_aggregation_reads_its_parts_side_by_side() -> None:
+def test_an_aggregation_reads_its_parts() -> None:
     shapes = [s.sizes for s in network_shapes("yolov9-t", 320) if s.operator == "conv1x1"]
     joined = [s["inputs"] for s in shapes if len(s["inputs"]) > 1]
     # ELAN and CSP-ELAN join two halves and two stages, CSP two branches, SPP-ELAN the four pools.

@@ -8,7 +8,7 @@ from yolov9_fast.bench.stats import Ratio, ratio_of_medians, settled, summarise,
 
 
 def noisy(count: int, seed: int, factor: float = 1.0) -> list[float]:
-    """Times as machines give them: a floor, and now and then a disturbance."""
+    """Times as machines give them: a minimum, and now and then a disturbance."""
     generator = np.random.default_rng(seed)
     return list(factor * (1e-3 + generator.exponential(2e-5, count) + 5e-4 * (generator.random(count) < 0.1)))
 

@@ -1,4 +1,4 @@
-"""`yolov9-fast bench`: eager against fused in one table; the whole suite, its records compared and reported."""
+"""`yolov9-fast bench`: eager against fused in one table; the suite, its records compared and reported."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _EPILOG = """examples:
   yolov9-fast bench compare old.jsonl new.jsonl                 two files of records
   yolov9-fast bench report                                      docs/benchmarks.md and its plots from the records
   yolov9-fast bench guard                                       kernels, copies, bytes of a step against the file
-  yolov9-fast bench guard --update                              write the file anew, on purpose
+  yolov9-fast bench guard --update                              rewrite the file
 
 exit codes: 0 done, 1 results differ, something is slower, or the guard found a difference"""
 
@@ -42,7 +42,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     report.add_argument("--records", nargs="+", default=[], metavar="FILE", help="these files instead")
     report.add_argument("--out", default="docs/benchmarks.md", metavar="FILE.md", help="default %(default)s")
     guard = _sub(commands, "guard", "counts of a training step against the file in the repository")
-    guard.add_argument("--update", action="store_true", help="write the file anew")
+    guard.add_argument("--update", action="store_true", help="rewrite the file")
 
 
 def _sub(commands: Any, name: str, text: str) -> argparse.ArgumentParser:
@@ -64,7 +64,7 @@ def _configure_suite(parser: argparse.ArgumentParser) -> None:
     add("--peers", action=argparse.BooleanOptionalAction, default=True, help="OpenCV, ONNX Runtime, … (default on)")
     add("--op-batch", type=int, default=2, metavar="N", help="images per batch of single operators (default 2)")
     add("--out", metavar="DIR", help="folder of records (default bench/results)")
-    add("--run", metavar="NAME", help="name of the run; one that exists goes on where it stopped")
+    add("--run", metavar="NAME", help="name of the run; one that exists continues where it stopped")
     add("--device", default=argparse.SUPPRESS, help="cpu or a GPU's number (default: a GPU where there is one)")
 
 
@@ -173,5 +173,5 @@ def _guard(arguments: argparse.Namespace) -> int:
         found += counted
     for finding in found:
         print(finding.text())
-    print(f"{len(found)} differences" if found else "all counts as the file says")
+    print(f"{len(found)} differences" if found else "all counts as in the file")
     return 1 if found else 0

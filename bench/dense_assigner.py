@@ -16,7 +16,7 @@ _EPS = 1e-7
 
 
 class DenseAssigner(nn.Module):
-    """Called as assigner(scores, boxes, points, labels [B, N, 1], gt_boxes, mask [B, N, 1]), as in the published losses.
+    """Called as assigner(scores, boxes, points, labels [B, N, 1], gt_boxes, mask [B, N, 1]), as by published losses.
 
     Returns labels [B, A], boxes [B, A, 4], scores [B, A, classes], foreground [B, A], ground truth [B, A].
     `inside_only`: overlaps outside a ground truth's box count as 0, so that contests are among those that contain

@@ -26,6 +26,7 @@ def test_one_command_prints_the_table(capsys: pytest.CaptureFixture[str]) -> Non
     assert "fused runs on" in text
 
 
+@pytest.mark.slow
 def test_a_fused_side_with_wrong_gradients_is_not_timed(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

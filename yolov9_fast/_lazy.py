@@ -44,6 +44,7 @@ def import_module(name: str) -> ModuleType:
     """
     folder = os.getcwd()
     sys.path.insert(0, folder)
+    importlib.invalidate_caches()  # the file may have just been written
     try:
         return importlib.import_module(name)
     except Exception as error:  # a module may fail in any way

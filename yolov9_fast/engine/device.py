@@ -73,14 +73,9 @@ def autocast(device: torch.device, amp: str) -> contextlib.AbstractContextManage
     return contextlib.nullcontext() if amp == "off" else torch.autocast(device.type, dtype=_DTYPES[amp])
 
 
-def multiple_of_stride(size: int) -> int:
-    """`size` in pixels, rounded up to a multiple of the largest stride."""
-    return -(-size // MAX_STRIDE) * MAX_STRIDE
-
-
 def round_image_size(size: int) -> int:
-    """`multiple_of_stride`, with a log line if that changes `size`."""
-    rounded = multiple_of_stride(size)
+    """`size` in pixels, rounded up to a multiple of the largest stride; a log line tells if that changes it."""
+    rounded = -(-size // MAX_STRIDE) * MAX_STRIDE
     if rounded != size:
         log.info(f"image size {size} is not a multiple of {MAX_STRIDE}: using {rounded}")
     return rounded

@@ -60,6 +60,17 @@ class Trainer:
         process_group: of this process (None: from the environment that `torchrun` sets).
         run: the folder of a run to resume (None: make a new one).
 
+    Attributes:
+        config: the run's options; `imgsz`, `class_tower` and `box_groups` have their final values.
+        state: model, moving average, optimiser, counters, and a row per finished epoch.
+        loader: of training batches.
+        criterion: the loss; `criterion.names` are its terms.
+        schedule: learning rates, momentum and gradient accumulation.
+        amp: off, bf16 or fp16.
+        run_folder: the run's files.
+        process_group: this process's rank and device.
+        resumed: whether the run was continued from a saved state.
+
     Raises:
         UserError: options, data, weights or device that cannot be used.
     """

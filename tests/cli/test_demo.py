@@ -38,7 +38,7 @@ def test_an_earlier_demo_is_replaced(tmp_path: Path) -> None:
 
 def test_a_folder_with_other_content_is_not_changed(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("years of work")
-    with pytest.raises(UserError, match="not a demo's"):
+    with pytest.raises(UserError, match="expected a new folder or that of an earlier demo"):
         demo.fresh_folder(tmp_path)
     assert (tmp_path / "thesis.txt").read_text() == "years of work"
 

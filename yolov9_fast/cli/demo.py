@@ -124,12 +124,12 @@ def fresh_folder(folder: Path) -> Path:
     try:
         if folder.exists() and any(folder.iterdir()):
             if not marker.is_file():
-                raise UserError(f"{folder} exists and is not a demo's; choose another with --project")
+                raise UserError(f"--project: expected a new folder or that of an earlier demo, got {folder}")
             shutil.rmtree(folder)
         folder.mkdir(parents=True, exist_ok=True)
         marker.write_text("made by yolov9-fast demo, which may replace this folder\n", encoding="utf-8")
     except OSError as error:
-        raise UserError(f"cannot make {folder}: {error.strerror}") from error
+        raise UserError(f"cannot create {folder}: {error.strerror}") from error
     return folder
 
 

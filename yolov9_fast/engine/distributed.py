@@ -28,13 +28,16 @@ class ProcessGroup:
 
     @property
     def is_main(self) -> bool:
+        """Whether this is rank 0, which prints and writes files."""
         return self.rank == 0
 
     @property
     def is_distributed(self) -> bool:
+        """Whether there are several processes."""
         return self.size > 1
 
     def barrier(self) -> None:
+        """Wait until every process has reached this call."""
         if self.is_distributed:
             dist.barrier()
 

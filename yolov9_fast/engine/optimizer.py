@@ -17,7 +17,7 @@ from yolov9_fast.errors import UserError
 
 
 def parameter_groups(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter], list[nn.Parameter]]:
-    """Biases, convolution weights, BatchNorm weights; frozen parameters are left out."""
+    """Biases, convolution weights, BatchNorm weights; without frozen parameters."""
     biases, weights, norms = [], [], []
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
@@ -41,7 +41,10 @@ def build_optimizer(
         name: "sgd", "adam" or "adamw".
         lr: learning rate of all groups.
         momentum: SGD's momentum, Adam's β₁.
-        weight_decay: of the convolution weights alone.
+        weight_decay: of the convolution weights only.
+
+    Raises:
+        UserError: an unknown name, or no parameter left to train.
     """
     biases, weights, norms = parameter_groups(model)
     groups = [

@@ -77,6 +77,7 @@ class PredictionFiles:
             self._rows.append({**prediction.as_dict(), "path": _without_password(prediction.path)})
 
     def close(self) -> None:
+        """Finish the last video and write the JSON file."""
         if self._video is not None:
             self._video.close()
             self._video = None

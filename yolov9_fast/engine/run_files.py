@@ -24,26 +24,32 @@ class RunFolder:
 
     @property
     def weights(self) -> Path:
+        """The folder of weights files."""
         return self.path / "weights"
 
     @property
     def state(self) -> Path:
+        """What a run is resumed from."""
         return self.weights / "state.pt"
 
     @property
     def last(self) -> Path:
+        """Weights of the last epoch."""
         return self.weights / "last.safetensors"
 
     @property
     def best(self) -> Path:
+        """Weights of the best epoch."""
         return self.weights / "best.safetensors"
 
     @property
     def config(self) -> Path:
+        """The run's options."""
         return self.path / "config.yaml"
 
     @property
     def results(self) -> Path:
+        """A row per finished epoch."""
         return self.path / "results.csv"
 
 
@@ -58,7 +64,7 @@ def new_run(project: str | Path, name: str) -> RunFolder:
             number += 1
             continue
         except OSError as error:
-            raise UserError(f"cannot make the run folder {path}: {error.strerror}") from error
+            raise UserError(f"cannot create the run folder {path}: {error.strerror}") from error
         return RunFolder(path)
 
 

@@ -2,11 +2,11 @@
 // reference rounds it (yolov9_fast/ops/_assign.py), so that all agree bit for bit. Compile without contraction.
 #pragma once
 
-#include "common/host_device.h"
-
 #include <cfloat>
 #include <cmath>
 #include <cstdint>
+
+#include "common/host_device.h"
 
 namespace yolov9_fast::tal {
 
@@ -28,8 +28,9 @@ struct Shape {
   float area, aspect;
 };
 
-// atan(width / height) to 1.7 units of 2^-24: an odd polynomial (minimax on [0, 1], relative error 1.7e-8) of the smaller
-// side over the larger one. Only +, -, *, / and comparisons, so that no mathematics library has a say in the bits.
+// atan(width / height) to 1.7 units of 2^-24: an odd polynomial (minimax on [0, 1], relative error 1.7e-8) of the
+// smaller side over the larger one. Only +, -, *, / and comparisons, so that no mathematics library has a say in the
+// bits.
 YF_HOST_DEVICE float aspect(float width, float height) {
   const float w = fabsf(width), h = fabsf(height);
   const bool wide = h < w;
@@ -64,8 +65,8 @@ YF_HOST_DEVICE float intersection(const Box& a, const Box& b) {
   return above_zero(lower(a.x2, b.x2) - upper(a.x1, b.x1)) * above_zero(lower(a.y2, b.y2) - upper(a.y1, b.y1));
 }
 
-// max(CIoU, 0). Coordinates that are not finite make an area, the diagonal or the distance so, and the overlap 0, whatever
-// a minimum made of them: no care for NaN in the steps. Without an intersection CIoU is not positive.
+// max(CIoU, 0). Coordinates that are not finite make an area, the diagonal or the distance so, and the overlap 0,
+// whatever a minimum made of them: no care for NaN in the steps. Without an intersection CIoU is not positive.
 YF_HOST_DEVICE float overlap(const Shape& truth, const Shape& predicted) {
   const Box &a = truth.box, &b = predicted.box;
   const float inter = intersection(a, b);
@@ -139,7 +140,8 @@ YF_HOST_DEVICE uint32_t bits_of(float value) {
 #endif
 }
 
-// Non-negative floats order like their bits; with the index's complement below, keys are unique and ties go to the lowest.
+// Non-negative floats order like their bits; with the index's complement below, keys are unique and ties go to the
+// lowest.
 YF_HOST_DEVICE uint64_t key_of(float value, int64_t index) {
   return static_cast<uint64_t>(bits_of(value)) << 32 | static_cast<uint32_t>(~static_cast<uint32_t>(index));
 }

@@ -1,24 +1,20 @@
-// Task-aligned assignment: the operator's tensors checked and turned into pointers, for the CPU and for the GPU.
+// The checked arguments of assign as pointers, for the CPU and the GPU.
 #pragma once
 
-#include "common/assign_block.h"
-
 #include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/BFloat16.h>
-#include <torch/headeronly/util/Half.h>
 
 #include <algorithm>
 #include <optional>
 #include <tuple>
 
+#include "common/assign_block.h"
+#include "common/dispatch.h"
+
 namespace yolov9_fast::tal {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
+constexpr char kOp[] = "assign";
 
-// Dense copies are kept alive here while the kernels run.
+// Contiguous copies live here while the kernels run.
 struct Arguments {
   Tensor scores, boxes, points, labels, truths, mask;
   std::optional<Tensor> strides;
@@ -42,31 +38,34 @@ struct Arguments {
         beta(beta_),
         topk(topk_),
         rule(rule_) {
-    STD_TORCH_CHECK(scores.dim() == 3 && scores.size(2) > 0, "assign: scores must be [B, A, nc]");
+    STD_TORCH_CHECK(scores.dim() == 3 && scores.size(2) > 0, kOp, ": scores: expected [B, A, nc]");
     const int64_t batch = scores.size(0), anchors = scores.size(1), count = truths.size(1);
-    STD_TORCH_CHECK(boxes.dim() == 3 && boxes.size(0) == batch && boxes.size(1) == anchors && boxes.size(2) == 4,
-                    "assign: boxes must be [B, A, 4]");
-    STD_TORCH_CHECK(points.dim() == 2 && points.size(0) == anchors && points.size(1) == 2,
-                    "assign: anchor_points must be [A, 2]");
-    STD_TORCH_CHECK(truths.dim() == 3 && truths.size(0) == batch && truths.size(2) == 4,
-                    "assign: gt_boxes must be [B, N, 4]");
-    STD_TORCH_CHECK(labels.dim() == 2 && labels.size(0) == batch && labels.size(1) == count,
-                    "assign: gt_labels must be [B, N]");
-    STD_TORCH_CHECK(mask.dim() == 2 && mask.size(0) == batch && mask.size(1) == count,
-                    "assign: gt_mask must be [B, N]");
+    STD_TORCH_CHECK(boxes.dim() == 3 && boxes.size(0) == batch && boxes.size(1) == anchors && boxes.size(2) == 4, kOp,
+                    ": boxes: expected [B, A, 4]");
+    STD_TORCH_CHECK(points.dim() == 2 && points.size(0) == anchors && points.size(1) == 2, kOp,
+                    ": anchor_points: expected [A, 2]");
+    STD_TORCH_CHECK(truths.dim() == 3 && truths.size(0) == batch && truths.size(2) == 4, kOp,
+                    ": gt_boxes: expected [B, N, 4]");
+    STD_TORCH_CHECK(labels.dim() == 2 && labels.size(0) == batch && labels.size(1) == count, kOp,
+                    ": gt_labels: expected [B, N]");
+    STD_TORCH_CHECK(mask.dim() == 2 && mask.size(0) == batch && mask.size(1) == count, kOp,
+                    ": gt_mask: expected [B, N]");
     STD_TORCH_CHECK(boxes.scalar_type() == ScalarType::Float && points.scalar_type() == ScalarType::Float &&
                         truths.scalar_type() == ScalarType::Float,
-                    "assign: boxes, anchor_points and gt_boxes must be float32");
-    STD_TORCH_CHECK(labels.scalar_type() == ScalarType::Long && mask.scalar_type() == ScalarType::Bool,
-                    "assign: gt_labels must be int64, gt_mask bool");
-    STD_TORCH_CHECK(topk >= 1 && std::min(topk, anchors) <= kMaxTopk, "assign: topk must lie in [1, ", kMaxTopk, "]");
-    STD_TORCH_CHECK(rule == kYolov9 || rule == kUltralytics || rule == kMit, "assign: rule must be 0, 1 or 2");
-    STD_TORCH_CHECK(anchors < INT32_MAX - kChunk && count < INT32_MAX, "assign: too many anchors or ground truths");
+                    kOp, ": boxes, anchor_points, gt_boxes: expected float32");
+    STD_TORCH_CHECK(labels.scalar_type() == ScalarType::Long && mask.scalar_type() == ScalarType::Bool, kOp,
+                    ": gt_labels, gt_mask: expected int64 and bool");
+    STD_TORCH_CHECK(topk >= 1 && std::min(topk, anchors) <= kMaxTopk, kOp, ": topk: expected a value in [1, ", kMaxTopk,
+                    "], got ", topk);
+    STD_TORCH_CHECK(rule == kYolov9 || rule == kUltralytics || rule == kMit, kOp, ": rule: expected 0, 1 or 2, got ",
+                    rule);
+    STD_TORCH_CHECK(anchors < INT32_MAX - kChunk && count < INT32_MAX, kOp,
+                    ": boxes, gt_boxes: expected fewer than 2^31 anchors and ground truths");
     if (strides.has_value()) strides = torch::stable::contiguous(*strides);
-    STD_TORCH_CHECK(rule != kMit || strides.has_value(), "assign: rule mit needs strides");
+    STD_TORCH_CHECK(rule != kMit || strides.has_value(), kOp, ": strides: expected [A] for rule 2, got none");
     STD_TORCH_CHECK(!strides.has_value() || (strides->dim() == 1 && strides->size(0) == anchors &&
                                              strides->scalar_type() == ScalarType::Float),
-                    "assign: strides must be float32 [A]");
+                    kOp, ": strides: expected float32 [A]");
   }
 
   bool nothing_to_do() const { return boxes.size(0) == 0 || boxes.size(1) == 0 || truths.size(1) == 0; }
@@ -96,18 +95,6 @@ struct Arguments {
     p.words = static_cast<uint64_t*>(gt_index.mutable_data_ptr());
     p.weights = static_cast<float*>(weight.mutable_data_ptr());
     return p;
-  }
-
-  // Calls body(Score{}) with the type of the scores.
-  template <class Body>
-  void with_score_type(const Body& body) const {
-    switch (scores.scalar_type()) {
-      case ScalarType::Float: return body(float{});
-      case ScalarType::Double: return body(double{});
-      case ScalarType::Half: return body(torch::headeronly::Half{});
-      case ScalarType::BFloat16: return body(torch::headeronly::BFloat16{});
-      default: STD_TORCH_CHECK(false, "assign: scores must be float32, float64, float16 or bfloat16");
-    }
   }
 };
 

@@ -3,8 +3,8 @@
 //   claim     a block per ground truth: its topk anchors, kept in shared memory, enter a word per anchor
 //   resolve   a thread per anchor: contested anchors choose; maxima per ground truth
 //   weigh     a thread per anchor: the weight
-// Between the launches the words lie in the memory of gt_index and the metrics in that of weight: nothing else is O(B·A).
-// Atomics are on integers and maxima or appends to lists whose order has no consequence.
+// Between the launches the words lie in the memory of gt_index and the metrics in that of weight: nothing else is
+// O(B·A). Atomics are on integers and maxima or appends to lists whose order has no consequence.
 #pragma once
 
 #include "common/assign.h"
@@ -12,7 +12,7 @@
 
 namespace yolov9_fast::tal {
 
-constexpr int kChunk = 32;        // anchors per bounding box: one warp's loads
+constexpr int kChunk = 32;  // anchors per bounding box: one warp's loads
 constexpr int kListedChunks = 1024;
 constexpr int kMaxTopk = 128;
 constexpr int kMaxThreads = 256;
@@ -24,20 +24,20 @@ struct Problem {
   int64_t scores_image, scores_anchor, scores_class;
   const float* boxes;  // [B, A, 4]
   int64_t boxes_image, boxes_anchor, boxes_side;
-  const float* points;  // [A, 2] dense
-  const float* strides;  // [A] dense, or null
+  const float* points;    // [A, 2] dense
+  const float* strides;   // [A] dense, or null
   const int64_t* labels;  // [B, N] dense
-  const float* truths;  // [B, N, 4] dense
-  const bool* mask;  // [B, N] dense
+  const float* truths;    // [B, N, 4] dense
+  const bool* mask;       // [B, N] dense
   int64_t batch, anchors, count, classes;
   Exponent alpha, beta;
   int topk;
   int64_t rule;
 
-  uint64_t* words;  // [B, A]: gt_index's memory
-  float* weights;  // [B, A]
-  float* chunks;  // [ceil(A / kChunk), 4]: x and y, least and greatest
-  uint32_t* best_metric;  // [B, N] bits
+  uint64_t* words;         // [B, A]: gt_index's memory
+  float* weights;          // [B, A]
+  float* chunks;           // [ceil(A / kChunk), 4]: x and y, least and greatest
+  uint32_t* best_metric;   // [B, N] bits
   uint32_t* best_overlap;  // [B, N] bits
 
   YF_HOST_DEVICE int64_t chunk_count() const { return (anchors + kChunk - 1) / kChunk; }
@@ -140,8 +140,7 @@ YF_BLOCK void claim(const Block& block, ClaimShared& shared, const Problem<Score
   });
   for (int64_t first_chunk = 0; first_chunk < p.chunk_count(); first_chunk += kListedChunks) {
     block.phase([&](int t) {
-      const int64_t end =
-          first_chunk + kListedChunks < p.chunk_count() ? first_chunk + kListedChunks : p.chunk_count();
+      const int64_t end = first_chunk + kListedChunks < p.chunk_count() ? first_chunk + kListedChunks : p.chunk_count();
       for (int64_t c = first_chunk + t; c < end; c += threads) {
         const float* chunk = p.chunks + 4 * c;
         const Box& box = truth.box;

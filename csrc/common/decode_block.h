@@ -8,8 +8,8 @@
 
 namespace yolov9_fast::decoding {
 
-constexpr int kTile = 64;     // anchors
-constexpr int kChannels = 64;  // at a time: the bins, then the classes
+constexpr int kTile = 64;          // anchors
+constexpr int kChannels = 64;      // at a time: the bins, then the classes
 constexpr int kPitch = kTile + 1;  // apart from the banks' period, so that a turn meets no conflicts
 
 template <class T, class Real>
@@ -113,8 +113,7 @@ YF_BLOCK void decode_block(const Block& block, Shared<Real>& shared, const Probl
 
 // What the assignment reads; a label out of range scores NaN.
 template <class T, class Real, class Block>
-YF_BLOCK void assignment_block(const Block& block, Shared<Real>& shared, const Problem<T, Real>& p,
-                                    int64_t index) {
+YF_BLOCK void assignment_block(const Block& block, Shared<Real>& shared, const Problem<T, Real>& p, int64_t index) {
   const Tile<T, Real> tile(p, index);
   const Real stride = static_cast<Real>(tile.level->stride);
   const int64_t classes = p.maps.channels - kBoxChannels;

@@ -2,10 +2,10 @@
 // The same on the CPU and on the GPU. Formulas: yolov9_fast/ops/_detection_loss.py.
 #pragma once
 
+#include <cmath>
+
 #include "common/decode.h"
 #include "common/logistic.h"
-
-#include <cmath>
 
 namespace yolov9_fast {
 
@@ -121,8 +121,10 @@ YF_HOST_DEVICE Real ciou_loss(const Real a[4], const Real b[4], Real slopes[4]) 
     const Real both_x = x.d_overlap[end] * y.overlap, both_y = x.overlap * y.d_overlap[end];
     const Real iou_x = (both_x - iou * (sign * height - both_x)) / either;
     const Real iou_y = (both_y - iou * (sign * width - both_y)) / either;
-    const Real centre_x = (-x.distance / Real(2) - distance / diagonal * (Real(2) * x.enclosing * x.d_enclosing[end])) / diagonal;
-    const Real centre_y = (-y.distance / Real(2) - distance / diagonal * (Real(2) * y.enclosing * y.d_enclosing[end])) / diagonal;
+    const Real centre_x =
+        (-x.distance / Real(2) - distance / diagonal * (Real(2) * x.enclosing * x.d_enclosing[end])) / diagonal;
+    const Real centre_y =
+        (-y.distance / Real(2) - distance / diagonal * (Real(2) * y.enclosing * y.d_enclosing[end])) / diagonal;
     slopes[2 * end] = centre_x - iou_x + turn_slope * (sign * height);
     slopes[2 * end + 1] = centre_y - iou_y - turn_slope * (sign * width);
   }
@@ -193,8 +195,7 @@ YF_HOST_DEVICE AnchorTerms<Real> anchor_terms(Real bins[kBoxChannels], Real x, R
       const Real below = mine[lower[side]], above = mine[lower[side] + 1];
       for (int k = 0; k < kBins; ++k) mine[k] *= side_scale * (Real(k) - mean) + dfl_scale;
       mine[lower[side]] = side_scale * (Real(lower[side]) - mean) * below + dfl_scale * (below - (Real(1) - fraction));
-      mine[lower[side] + 1] =
-          side_scale * (Real(lower[side] + 1) - mean) * above + dfl_scale * (above - fraction);
+      mine[lower[side] + 1] = side_scale * (Real(lower[side] + 1) - mean) * above + dfl_scale * (above - fraction);
     }
   }
   return terms;

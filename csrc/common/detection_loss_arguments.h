@@ -1,23 +1,15 @@
-// The tensors of detection_loss, checked, as pointers; and one assigned anchor where its map lies.
+// The checked arguments of detection_loss as pointers, and the terms of one assigned anchor.
 #pragma once
+
+#include <torch/csrc/stable/ops.h>
+
+#include <cstdint>
+#include <vector>
 
 #include "common/detection_loss.h"
 #include "common/raw_maps.h"
 
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/BFloat16.h>
-#include <torch/headeronly/util/Half.h>
-
-#include <cstdint>
-#include <type_traits>
-#include <vector>
-
 namespace yolov9_fast::loss {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 
 constexpr char kOp[] = "detection_loss";
 
@@ -43,8 +35,9 @@ struct Sums {
   Real box, cls, dfl;
 };
 
-// Terms of pixel `pixel` of an image, assigned to ground truth `row` = image * N + n of class `label`, beyond what its
-// classes counted as background; its gradients replace theirs.
+// The terms of pixel `pixel` of an image that is assigned to ground truth `row` = image * N + n of class `label`. The
+// class term is what remains after the background terms that were already counted; the gradients replace the
+// background's.
 template <class T, class Real, bool kGradient>
 YF_HOST_DEVICE Sums<Real> assigned_anchor(const Level<T>& level, int64_t image, int64_t pixel, int64_t row,
                                           int64_t label, Real w, const Targets<Real>& targets,
@@ -83,12 +76,9 @@ YF_HOST_DEVICE Sums<Real> assigned_anchor(const Level<T>& level, int64_t image, 
   return sums;
 }
 
-template <class Real>
-constexpr ScalarType type_of = std::is_same_v<Real, double> ? ScalarType::Double : ScalarType::Float;
-
 inline void check_dense(const Tensor& tensor, ScalarType type, int64_t numel, const char* name) {
   STD_TORCH_CHECK(tensor.is_contiguous() && tensor.scalar_type() == type && tensor.numel() == numel, kOp, ": ", name,
-                  " must be contiguous, of the right size and dtype");
+                  ": expected ", numel, " contiguous values of the right dtype, got ", tensor.numel());
 }
 
 struct Arguments {
@@ -105,14 +95,14 @@ struct Arguments {
 
   template <class Real>
   Targets<Real> targets(int64_t batch, int64_t channels, int64_t anchors) const {
-    STD_TORCH_CHECK(gt_labels.dim() == 2, kOp, ": gt_labels must be [B, N]");
+    STD_TORCH_CHECK(gt_labels.dim() == 2, kOp, ": gt_labels: expected [B, N], got ", gt_labels.dim(), " dimensions");
     const int64_t truths = gt_labels.size(1);
     check_dense(gt_index, ScalarType::Long, batch * anchors, "gt_index");
-    check_dense(weight, type_of<Real>, batch * anchors, "weight");
+    check_dense(weight, kScalarType<Real>, batch * anchors, "weight");
     check_dense(gt_labels, ScalarType::Long, batch * truths, "gt_labels");
-    check_dense(gt_boxes, type_of<Real>, batch * truths * 4, "gt_boxes");
-    check_dense(normaliser, type_of<Real>, 1, "normaliser");
-    STD_TORCH_CHECK(gains.size() == 3, kOp, ": expected three gains");
+    check_dense(gt_boxes, kScalarType<Real>, batch * truths * 4, "gt_boxes");
+    check_dense(normaliser, kScalarType<Real>, 1, "normaliser");
+    STD_TORCH_CHECK(gains.size() == 3, kOp, ": gains: expected 3 values, got ", gains.size());
     return {static_cast<const int64_t*>(gt_index.const_data_ptr()),
             static_cast<const Real*>(weight.const_data_ptr()),
             static_cast<const int64_t*>(gt_labels.const_data_ptr()),
@@ -120,19 +110,6 @@ struct Arguments {
             truths,
             channels - kBoxChannels,
             {static_cast<Real>(pos_weight), static_cast<Real>(label_smoothing), static_cast<Real>(focal_gamma)}};
-  }
-
-  // Calls body(T, Real) for the maps' dtype and that of the computation.
-  template <class Body>
-  void dispatch(const Body& body) const {
-    STD_TORCH_CHECK(!maps.empty(), kOp, ": no maps");
-    switch (maps[0].scalar_type()) {
-      case ScalarType::Float: return body(float{}, float{});
-      case ScalarType::BFloat16: return body(torch::headeronly::BFloat16{}, float{});
-      case ScalarType::Half: return body(torch::headeronly::Half{}, float{});
-      case ScalarType::Double: return body(double{}, double{});
-      default: STD_TORCH_CHECK(false, kOp, ": maps must be of a floating dtype");
-    }
   }
 };
 

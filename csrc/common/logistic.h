@@ -2,11 +2,11 @@
 // the same bits on a GPU and on a CPU with FMA.
 #pragma once
 
-#include "common/host_device.h"
-
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+
+#include "common/host_device.h"
 
 // A call left standing in a loop would keep it from vectorising.
 #ifdef __CUDACC__
@@ -49,8 +49,8 @@ YF_ELEMENTWISE float float_of_bits(int32_t bits) {
 // exp(x) for x <= 0 (NaN stays NaN), within 2 units of the last place; 0 where the result would be no normal number.
 // x = n ln 2 + r with |r| <= ln 2 / 2, and exp(r) = 1 + r + r^2 Q(r), Q minimax of degree 4 (relative error 3e-9).
 YF_ELEMENTWISE float exp_not_positive(float x) {
-  constexpr float kLeast = -87.33654f;     // just above ln 2^-126
-  constexpr float kRound = 12582912.0f;    // 1.5 * 2^23: adding it rounds to an integer, kept in the low bits
+  constexpr float kLeast = -87.33654f;   // just above ln 2^-126
+  constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, kept in the low bits
   const float bounded = x < kLeast ? kLeast : x;
   const float shifted = multiply_add(bounded, 1.44269504f, kRound);
   const float n = shifted - kRound;

@@ -1,10 +1,9 @@
 // Arithmetic of non-maximum suppression, the same bits on the CPU and on the GPU: boxes, overlap test, order of scores.
 #pragma once
 
-#include "common/host_device.h"
-
 #include <cstdint>
 
+#include "common/host_device.h"
 
 namespace yolov9_fast {
 

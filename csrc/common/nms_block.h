@@ -6,15 +6,16 @@
 // survivor removes it" settles. What threads add to or append to has an order that varies; no result depends on it.
 #pragma once
 
+#include <cstdint>
+
 #include "common/block.h"
 #include "common/nms.h"
 
-#include <cstdint>
-
 namespace yolov9_fast::suppression {
 
-// Sorted: keys of a round, a power of two. Tile: candidates looked at together, a multiple of 32. DigitBits: of the radix
-// selection. HeadBits: 2^HeadBits chains of survivors. Slack: keys beyond max_candidates that the filter may store.
+// Sorted: keys of a round, a power of two. Tile: candidates looked at together, a multiple of 32. DigitBits: of the
+// radix selection. HeadBits: 2^HeadBits chains of survivors. Slack: keys beyond max_candidates that the filter may
+// store.
 template <int SortedKeys, int TileSize, int DigitBits, int HeadBits, int SlackKeys>
 struct Sizes {
   static constexpr int kSorted = SortedKeys, kTile = TileSize, kWords = TileSize / 32;
@@ -63,7 +64,9 @@ struct Digit {
       : above(64 - S::kDigitBits * level), shift(above > S::kDigitBits ? above - S::kDigitBits : 0) {}
 
   YF_BLOCK int of(uint64_t key) const { return static_cast<int>(key >> shift) & (S::kBuckets - 1) & mask(); }
-  YF_BLOCK bool shares_prefix(uint64_t key, uint64_t prefix) const { return above >= 64 || (key ^ prefix) >> above == 0; }
+  YF_BLOCK bool shares_prefix(uint64_t key, uint64_t prefix) const {
+    return above >= 64 || (key ^ prefix) >> above == 0;
+  }
   YF_BLOCK bool last() const { return shift == 0; }
   YF_BLOCK int mask() const { return (1 << (above - shift)) - 1; }
 
@@ -74,8 +77,8 @@ template <class S>
 struct FindShared {
   static constexpr int kParts = S::kBuckets < 64 ? S::kBuckets : 64;
   uint32_t part[kParts];
-  int bucket;          // from the top, where the `need`-th key lies
-  uint32_t greater;    // keys in the buckets above it
+  int bucket;        // from the top, where the `need`-th key lies
+  uint32_t greater;  // keys in the buckets above it
   uint32_t total;
 };
 
@@ -148,7 +151,8 @@ YF_BLOCK int chain_of(int64_t label) {
   return static_cast<int>(static_cast<uint64_t>(label) * 0x9E3779B97F4A7C15ull >> (64 - S::kHeadBits));
 }
 
-// The least key of the next round: at most kSorted of the keys up to `bound` are as great, and more than kSorted are left.
+// The least key of the next round: at most kSorted of the keys up to `bound` are as great, and more than kSorted are
+// left.
 template <class S, class Block>
 YF_BLOCK uint64_t select(const Block& block, Shared<S>& shared, const uint64_t* keys, int64_t stored, uint64_t bound) {
   uint64_t prefix = 0;
@@ -211,9 +215,8 @@ YF_BLOCK void resolve(const Block& block, Shared<S>& shared, int count, float io
         const int end = first + 32 < i ? first + 32 : i;
         for (int j = first; j < end; ++j) {
           if (!shared.alive[j] || shared.label[j] != shared.label[i]) continue;
-          const bool over =
-              overlaps(shared.x1[i], shared.y1[i], shared.x2[i], shared.y2[i], shared.area[i], shared.x1[j],
-                       shared.y1[j], shared.x2[j], shared.y2[j], shared.area[j], iou);
+          const bool over = overlaps(shared.x1[i], shared.y1[i], shared.x2[i], shared.y2[i], shared.area[i],
+                                     shared.x1[j], shared.y1[j], shared.x2[j], shared.y2[j], shared.area[j], iou);
           bits |= static_cast<uint32_t>(over) << (j - first);
         }
       }
@@ -228,7 +231,8 @@ YF_BLOCK void resolve(const Block& block, Shared<S>& shared, int count, float io
     return bits;
   };
   block.phase([&](int t) {
-    for (int word = t; word < S::kWords; word += block.threads()) shared.surviving[word] = gather_word(shared.alive, word);
+    for (int word = t; word < S::kWords; word += block.threads())
+      shared.surviving[word] = gather_word(shared.alive, word);
   });
   // Ends: after r turns the first r candidates are settled.
   for (int turn = 0;; ++turn) {
@@ -256,8 +260,8 @@ YF_BLOCK void resolve(const Block& block, Shared<S>& shared, int count, float io
   }
 }
 
-// Suppression among keys[0, stored), of which the best `limit` count. `source(key)` gives the candidate, `write(place, key)`
-// stores a survivor, `kept` has room for max_det. Returns how many survive.
+// Suppression among keys[0, stored), of which the best `limit` count. `source(key)` gives the candidate, `write(place,
+// key)` stores a survivor, `kept` has room for max_det. Returns how many survive.
 template <class S, class Block, class Source, class Write>
 YF_BLOCK int64_t greedy(const Block& block, Shared<S>& shared, const uint64_t* keys, int64_t stored, int64_t limit,
                         int64_t max_det, float iou, Kept* kept, const Source& source, const Write& write) {

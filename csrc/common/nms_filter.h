@@ -1,11 +1,11 @@
-// The GPU's choice of candidates among all scores of a prediction, as phases of blocks of threads: count by digits of the
-// key, find where the best max_candidates end, store those that may be among them.
+// The GPU's choice of candidates among all scores of a prediction, as phases of blocks of threads: count by digits of
+// the key, find where the best max_candidates end, store those that may be among them.
 #pragma once
-
-#include "common/nms_block.h"
 
 #include <cfloat>
 #include <cstdint>
+
+#include "common/nms_block.h"
 
 namespace yolov9_fast::suppression {
 
@@ -46,8 +46,8 @@ YF_HOST_DEVICE uint64_t prediction_key(float score, uint64_t index) {
 
 // Calls use(key) for each candidate of thread `t` in part `part` of an image.
 template <class Use>
-YF_BLOCK void visit(const Prediction& view, const Wanted& wanted, const float* one, int64_t part, int64_t threads, int t,
-                    const Use& use) {
+YF_BLOCK void visit(const Prediction& view, const Wanted& wanted, const float* one, int64_t part, int64_t threads,
+                    int t, const Use& use) {
   const uint32_t columns = static_cast<uint32_t>((view.anchors + threads - 1) / threads);
   const uint32_t row = static_cast<uint32_t>(part) / columns;
   const int64_t anchor = (static_cast<uint32_t>(part) - row * columns) * threads + t;
@@ -100,7 +100,8 @@ struct CountShared {
   uint32_t histogram[S::kBuckets];
 };
 
-// Adds the digits of one part's candidates to the image's histogram, digits after the first only of keys with the prefix.
+// Adds the digits of one part's candidates to the image's histogram, digits after the first only of keys with the
+// prefix.
 template <class S, class Block>
 YF_BLOCK void count_part(const Block& block, CountShared<S>& shared, const Prediction& view, const Wanted& wanted,
                          const float* one, int64_t part, int level, const Cut& cut, uint32_t* histogram) {
@@ -240,8 +241,8 @@ struct PredictionRows {
 
 template <class S, class Block>
 YF_BLOCK void suppress_image(const Block& block, Shared<S>& shared, const Prediction& view, const float* one,
-                             const Cut& cut, const uint64_t* keys, int64_t limit, int64_t max_det, float iou, Kept* kept,
-                             float* boxes, int64_t* anchor, int64_t* count, int64_t* candidates) {
+                             const Cut& cut, const uint64_t* keys, int64_t limit, int64_t max_det, float iou,
+                             Kept* kept, float* boxes, int64_t* anchor, int64_t* count, int64_t* candidates) {
   const int64_t survivors = greedy<S>(block, shared, keys, cut.stored, limit, max_det, iou, kept,
                                       PredictionSource{&view, one}, PredictionRows{&view, one, boxes, anchor});
   block.phase([&](int t) {
@@ -275,8 +276,7 @@ struct IndexRows {
 template <class S, class Block>
 YF_BLOCK void suppress_boxes(const Block& block, Shared<S>& shared, const BoxSource& source, const uint64_t* keys,
                              int64_t total, int64_t max_det, float iou, Kept* kept, int64_t* index, int64_t* count) {
-  const int64_t survivors =
-      greedy<S>(block, shared, keys, total, total, max_det, iou, kept, source, IndexRows{index});
+  const int64_t survivors = greedy<S>(block, shared, keys, total, total, max_det, iou, kept, source, IndexRows{index});
   block.phase([&](int t) {
     if (t == 0) *count = survivors;
     for (int64_t i = survivors + t; i < max_det; i += block.threads()) index[i] = -1;

@@ -1,8 +1,7 @@
-// assign on the CPU. 16 anchors at a time with their boxes in columns; a ground truth visits those sixteens whose bounding
-// box meets it, whatever the arrangement of the points. Threads take ground truths, then anchors, as they come: what they
-// share is maxima of integers, so the result has the same bits for any number of them. 24 bytes of scratch per anchor.
-#include "common/assign_arguments.h"
-
+// assign on the CPU. 16 anchors at a time with their boxes in columns; a ground truth visits those sixteens whose
+// bounding box meets it, whatever the arrangement of the points. Threads take ground truths, then anchors, as they
+// come: what they share is maxima of integers, so the result has the same bits for any number of them. 24 bytes of
+// scratch per anchor.
 #include <torch/csrc/stable/library.h>
 
 #include <atomic>
@@ -10,12 +9,15 @@
 #include <memory>
 #include <vector>
 
+#include "common/assign_arguments.h"
+
 #if defined(__AVX512F__) || defined(__AVX2__)
 #include <immintrin.h>
 #endif
 
 namespace {
 
+using namespace yolov9_fast;
 using namespace yolov9_fast::tal;
 
 constexpr int64_t kLanes = 16;
@@ -62,7 +64,7 @@ void share_out(int64_t tasks, const Body& body) {
 // x1, y1, x2, y2, area, aspect in columns `next` apart from 16 x1, 16 y1, 16 x2, 16 y2.
 YF_LANES void write_shapes(const float* __restrict corners, float* to, int64_t next) {
   const float *x1 = corners, *y1 = x1 + kLanes, *x2 = y1 + kLanes, *y2 = x2 + kLanes;
-  float *__restrict area = to + 4 * next, *__restrict aspect = to + 5 * next;
+  float* __restrict area = to + 4 * next, * __restrict aspect = to + 5 * next;
   for (int k = 0; k < 4; ++k) std::copy_n(corners + k * kLanes, kLanes, to + k * next);
   for (int j = 0; j < kLanes; ++j) {
     const Shape shape = shape_of({x1[j], y1[j], x2[j], y2[j]});
@@ -76,8 +78,7 @@ YF_LANES void published_metrics(const float* score, const float* both, float* __
 
 // Boxes in columns, padded to whole sixteens.
 struct Columns {
-  explicit Columns(int64_t count_)
-      : count(padded(count_)), data(std::make_unique_for_overwrite<float[]>(6 * count)) {}
+  explicit Columns(int64_t count_) : count(padded(count_)), data(std::make_unique_for_overwrite<float[]>(6 * count)) {}
 
   void set(int64_t first, const float* corners) { write_shapes(corners, data.get() + first, count); }
 
@@ -372,7 +373,7 @@ std::tuple<Tensor, Tensor> assign(const Tensor& scores, const Tensor& boxes, con
                                   int64_t topk, double alpha, double beta, int64_t rule) {
   const Arguments given(scores, boxes, points, labels, truths, mask, strides, topk, alpha, beta, rule);
   if (given.nothing_to_do()) return given.all_background();
-  given.with_score_type([&](auto score) {
+  dispatch(given.scores.scalar_type(), kOp, "scores", [&](auto score) {
     using Score = decltype(score);
     auto p = given.problem<Score>();
     std::vector<uint32_t> best(2 * p.batch * p.count);

@@ -2,15 +2,16 @@
 //
 // out = act(sum_b (x_b - mean_b) scale_b + shift) (+ residual), scale = weight * rstd. Forward: every x is read twice,
 // out written once. Backward: dz and every x are read twice and dx is written; in float32 and float64 the first pass
-// leaves act' dz in dx, so that the second needs no e^x. Measured on two cores, float32, channels_last, both passes with
-// dy kept against recomputed: 44 and 54 us for 8 x 16 x 40 x 40, 314 and 411 us for 8 x 128 x 40 x 40; no difference for
-// 8 x 16 x 160 x 160 (917 and 921 us).
+// leaves act' dz in dx, so that the second needs no e^x. Measured on two cores, float32, channels_last, both passes
+// with dy kept against recomputed: 44 and 54 us for 8 x 16 x 40 x 40, 314 and 411 us for 8 x 128 x 40 x 40; no
+// difference for 8 x 16 x 160 x 160 (917 and 921 us).
 #pragma once
 
-#include "cpu/feature_map.h"
-
+#include <array>
 #include <memory>
 #include <vector>
+
+#include "cpu/tiling.h"
 
 namespace yolov9_fast {
 
@@ -49,7 +50,8 @@ struct Factors {
     for (int k = 0; k < K; ++k) {
       const int64_t i = c + k * kLanes<A>;
       shifts[k] = load(shift + i, AllLanes{});
-      for (int b = 0; b < B; ++b) means[b][k] = load(mean[b] + i, AllLanes{}), scales[b][k] = load(scale[b] + i, AllLanes{});
+      for (int b = 0; b < B; ++b)
+        means[b][k] = load(mean[b] + i, AllLanes{}), scales[b][k] = load(scale[b] + i, AllLanes{});
     }
   }
 
@@ -59,54 +61,6 @@ struct Factors {
  private:
   std::vector<A> values;
 };
-
-template <int K>
-using Registers = std::integral_constant<int, K>;
-
-// Calls body(lanes, i) for the registers of a run of `length` values.
-// Inlined, so that what the body captured lies in CPU registers: stores might otherwise change it, for all GCC knows.
-template <typename A, typename Body>
-[[gnu::always_inline]] inline void over_run(int64_t length, const Body& body) {
-  int64_t i = 0;
-  for (; i + kLanes<A> <= length; i += kLanes<A>) body(AllLanes{}, i);
-  if (i < length) body(FirstLanes{static_cast<int>(length - i)}, i);
-}
-
-// Calls body(lanes, registers, c) for blocks of up to four registers of a row: what belongs to the columns of a block
-// stays in CPU registers while the body goes down all rows of a tile.
-template <typename A, typename Body>
-[[gnu::always_inline]] inline void over_columns(int64_t width, const Body& body) {
-  constexpr int L = kLanes<A>;
-  int64_t c = 0;
-  for (; c + 4 * L <= width; c += 4 * L) body(AllLanes{}, Registers<4>{}, c);
-  if (c + 3 * L <= width) {
-    body(AllLanes{}, Registers<3>{}, c), c += 3 * L;
-  } else if (c + 2 * L <= width) {
-    body(AllLanes{}, Registers<2>{}, c), c += 2 * L;
-  } else if (c + L <= width) {
-    body(AllLanes{}, Registers<1>{}, c), c += L;
-  }
-  if (c < width) body(FirstLanes{static_cast<int>(width - c)}, Registers<1>{}, c);
-}
-
-// The least values worth waking a thread for: passes that compute e^x, and those that only read and add.
-constexpr int64_t kWithExponential = 32768, kWithout = 131072;
-
-// Runs rows_body(first row, rows, table row) or plane_body(n, c, first value, values, entry) for every tile.
-template <typename RowsBody, typename PlaneBody>
-void over_tiles(const Tiling& tiling, int64_t least, const RowsBody& rows_body, const PlaneBody& plane_body) {
-  torch::stable::parallel_for(0, tiling.tiles, tiling.grain(least), [&](int64_t begin, int64_t end) {
-    for (int64_t t = begin; t < end; ++t) {
-      const int64_t segment = t % tiling.segments;
-      if (tiling.rows) {
-        rows_body(tiling.begin(segment), tiling.extent(segment), t * tiling.fold);
-      } else {
-        const int64_t plane = t / tiling.segments, n = plane / tiling.channels, c = plane % tiling.channels;
-        plane_body(n, c, tiling.begin(segment), tiling.extent(segment), n * tiling.segments + segment);
-      }
-    }
-  });
-}
 
 // In pairs: the mean of equal values is then exactly that value.
 template <typename V>
@@ -120,21 +74,20 @@ template <typename T>
 struct Statistics {
   using A = Compute<T>;
 
-  Statistics(const FeatureMap& map, const Tensor& x) : values(map.count()), channels(map.channels) {
-    const Access<const T> input = reading<T>(map, x);
-    const Tiling tiling(map, input.row == channels, kLanes<A>);
+  explicit Statistics(const FeatureMap& x) : values(x.all_pixels()), channels(x.channels) {
+    const Tiling tiling(x, x.pixel == channels, kLanes<A>);
     const int64_t size = tiling.entries * channels;
     const std::unique_ptr<A[]> table(new A[3 * size + kLanes<A>]);
     A *centre = table.get(), *sum = centre + size, *square = sum + size;
     over_tiles(
         tiling, kWithout,
         [&](int64_t first, int64_t rows, int64_t entry) {
-          const int64_t at = entry * channels, row = tiling.fold * input.row;
-          sum_rows(input.data + first * row, row, rows, tiling.width, centre + at, sum + at, square + at);
+          const int64_t at = entry * channels, row = tiling.fold * x.pixel;
+          sum_rows(x.at<const T>(0, 0, 0) + first * row, row, rows, tiling.width, centre + at, sum + at, square + at);
         },
         [&](int64_t n, int64_t c, int64_t first, int64_t length, int64_t entry) {
           const int64_t at = entry * channels + c;
-          sum_run(input.plane(n, c) + first, length, centre + at, sum + at, square + at);
+          sum_run(x.at<const T>(n, c, first), length, centre + at, sum + at, square + at);
         });
     combine(tiling, centre, sum, square);
   }
@@ -238,32 +191,32 @@ V normalised(const std::array<V, B>& x, const std::array<V, B>& mean, const std:
   return shift;
 }
 
-template <typename T, int B>
-using Inputs = std::array<Access<const T>, B>;
+template <int B>
+using FeatureMaps = std::array<FeatureMap, B>;
 
-// Row r of each.
-template <typename T, int B, typename Rows>
-auto places(const Rows& rows, int64_t r) {
-  std::array<decltype(rows[0].data), B> all;
-  for (int b = 0; b < B; ++b) all[b] = rows[b].data + r * rows[b].row;
+// Row r of each map.
+template <typename T, int B>
+std::array<T*, B> rows_at(const FeatureMaps<B>& maps, int64_t r) {
+  std::array<T*, B> all;
+  for (int b = 0; b < B; ++b) all[b] = static_cast<T*>(maps[b].data) + r * maps[b].pixel;
   return all;
 }
 
-template <typename T, int B>
-bool all_dense(const Inputs<T, B>& x, int64_t channels) {
-  return std::all_of(x.begin(), x.end(), [&](const auto& input) { return input.row == channels; });
+template <int B>
+bool all_dense(const FeatureMaps<B>& x, const FeatureMap& other) {
+  return std::all_of(x.begin(), x.end(), [](const FeatureMap& map) { return map.pixel == map.channels; }) &&
+         other.pixel == other.channels;
 }
 
 // out = act(y) (+ residual); residual.data may be null.
 template <typename T, int B, bool Silu>
-void apply(const FeatureMap& map, const Inputs<T, B>& x, const std::array<Norm<Compute<T>>, B>& norms,
-           Access<const T> residual, Access<T> out) {
+void apply(const FeatureMaps<B>& x, const std::array<Norm<Compute<T>>, B>& norms, const FeatureMap& residual,
+           const FeatureMap& out) {
   using A = Compute<T>;
   using V = Vector<A>;
   constexpr int L = kLanes<A>;
-  const int64_t channels = map.channels;
-  const bool dense = all_dense<T, B>(x, channels) && out.row == channels && (!residual.data || residual.row == channels);
-  const Tiling tiling(map, dense, L);
+  const bool dense = all_dense<B>(x, out) && (!residual.data || residual.pixel == residual.channels);
+  const Tiling tiling(out, dense, L);
   const Factors<A, B> factors(norms, tiling);
   over_tiles(
       tiling, Silu ? kWithExponential : kWithout,
@@ -274,9 +227,9 @@ void apply(const FeatureMap& map, const Inputs<T, B>& x, const std::array<Norm<C
           V mean[B][K], scale[B][K], shift[K];
           factors.template take<K>(c, mean, scale, shift);
           for (int64_t r = begin; r < end; r += step) {
-            const std::array<const T*, B> source = places<T, B>(x, r);
-            const T* added = residual.data ? residual.data + r * residual.row : nullptr;
-            T* target = out.data + r * out.row;
+            const std::array<const T*, B> source = rows_at<const T, B>(x, r);
+            const T* added = residual.data ? static_cast<const T*>(residual.data) + r * residual.pixel : nullptr;
+            T* target = static_cast<T*>(out.data) + r * out.pixel;
             for (int k = 0; k < K; ++k) {
               const int64_t i = c + k * L;
               V y = shift[k];
@@ -293,11 +246,11 @@ void apply(const FeatureMap& map, const Inputs<T, B>& x, const std::array<Norm<C
         std::array<const T*, B> source;
         for (int b = 0; b < B; ++b) {
           mean[b] = broadcast(factors.mean[b][c]), scale[b] = broadcast(factors.scale[b][c]);
-          source[b] = x[b].plane(n, c) + first;
+          source[b] = x[b].template at<const T>(n, c, first);
         }
         const V shift = broadcast(factors.shift[c]);
-        const T* added = residual.data ? residual.plane(n, c) + first : nullptr;
-        T* target = out.plane(n, c) + first;
+        const T* added = residual.data ? residual.at<const T>(n, c, first) : nullptr;
+        T* target = out.at<T>(n, c, first);
         over_run<A>(length, [=](auto lanes, int64_t i) {
           std::array<V, B> values;
           for (int b = 0; b < B; ++b) values[b] = load(source[b] + i, lanes);
@@ -310,13 +263,13 @@ void apply(const FeatureMap& map, const Inputs<T, B>& x, const std::array<Norm<C
 
 // Sums over the batch, [1 + B, C]: of dy and of dy x̂_b, where dy = act'(y) dz. With Keep, dy goes into `kept` as well.
 template <typename T, int B, bool Silu, bool Keep>
-void gradient_sums(const FeatureMap& map, Access<const T> dz, const Inputs<T, B>& x,
-                   const std::array<Norm<Compute<T>>, B>& norms, Access<T> kept, Compute<T>* sums) {
+void gradient_sums(const FeatureMap& dz, const FeatureMaps<B>& x, const std::array<Norm<Compute<T>>, B>& norms,
+                   const FeatureMap& kept, Compute<T>* sums) {
   using A = Compute<T>;
   using V = Vector<A>;
   constexpr int L = kLanes<A>;
-  const int64_t channels = map.channels;
-  const Tiling tiling(map, all_dense<T, B>(x, channels) && dz.row == channels, L);
+  const int64_t channels = dz.channels;
+  const Tiling tiling(dz, all_dense<B>(x, dz), L);
   const Factors<A, B> factors(norms, tiling);
   const int64_t size = tiling.entries * channels;
   const std::unique_ptr<A[]> table(new A[(1 + B) * size + L]);
@@ -330,9 +283,9 @@ void gradient_sums(const FeatureMap& map, Access<const T> dz, const Inputs<T, B>
           V mean[B][K], scale[B][K], shift[K], sum[K]{}, product[B][K]{};
           factors.template take<K>(c, mean, scale, shift);
           for (int64_t r = begin; r < end; r += step) {
-            const std::array<const T*, B> source = places<T, B>(x, r);
-            const T* gradient = dz.data + r * dz.row;
-            T* target = Keep ? kept.data + r * kept.row : nullptr;
+            const std::array<const T*, B> source = rows_at<const T, B>(x, r);
+            const T* gradient = static_cast<const T*>(dz.data) + r * dz.pixel;
+            T* target = Keep ? static_cast<T*>(kept.data) + r * kept.pixel : nullptr;
             for (int k = 0; k < K; ++k) {
               const int64_t i = c + k * L;
               V dy = load(gradient + i, lanes), y = shift[k];
@@ -358,12 +311,12 @@ void gradient_sums(const FeatureMap& map, Access<const T> dz, const Inputs<T, B>
         std::array<const T*, B> source;
         for (int b = 0; b < B; ++b) {
           mean[b] = broadcast(factors.mean[b][c]), scale[b] = broadcast(factors.scale[b][c]);
-          source[b] = x[b].plane(n, c) + first;
+          source[b] = x[b].template at<const T>(n, c, first);
           product[b] = V{};
         }
         const V shift = broadcast(factors.shift[c]);
-        const T* gradient = dz.plane(n, c) + first;
-        T* target = Keep ? kept.plane(n, c) + first : nullptr;
+        const T* gradient = dz.at<const T>(n, c, first);
+        T* target = Keep ? kept.at<T>(n, c, first) : nullptr;
         V sum{};
         over_run<A>(length, [&](auto lanes, int64_t i) {
           // Lanes beyond the run's end read dz = 0 and so add nothing.
@@ -397,14 +350,13 @@ void gradient_sums(const FeatureMap& map, Access<const T> dz, const Inputs<T, B>
 
 // dx_b = scale_b (dy - mean(dy) - x̂_b mean(dy x̂_b)); means: [1 + B, C]. With Kept, `dz` holds dy already.
 template <typename T, int B, bool Silu, bool Kept>
-void input_gradient(const FeatureMap& map, Access<const T> dz, const Inputs<T, B>& x,
-                    const std::array<Norm<Compute<T>>, B>& norms, const Compute<T>* means,
-                    const std::array<Access<T>, B>& dx) {
+void input_gradient(const FeatureMap& dz, const FeatureMaps<B>& x, const std::array<Norm<Compute<T>>, B>& norms,
+                    const Compute<T>* means, const FeatureMaps<B>& dx) {
   using A = Compute<T>;
   using V = Vector<A>;
   constexpr int L = kLanes<A>;
-  const int64_t channels = map.channels;
-  const Tiling tiling(map, all_dense<T, B>(x, channels) && dz.row == channels, L);
+  const int64_t channels = dz.channels;
+  const Tiling tiling(dz, all_dense<B>(x, dz), L);
   const Factors<A, B> factors(norms, tiling);
   // dx = scale dy + slope (x - mean) + offset, slope and offset in two more tables laid out like the factors.
   const int64_t padded = tiling.width + 4 * L;
@@ -428,13 +380,14 @@ void input_gradient(const FeatureMap& map, Access<const T> dz, const Inputs<T, B
           factors.template take<K>(c, mean, scale, shift);
           for (int b = 0; b < B; ++b) {
             for (int k = 0; k < K; ++k) {
-              steep[b][k] = load(slope(b, c + k * L), AllLanes{}), apart_by[b][k] = load(offset(b, c + k * L), AllLanes{});
+              steep[b][k] = load(slope(b, c + k * L), AllLanes{}),
+              apart_by[b][k] = load(offset(b, c + k * L), AllLanes{});
             }
           }
           for (int64_t r = begin; r < end; r += step) {
-            const std::array<const T*, B> source = places<T, B>(x, r);
-            const std::array<T*, B> target = places<T, B>(dx, r);
-            const T* gradient = dz.data + r * dz.row;
+            const std::array<const T*, B> source = rows_at<const T, B>(x, r);
+            const std::array<T*, B> target = rows_at<T, B>(dx, r);
+            const T* gradient = static_cast<const T*>(dz.data) + r * dz.pixel;
             for (int k = 0; k < K; ++k) {
               const int64_t i = c + k * L;
               V dy = load(gradient + i, lanes), y = shift[k];
@@ -459,10 +412,10 @@ void input_gradient(const FeatureMap& map, Access<const T> dz, const Inputs<T, B
         for (int b = 0; b < B; ++b) {
           mean[b] = broadcast(factors.mean[b][c]), scale[b] = broadcast(factors.scale[b][c]);
           steep[b] = broadcast(*slope(b, c)), apart_by[b] = broadcast(*offset(b, c));
-          source[b] = x[b].plane(n, c) + first, target[b] = dx[b].plane(n, c) + first;
+          source[b] = x[b].template at<const T>(n, c, first), target[b] = dx[b].template at<T>(n, c, first);
         }
         const V shift = broadcast(factors.shift[c]);
-        const T* gradient = dz.plane(n, c) + first;
+        const T* gradient = dz.at<const T>(n, c, first);
         over_run<A>(length, [=](auto lanes, int64_t i) {
           V dy = load(gradient + i, lanes), y = shift;
           std::array<V, B> apart;

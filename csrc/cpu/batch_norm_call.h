@@ -1,43 +1,30 @@
-// From tensors to the loops of batch_norm.h: checks, layouts, element types; for one input (bn_silu) or two (rep_bn_silu).
+// From tensors to the loops of batch_norm.h: checks, layout and dtype of a call of bn_silu (one input) or rep_bn_silu
+// (two). All maps of a call are read in the layout of the first input; a map in another layout is copied first.
 #pragma once
 
-#include "cpu/batch_norm.h"
-
 #include <cmath>
+#include <optional>
+#include <utility>
+
+#include "cpu/batch_norm.h"
 
 namespace yolov9_fast {
 
 using OptionalTensor = std::optional<Tensor>;
 
+// An input with its parameters [C] and the statistics [C] by which it is normalised.
 struct Branch {
   Tensor x;
   OptionalTensor weight, bias;
+  Tensor mean, rstd;
 };
 
-template <typename Body>
-void by_type(ScalarType type, const char* op, const Body& body) {
-  switch (type) {
-    case ScalarType::Float: return body(float{});
-    case ScalarType::Double: return body(double{});
-    case ScalarType::BFloat16: return body(BFloat16{});
-    case ScalarType::Half: return body(Half{});
-    default: STD_TORCH_CHECK(false, op, ": x must be float32, float64, bfloat16 or float16");
-  }
-}
-
-template <typename Body>
-void by_flag(bool flag, const Body& body) {
-  flag ? body(std::true_type{}) : body(std::false_type{});
-}
-
-inline ScalarType computed_in(ScalarType type) { return type == ScalarType::Double ? type : ScalarType::Float; }
-
-// A vector [C] in the type of the computation.
+// The values of a vector [C] in the type of the computation.
 template <typename A>
 A* vector_of(const Tensor& tensor, int64_t channels, const char* name) {
-  constexpr ScalarType type = std::is_same_v<A, double> ? ScalarType::Double : ScalarType::Float;
-  STD_TORCH_CHECK(tensor.scalar_type() == type, name, " must be float32 (float64 for float64 maps)");
-  STD_TORCH_CHECK(tensor.numel() == channels && tensor.is_contiguous(), name, " must be contiguous with one value per channel");
+  STD_TORCH_CHECK(tensor.scalar_type() == kScalarType<A>, name, ": expected float32 (float64 for float64 maps)");
+  STD_TORCH_CHECK(tensor.numel() == channels && tensor.is_contiguous(), name, ": expected [", channels,
+                  "], contiguous");
   return static_cast<A*>(tensor.data_ptr());
 }
 
@@ -46,182 +33,204 @@ A* vector_of(const OptionalTensor& tensor, int64_t channels, const char* name) {
   return tensor ? vector_of<A>(*tensor, channels, name) : nullptr;
 }
 
-// One call: its inputs in one layout.
-template <int B>
-struct Call {
-  Call(const char* op, std::array<Branch, B> given) : op(op), branches(std::move(given)), map(branches[0].x) {
-    type = branches[0].x.scalar_type();
-    for (Branch& branch : branches) branch.x = readable(branch.x, "x");
-  }
-
-  Tensor readable(const Tensor& x, const char* name) const {
-    STD_TORCH_CHECK(map.same_shape(x) && x.scalar_type() == type, op, ": ", name, " must have the shape and type of the first input");
-    return map.readable(x);
-  }
-
-  Tensor per_channel() const { return torch::stable::new_empty(branches[0].x, {map.channels}, computed_in(type)); }
-
-  template <typename T>
-  Inputs<T, B> inputs() const {
-    Inputs<T, B> all;
-    for (int b = 0; b < B; ++b) all[b] = reading<T>(map, branches[b].x);
-    return all;
-  }
-
-  template <typename A>
-  std::array<Norm<A>, B> norms(const std::array<Tensor, B>& mean, const std::array<Tensor, B>& rstd) const {
-    std::array<Norm<A>, B> all;
-    for (int b = 0; b < B; ++b) {
-      all[b] = {vector_of<A>(mean[b], map.channels, "mean"), vector_of<A>(rstd[b], map.channels, "rstd"),
-                vector_of<A>(branches[b].weight, map.channels, "weight"),
-                vector_of<A>(branches[b].bias, map.channels, "bias")};
-    }
-    return all;
-  }
-
-  const char* op;
-  std::array<Branch, B> branches;
-  FeatureMap map;
-  ScalarType type;
-};
-
-template <int B>
-void apply_call(const Call<B>& call, const std::array<Tensor, B>& mean, const std::array<Tensor, B>& rstd,
-                const OptionalTensor& residual, Tensor& out, bool with_silu) {
-  STD_TORCH_CHECK(call.map.same_shape(out) && out.scalar_type() == call.type, call.op, ": out must have the shape and type of x");
-  const bool direct = call.map.fits(out);
-  Tensor target = direct ? out : call.map.empty_like(out);
-  const OptionalTensor added = residual ? OptionalTensor(call.readable(*residual, "residual")) : std::nullopt;
-  by_type(call.type, call.op, [&](auto zero) {
-    using T = decltype(zero);
-    const auto norms = call.template norms<Compute<T>>(mean, rstd);
-    const Access<const T> extra = added ? reading<T>(call.map, *added) : Access<const T>{};
-    by_flag(with_silu, [&](auto flag) {
-      apply<T, B, flag.value>(call.map, call.template inputs<T>(), norms, extra, writing<T>(call.map, target));
-    });
-  });
-  if (!direct) torch::stable::copy_(out, target);
-}
-
-// Statistics of the batch into mean and rstd, running statistics updated, out written.
-template <int B>
-void forward_call(const Call<B>& call, const std::array<std::array<OptionalTensor, 2>, B>& running, double momentum,
-                  double eps, const OptionalTensor& residual, Tensor& out, bool with_silu, std::array<Tensor, B>& mean,
-                  std::array<Tensor, B>& rstd) {
-  const int64_t channels = call.map.channels;
-  by_type(call.type, call.op, [&](auto zero) {
-    using T = decltype(zero);
-    using A = Compute<T>;
-    for (int b = 0; b < B; ++b) {
-      const Statistics<T> statistics(call.map, call.branches[b].x);
-      mean[b] = call.per_channel(), rstd[b] = call.per_channel();
-      A *mean_of = vector_of<A>(mean[b], channels, "mean"), *rstd_of = vector_of<A>(rstd[b], channels, "rstd");
-      const double count = static_cast<double>(statistics.values);
-      for (int64_t c = 0; c < channels; ++c) {
-        mean_of[c] = static_cast<A>(statistics.mean[c]);
-        rstd_of[c] = static_cast<A>(1 / std::sqrt(statistics.m2[c] / std::max(count, 1.0) + eps));
-      }
-      if (statistics.values == 0) continue;
-      const auto update = [&](const OptionalTensor& tensor, const std::vector<double>& values, double scale, const char* name) {
-        A* running_of = vector_of<A>(tensor, channels, name);
-        if (!running_of) return;
-        for (int64_t c = 0; c < channels; ++c) {
-          running_of[c] = static_cast<A>((1 - momentum) * running_of[c] + momentum * scale * values[c]);
-        }
-      };
-      update(running[b][0], statistics.mean, 1, "running_mean");
-      update(running[b][1], statistics.m2, 1 / std::max(count - 1, 1.0), "running_var");
-    }
-  });
-  apply_call<B>(call, mean, rstd, residual, out, with_silu);
-}
-
-template <int B>
-Tensor sums_call(const Call<B>& call, const Tensor& dz, const std::array<Tensor, B>& mean,
-                 const std::array<Tensor, B>& rstd, bool with_silu) {
-  const Tensor gradient = call.readable(dz, "dz");
-  Tensor sums = torch::stable::new_empty(call.branches[0].x, {1 + B, call.map.channels}, computed_in(call.type));
-  by_type(call.type, call.op, [&](auto zero) {
-    using T = decltype(zero);
-    by_flag(with_silu, [&](auto flag) {
-      gradient_sums<T, B, flag.value, false>(call.map, reading<T>(call.map, gradient), call.template inputs<T>(),
-                                             call.template norms<Compute<T>>(mean, rstd), {},
-                                             static_cast<Compute<T>*>(sums.mutable_data_ptr()));
-    });
-  });
-  return sums;
-}
-
-// dx of each input, given the means over the batch of dy and of each dy x̂.
-template <int B>
-std::array<Tensor, B> input_gradient_call(const Call<B>& call, const Tensor& dz, const std::array<Tensor, B>& mean,
-                                          const std::array<Tensor, B>& rstd,
-                                          const std::array<Tensor, 1 + B>& means, bool with_silu) {
-  const Tensor gradient = call.readable(dz, "dz");
-  const int64_t channels = call.map.channels;
-  std::array<Tensor, B> dx;
-  for (int b = 0; b < B; ++b) dx[b] = call.map.empty_like(call.branches[b].x);
-  by_type(call.type, call.op, [&](auto zero) {
-    using T = decltype(zero);
-    using A = Compute<T>;
-    std::vector<A> all((1 + B) * channels);
-    for (int k = 0; k <= B; ++k) std::copy_n(vector_of<A>(means[k], channels, "mean_dy"), channels, all.data() + k * channels);
-    std::array<Access<T>, B> targets;
-    for (int b = 0; b < B; ++b) targets[b] = writing<T>(call.map, dx[b]);
-    by_flag(with_silu, [&](auto flag) {
-      input_gradient<T, B, flag.value, false>(call.map, reading<T>(call.map, gradient), call.template inputs<T>(),
-                                              call.template norms<A>(mean, rstd), all.data(), targets);
-    });
-  });
-  return dx;
-}
-
 template <int B>
 struct Gradients {
   std::array<Tensor, B> dx, dweight;
   Tensor dbias;
 };
 
-// Both passes, for statistics of this very batch.
 template <int B>
-Gradients<B> backward_call(const Call<B>& call, const Tensor& dz, const std::array<Tensor, B>& mean,
-                           const std::array<Tensor, B>& rstd, bool with_silu) {
-  const Tensor gradient = call.readable(dz, "dz");
-  const int64_t channels = call.map.channels;
-  Gradients<B> result;
-  for (int b = 0; b < B; ++b) {
-    result.dx[b] = call.map.empty_like(call.branches[b].x);
-    result.dweight[b] = call.per_channel();
+class Call {
+ public:
+  Call(const char* op, bool with_silu, std::array<Branch, B> given)
+      : branches(std::move(given)), op_(op), with_silu_(with_silu), type_(branches[0].x.scalar_type()) {
+    const Tensor& first = branches[0].x;
+    STD_TORCH_CHECK(first.dim() == 4, op_, ": x: expected [B, C, H, W], got ", first.dim(), " dimensions");
+    // Of one pixel or one channel too: rows keep more registers full.
+    layout_ = row_stride(first) ? Layout::kChannelsLast : Layout::kPlanes;
+    for (int b = 0; b < B; ++b) {
+      if (b > 0) check_like_x(branches[b].x, "x");
+      branches[b].x = readable(branches[b].x);
+      inputs_[b] = feature_map(branches[b].x, op_, "x", layout_);
+    }
   }
-  result.dbias = call.per_channel();
-  by_type(call.type, call.op, [&](auto zero) {
-    using T = decltype(zero);
-    using A = Compute<T>;
-    const auto norms = call.template norms<A>(mean, rstd);
-    const auto inputs = call.template inputs<T>();
-    std::array<Access<T>, B> targets;
-    for (int b = 0; b < B; ++b) targets[b] = writing<T>(call.map, result.dx[b]);
-    std::vector<A> sums((1 + B) * channels);
-    Access<const T> dz_of = reading<T>(call.map, gradient);
-    by_flag(with_silu, [&](auto flag) {
-      // In 16 bits dy would lose digits on the way through dx.
-      constexpr bool keep = flag.value && std::is_same_v<T, A>;
-      gradient_sums<T, B, flag.value, keep>(call.map, dz_of, inputs, norms, targets[0], sums.data());
+
+  // The batch statistics of input b and how many values of each channel they are of.
+  template <typename Body>
+  void statistics(int b, const Body& body) const {
+    dispatch(type_, op_, "x", [&](auto zero) { body(Statistics<decltype(zero)>(inputs_[b])); });
+  }
+
+  // out = act(sum of the normalised inputs) (+ residual).
+  void apply(const OptionalTensor& residual, Tensor& out) const {
+    check_like_x(out, "out");
+    const bool in_place = has_layout(out, layout_);
+    const Tensor target = in_place ? out : empty_map();
+    FeatureMap added;
+    OptionalTensor kept;
+    if (residual) {
+      check_like_x(*residual, "residual");
+      kept = readable(*residual);
+      added = feature_map(*kept, op_, "residual", layout_);
+    }
+    run([&](auto zero, auto silu) {
+      using T = decltype(zero);
+      yolov9_fast::apply<T, B, silu.value>(inputs_, norms<Compute<T>>(), added,
+                                           feature_map(target, op_, "out", layout_));
+    });
+    if (!in_place) torch::stable::copy_(out, target);
+  }
+
+  // Writes the statistics of the batch into mean and rstd, updates the running statistics and applies.
+  void forward(const std::array<std::array<OptionalTensor, 2>, B>& running, double momentum, double eps,
+               const OptionalTensor& residual, Tensor& out) {
+    const int64_t channels = inputs_[0].channels;
+    for (int b = 0; b < B; ++b) {
+      branches[b].mean = per_channel(), branches[b].rstd = per_channel();
+      statistics(b, [&]<typename T>(const Statistics<T>& found) {
+        using A = Compute<T>;
+        A* mean = vector_of<A>(branches[b].mean, channels, "mean");
+        A* rstd = vector_of<A>(branches[b].rstd, channels, "rstd");
+        const double count = static_cast<double>(found.values);
+        for (int64_t c = 0; c < channels; ++c) {
+          mean[c] = static_cast<A>(found.mean[c]);
+          rstd[c] = static_cast<A>(1 / std::sqrt(found.m2[c] / std::max(count, 1.0) + eps));
+        }
+        if (found.values == 0) return;
+        const auto update = [&](const OptionalTensor& tensor, const std::vector<double>& values, double scale,
+                                const char* name) {
+          A* average = vector_of<A>(tensor, channels, name);
+          if (!average) return;
+          for (int64_t c = 0; c < channels; ++c) {
+            average[c] = static_cast<A>((1 - momentum) * average[c] + momentum * scale * values[c]);
+          }
+        };
+        update(running[b][0], found.mean, 1, "running_mean");
+        update(running[b][1], found.m2, 1 / std::max(count - 1, 1.0), "running_var");
+      });
+    }
+    apply(residual, out);
+  }
+
+  // [1 + B, C]: the sums over the batch of dy and of each dy x̂.
+  Tensor sums(const Tensor& dz) const {
+    check_like_x(dz, "dz");
+    const Tensor gradient = readable(dz);
+    Tensor result = torch::stable::new_empty(branches[0].x, {1 + B, inputs_[0].channels}, computed_in());
+    run([&](auto zero, auto silu) {
+      using T = decltype(zero);
+      gradient_sums<T, B, silu.value, false>(feature_map(gradient, op_, "dz", layout_), inputs_, norms<Compute<T>>(),
+                                             {}, static_cast<Compute<T>*>(result.mutable_data_ptr()));
+    });
+    return result;
+  }
+
+  // dx of each input from the means over the batch of dy and of each dy x̂.
+  std::array<Tensor, B> input_gradient(const Tensor& dz, const std::array<Tensor, 1 + B>& means) const {
+    check_like_x(dz, "dz");
+    const Tensor gradient = readable(dz);
+    const int64_t channels = inputs_[0].channels;
+    std::array<Tensor, B> dx;
+    const FeatureMaps<B> targets = new_gradients(dx);
+    run([&](auto zero, auto silu) {
+      using T = decltype(zero);
+      using A = Compute<T>;
+      std::vector<A> all((1 + B) * channels);
+      for (int k = 0; k <= B; ++k) {
+        std::copy_n(vector_of<A>(means[k], channels, "mean_dy"), channels, all.data() + k * channels);
+      }
+      yolov9_fast::input_gradient<T, B, silu.value, false>(feature_map(gradient, op_, "dz", layout_), inputs_,
+                                                           norms<A>(), all.data(), targets);
+    });
+    return dx;
+  }
+
+  // Both passes, where the statistics are those of this batch.
+  Gradients<B> backward(const Tensor& dz) const {
+    check_like_x(dz, "dz");
+    const Tensor gradient = readable(dz);
+    const int64_t channels = inputs_[0].channels;
+    Gradients<B> result;
+    const FeatureMaps<B> targets = new_gradients(result.dx);
+    for (Tensor& dweight : result.dweight) dweight = per_channel();
+    result.dbias = per_channel();
+    run([&](auto zero, auto silu) {
+      using T = decltype(zero);
+      using A = Compute<T>;
+      // In 16 bits dx would round dy.
+      constexpr bool keep = silu.value && std::is_same_v<T, A>;
+      const auto of_inputs = norms<A>();
+      const FeatureMap given = feature_map(gradient, op_, "dz", layout_);
+      std::vector<A> sums((1 + B) * channels);
+      gradient_sums<T, B, silu.value, keep>(given, inputs_, of_inputs, targets[0], sums.data());
       std::copy_n(sums.data(), channels, vector_of<A>(result.dbias, channels, "dbias"));
       for (int b = 0; b < B; ++b) {
         std::copy_n(sums.data() + (1 + b) * channels, channels, vector_of<A>(result.dweight[b], channels, "dweight"));
       }
-      const A inverse = A(1) / static_cast<A>(std::max<int64_t>(call.map.count(), 1));
+      const A inverse = A(1) / static_cast<A>(std::max<int64_t>(given.all_pixels(), 1));
       for (A& sum : sums) sum *= inverse;
-      if constexpr (keep) {
-        dz_of = {};
-        dz_of.data = targets[0].data, dz_of.row = targets[0].row;
-        dz_of.batch = targets[0].batch, dz_of.channel = targets[0].channel;
-      }
-      input_gradient<T, B, flag.value, keep>(call.map, dz_of, inputs, norms, sums.data(), targets);
+      yolov9_fast::input_gradient<T, B, silu.value, keep>(keep ? targets[0] : given, inputs_, of_inputs, sums.data(),
+                                                          targets);
     });
-  });
-  return result;
-}
+    return result;
+  }
+
+  Tensor per_channel() const { return torch::stable::new_empty(branches[0].x, {inputs_[0].channels}, computed_in()); }
+
+  std::array<Branch, B> branches;
+
+ private:
+  void check_like_x(const Tensor& tensor, const char* name) const {
+    const Tensor& x = branches[0].x;
+    STD_TORCH_CHECK(tensor.dim() == 4 && tensor.size(0) == x.size(0) && tensor.size(1) == x.size(1) &&
+                        tensor.size(2) == x.size(2) && tensor.size(3) == x.size(3) && tensor.scalar_type() == type_,
+                    op_, ": ", name, ": expected the shape and dtype of the first input");
+  }
+
+  Tensor readable(const Tensor& tensor) const {
+    return has_layout(tensor, layout_) ? tensor : torch::stable::contiguous(tensor, memory_format(layout_));
+  }
+
+  Tensor empty_map() const {
+    const FeatureMap& x = inputs_[0];
+    return new_map(branches[0].x, x.batch, x.channels, x.height, x.width, layout_);
+  }
+
+  FeatureMaps<B> new_gradients(std::array<Tensor, B>& dx) const {
+    FeatureMaps<B> maps;
+    for (int b = 0; b < B; ++b) {
+      dx[b] = empty_map();
+      maps[b] = feature_map(dx[b], op_, "dx", layout_);
+    }
+    return maps;
+  }
+
+  ScalarType computed_in() const { return type_ == ScalarType::Double ? type_ : ScalarType::Float; }
+
+  // Calls body(T{}, flag) for the dtype of the inputs and whether SiLU follows.
+  template <typename Body>
+  void run(const Body& body) const {
+    dispatch(type_, op_, "x",
+             [&](auto zero) { with_silu_ ? body(zero, std::true_type{}) : body(zero, std::false_type{}); });
+  }
+
+  template <typename A>
+  std::array<Norm<A>, B> norms() const {
+    const int64_t channels = inputs_[0].channels;
+    std::array<Norm<A>, B> all;
+    for (int b = 0; b < B; ++b) {
+      const Branch& branch = branches[b];
+      all[b] = {vector_of<A>(branch.mean, channels, "mean"), vector_of<A>(branch.rstd, channels, "rstd"),
+                vector_of<A>(branch.weight, channels, "weight"), vector_of<A>(branch.bias, channels, "bias")};
+    }
+    return all;
+  }
+
+  const char* op_;
+  bool with_silu_;
+  ScalarType type_;
+  Layout layout_;
+  FeatureMaps<B> inputs_;
+};
 
 }  // namespace yolov9_fast

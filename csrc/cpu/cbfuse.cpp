@@ -1,14 +1,18 @@
-// cbfuse on the CPU: sum of maps resized to the target by nearest neighbour, and the target. Reads every input and the
+// cbfuse on the CPU: the sum of the target and of maps resized to it by nearest neighbour. Reads every input and the
 // target once, writes the sum once; backward reads the gradient once per input.
-#include "cpu/map_view.h"
-
+#include <algorithm>
 #include <type_traits>
+#include <vector>
+
+#include "cpu/feature_map.h"
 
 namespace {
 
-using namespace yolov9_fast::maps;
+using namespace yolov9_fast;
 
-// The source of each target position, as torch computes it for mode="nearest": in float32, rounded down.
+constexpr char kOp[] = "cbfuse";
+
+// The source index of each target index as torch computes it for mode="nearest": in float32, rounded down.
 std::vector<int64_t> nearest(int64_t source, int64_t target) {
   std::vector<int64_t> index(target);
   const float scale = static_cast<float>(source) / static_cast<float>(target);
@@ -17,7 +21,7 @@ std::vector<int64_t> nearest(int64_t source, int64_t target) {
   return index;
 }
 
-// For each source position the first target position that reads it, and the end after the last source.
+// For each source index the first target index that reads it, and at the end the target's size.
 std::vector<int64_t> readers(int64_t source, int64_t target) {
   const std::vector<int64_t> index = nearest(source, target);
   std::vector<int64_t> first(source + 1);
@@ -35,7 +39,7 @@ constexpr int kChunk = 32;
 
 template <class T>
 void sum_rows(const std::vector<Source>& sources, const FeatureMap& target, const FeatureMap& out) {
-  using A = typename Accumulate<T>::type;
+  using A = Compute<T>;
   const int64_t channels = target.channels;
   torch::stable::parallel_for(0, target.batch * target.height, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
@@ -71,7 +75,7 @@ void sum_rows(const std::vector<Source>& sources, const FeatureMap& target, cons
 
 template <class T>
 void sum_planes(const std::vector<Source>& sources, const FeatureMap& target, const FeatureMap& out) {
-  using A = typename Accumulate<T>::type;
+  using A = Compute<T>;
   torch::stable::parallel_for(0, target.batch * target.channels, 1, [&](int64_t begin, int64_t end) {
     std::vector<A> sum(target.width);
     for (int64_t i = begin; i < end; ++i) {
@@ -96,22 +100,22 @@ void sum_planes(const std::vector<Source>& sources, const FeatureMap& target, co
 }
 
 Tensor cbfuse_forward(const std::vector<Tensor>& inputs, const Tensor& target) {
-  STD_TORCH_CHECK(!inputs.empty(), "cbfuse: inputs must hold at least one map");
-  const FeatureMap t = feature_map(target, "cbfuse", "target");
+  STD_TORCH_CHECK(!inputs.empty(), kOp, ": inputs: expected at least one map, got none");
+  const FeatureMap t = feature_map(target, kOp, "target");
   std::vector<Source> sources;
   for (const Tensor& input : inputs) {
-    const FeatureMap map = feature_map(input, "cbfuse", "inputs", t.channels_last);
+    const FeatureMap map = feature_map(input, kOp, "inputs", t.layout);
     STD_TORCH_CHECK(map.batch == t.batch && map.channels == t.channels && input.scalar_type() == target.scalar_type(),
-                    "cbfuse: inputs must agree with the target but for height and width");
-    STD_TORCH_CHECK(t.empty() || !map.empty(), "cbfuse: an empty map cannot be resized");
+                    kOp, ": inputs: expected batch, channels and dtype of the target");
+    STD_TORCH_CHECK(t.empty() || !map.empty(), kOp, ": inputs: expected maps with pixels, got an empty one");
     sources.push_back({map, nearest(map.height, t.height), nearest(map.width, t.width)});
   }
-  Tensor result = new_map(target, t.batch, t.channels, t.height, t.width, t.channels_last);
+  Tensor result = new_map(target, t.batch, t.channels, t.height, t.width, t.layout);
   if (t.empty()) return result;
-  const FeatureMap out = feature_map(result, "cbfuse", "result", t.channels_last);
-  dispatch(target.scalar_type(), "cbfuse", [&](auto zero) {
+  const FeatureMap out = feature_map(result, kOp, "result", t.layout);
+  dispatch(target.scalar_type(), kOp, "target", [&](auto zero) {
     using T = decltype(zero);
-    if (t.channels_last) return sum_rows<T>(sources, t, out);
+    if (t.channels_last()) return sum_rows<T>(sources, t, out);
     sum_planes<T>(sources, t, out);
   });
   return result;
@@ -120,7 +124,7 @@ Tensor cbfuse_forward(const std::vector<Tensor>& inputs, const Tensor& target) {
 template <class T>
 void gather_rows(const FeatureMap& dz, const FeatureMap& dx, const std::vector<int64_t>& rows,
                  const std::vector<int64_t>& columns) {
-  using A = typename Accumulate<T>::type;
+  using A = Compute<T>;
   torch::stable::parallel_for(0, dx.batch * dx.height, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t n = i / dx.height, h = i % dx.height;
@@ -151,7 +155,7 @@ void gather_rows(const FeatureMap& dz, const FeatureMap& dx, const std::vector<i
 template <class T>
 void gather_planes(const FeatureMap& dz, const FeatureMap& dx, const std::vector<int64_t>& rows,
                    const std::vector<int64_t>& columns) {
-  using A = typename Accumulate<T>::type;
+  using A = Compute<T>;
   torch::stable::parallel_for(0, dx.batch * dx.channels, 1, [&](int64_t begin, int64_t end) {
     std::vector<A> sum(dx.width);
     for (int64_t i = begin; i < end; ++i) {
@@ -172,17 +176,18 @@ void gather_planes(const FeatureMap& dz, const FeatureMap& dx, const std::vector
 
 std::vector<Tensor> cbfuse_backward(const Tensor& dz, const std::vector<int64_t>& heights,
                                     const std::vector<int64_t>& widths) {
-  STD_TORCH_CHECK(heights.size() == widths.size(), "cbfuse: heights and widths must be of one length");
-  const FeatureMap d = feature_map(dz, "cbfuse", "dz");
+  STD_TORCH_CHECK(heights.size() == widths.size(), kOp, ": widths: expected ", heights.size(), " values, got ",
+                  widths.size());
+  const FeatureMap d = feature_map(dz, kOp, "dz");
   std::vector<Tensor> gradients;
   for (size_t i = 0; i < heights.size(); ++i) {
-    gradients.push_back(new_map(dz, d.batch, d.channels, heights[i], widths[i], d.channels_last));
-    const FeatureMap dx = feature_map(gradients.back(), "cbfuse", "gradient", d.channels_last);
+    gradients.push_back(new_map(dz, d.batch, d.channels, heights[i], widths[i], d.layout));
+    const FeatureMap dx = feature_map(gradients.back(), kOp, "gradient", d.layout);
     if (dx.empty()) continue;
     const std::vector<int64_t> rows = readers(dx.height, d.height), columns = readers(dx.width, d.width);
-    dispatch(dz.scalar_type(), "cbfuse", [&](auto zero) {
+    dispatch(dz.scalar_type(), kOp, "dz", [&](auto zero) {
       using T = decltype(zero);
-      if (d.channels_last) return gather_rows<T>(d, dx, rows, columns);
+      if (d.channels_last()) return gather_rows<T>(d, dx, rows, columns);
       gather_planes<T>(d, dx, rows, columns);
     });
   }

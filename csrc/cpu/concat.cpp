@@ -1,40 +1,42 @@
 // tap_backward on the CPU: whole + part at the channels start ..., reads and writes each element once.
-#include "cpu/map_view.h"
+#include "cpu/feature_map.h"
 
 namespace {
 
-using namespace yolov9_fast::maps;
+using namespace yolov9_fast;
+
+constexpr char kOp[] = "tap_backward";
 
 template <class T>
 void copy_and_add(const T* whole, const T* part, T* out, int64_t start, int64_t stop, int64_t count) {
-  using A = typename Accumulate<T>::type;
+  using A = Compute<T>;
   for (int64_t i = 0; i < start; ++i) out[i] = whole[i];
-  for (int64_t i = start; i < stop; ++i) out[i] = static_cast<T>(static_cast<A>(whole[i]) + static_cast<A>(part[i - start]));
+  for (int64_t i = start; i < stop; ++i)
+    out[i] = static_cast<T>(static_cast<A>(whole[i]) + static_cast<A>(part[i - start]));
   for (int64_t i = stop; i < count; ++i) out[i] = whole[i];
 }
 
 Tensor tap_backward(const Tensor& whole, const Tensor& part, int64_t start) {
-  const FeatureMap w = feature_map(whole, "tap_backward", "whole");
-  const FeatureMap p = feature_map(part, "tap_backward", "part");
-  STD_TORCH_CHECK(whole.scalar_type() == part.scalar_type(), "tap_backward: whole and part must have one dtype");
-  STD_TORCH_CHECK(w.batch == p.batch && w.height == p.height && w.width == p.width && start >= 0 &&
-                      start + p.channels <= w.channels,
-                  "tap_backward: part must be a channel slice of whole");
-  Tensor result = new_map(whole, w.batch, w.channels, w.height, w.width, w.channels_last);
+  const FeatureMap w = feature_map(whole, kOp, "whole");
+  const FeatureMap p = feature_map(part, kOp, "part");
+  STD_TORCH_CHECK(whole.scalar_type() == part.scalar_type(), kOp, ": part: expected the dtype of whole");
+  STD_TORCH_CHECK(w.same_pixels(p) && start >= 0 && start + p.channels <= w.channels, kOp,
+                  ": part: expected the shape of a channel slice of whole");
+  Tensor result = new_map(whole, w.batch, w.channels, w.height, w.width, w.layout);
   if (w.empty()) return result;
-  const FeatureMap out = feature_map(result, "tap_backward", "result", w.channels_last);
+  const FeatureMap out = feature_map(result, kOp, "result", w.layout);
   const int64_t stop = start + p.channels;
-  dispatch(whole.scalar_type(), "tap_backward", [&](auto zero) {
+  dispatch(whole.scalar_type(), kOp, "whole", [&](auto zero) {
     using T = decltype(zero);
-    using A = typename Accumulate<T>::type;
-    if (w.channels_last && p.channels_last) {
+    using A = Compute<T>;
+    if (w.channels_last() && p.channels_last()) {
       torch::stable::parallel_for(0, w.batch * w.pixels(), 1 + 32768 / w.channels, [&](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; ++i)
           copy_and_add(w.at<const T>(0, 0, i), p.at<const T>(0, 0, i), out.at<T>(0, 0, i), start, stop, w.channels);
       });
       return;
     }
-    // Planes; a part in another layout than the whole is read with its stride.
+    // Planes; a part in another layout than whole is read with its strides.
     torch::stable::parallel_for(0, w.batch * w.channels, 1 + 32768 / w.pixels(), [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         const int64_t n = i / w.channels, c = i % w.channels;

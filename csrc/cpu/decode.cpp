@@ -1,8 +1,5 @@
 // decode on the CPU: reads the maps once, writes every result once. Tiles of 64 anchors are turned so that anchors lie
 // side by side, whatever the map's layout; all arithmetic then runs over whole vectors of anchors.
-#include "common/decode_arguments.h"
-#include "cpu/rows.h"
-
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
@@ -10,6 +7,9 @@
 #include <optional>
 #include <tuple>
 #include <vector>
+
+#include "common/decode_arguments.h"
+#include "cpu/rows.h"
 
 namespace {
 
@@ -44,7 +44,8 @@ void load_tile(const Level<T>& level, const Tile& tile, int64_t from, int64_t to
   const T* source = level.data + tile.image * level.at.image + tile.first * level.at.pixel + from * level.at.channel;
   const int64_t channels = to - from;
   if (level.at.pixel == 1 || channels > kBoxChannels) {
-    for (int64_t c = 0; c < channels; ++c) load_run(source + c * level.at.channel, level.at.pixel, out + c * kTile, tile.count);
+    for (int64_t c = 0; c < channels; ++c)
+      load_run(source + c * level.at.channel, level.at.pixel, out + c * kTile, tile.count);
     return;
   }
   Real row[kBoxChannels];
@@ -62,7 +63,8 @@ void expected_sides(const Real* bins, Real* sides) {
     Real greatest[kTile], sum[kTile] = {}, first[kTile] = {};
     for (int i = 0; i < kTile; ++i) greatest[i] = mine[i];
     for (int k = 1; k < kBins; ++k) {
-      for (int i = 0; i < kTile; ++i) greatest[i] = mine[k * kTile + i] > greatest[i] ? mine[k * kTile + i] : greatest[i];
+      for (int i = 0; i < kTile; ++i)
+        greatest[i] = mine[k * kTile + i] > greatest[i] ? mine[k * kTile + i] : greatest[i];
     }
     for (int k = 0; k < kBins; ++k) {
       for (int i = 0; i < kTile; ++i) {
@@ -113,11 +115,13 @@ void decode_tile(const Levels<T>& maps, const Tile& tile, Real* out) {
   const Real stride = static_cast<Real>(level.stride);
   Real sides[kSides * kTile], logits[kBoxChannels * kTile];
   sides_of_tile(level, tile, sides);
-  Real* first = out + (tile.image * (maps.channels - kBoxChannels + kSides)) * maps.anchors + level.first_anchor + tile.first;
+  Real* first =
+      out + (tile.image * (maps.channels - kBoxChannels + kSides)) * maps.anchors + level.first_anchor + tile.first;
   for (int axis = 0; axis < 2; ++axis) {
     const Real* cell = axis == 0 ? cells.column : cells.row;
     const Real *before = sides + axis * kTile, *after = sides + (axis + 2) * kTile;
-    for (int i = 0; i < tile.count; ++i) first[axis * maps.anchors + i] = box_centre(cell[i], before[i], after[i], stride);
+    for (int i = 0; i < tile.count; ++i)
+      first[axis * maps.anchors + i] = box_centre(cell[i], before[i], after[i], stride);
     for (int i = 0; i < tile.count; ++i) {
       first[(axis + 2) * maps.anchors + i] = box_length(cell[i], before[i], after[i], stride);
     }
@@ -131,7 +135,8 @@ void decode_tile(const Levels<T>& maps, const Tile& tile, Real* out) {
   }
 }
 
-// Boxes as corners, and the scores of the wanted classes: row n of an image is class labels[n], or class n without labels.
+// Boxes as corners, and the scores of the wanted classes: row n of an image is class labels[n], or class n without
+// labels.
 template <class T, class Real>
 void assignment_tile(const Levels<T>& maps, const Tile& tile, const int64_t* labels, int64_t rows, Real* scores,
                      Real* boxes, Real* points) {
@@ -157,7 +162,8 @@ void assignment_tile(const Levels<T>& maps, const Tile& tile, const int64_t* lab
   const T* source = level.data + tile.image * level.at.image + tile.first * level.at.pixel;
   for (int64_t n = 0; n < rows; ++n) {
     const int64_t label = labels == nullptr ? n : labels[tile.image * rows + n];
-    STD_TORCH_CHECK(label >= 0 && label < maps.channels - kBoxChannels, kOp, ": labels hold ", label, ", beyond the classes");
+    STD_TORCH_CHECK(label >= 0 && label < maps.channels - kBoxChannels, kOp, ": labels hold ", label,
+                    ", beyond the classes");
     load_run(source + (kBoxChannels + label) * level.at.channel, level.at.pixel, logits, tile.count);
     sigmoid_run(logits, scores + (tile.image * rows + n) * maps.anchors + anchor, tile.count);
   }
@@ -165,7 +171,7 @@ void assignment_tile(const Levels<T>& maps, const Tile& tile, const int64_t* lab
 
 Tensor decode_forward(const std::vector<Tensor>& maps, const std::vector<int64_t>& strides) {
   Tensor out;
-  dispatch(maps, [&](auto element, auto real) {
+  dispatch_maps(maps, kOp, [&](auto element, auto real) {
     using T = decltype(element);
     using Real = decltype(real);
     const Levels<T> levels = raw_maps<T>(maps, {}, strides, kOp);
@@ -183,7 +189,7 @@ std::tuple<Tensor, Tensor, Tensor> decode_for_assignment(const std::vector<Tenso
                                                          const std::optional<Tensor>& labels,
                                                          const std::vector<int64_t>& strides) {
   std::tuple<Tensor, Tensor, Tensor> results;
-  dispatch(maps, [&](auto element, auto real) {
+  dispatch_maps(maps, kOp, [&](auto element, auto real) {
     using T = decltype(element);
     using Real = decltype(real);
     const Levels<T> levels = raw_maps<T>(maps, {}, strides, kOp);

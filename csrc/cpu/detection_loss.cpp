@@ -1,9 +1,6 @@
 // detection_loss on the CPU, in two sweeps: all class logits as background, vectorised where the map lies dense (reads
-// the maps' class channels once, writes the gradients once); then the few assigned anchors, whose terms are put in place.
-// Sums run over pieces of fixed size and are added up in their order, so that threads change no bit.
-#include "common/detection_loss_arguments.h"
-#include "cpu/rows.h"
-
+// the maps' class channels once, writes the gradients once); then the few assigned anchors, whose terms are put in
+// place. Sums run over pieces of fixed size and are added up in their order, so that threads change no bit.
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
@@ -11,6 +8,9 @@
 #include <tuple>
 #include <type_traits>
 #include <vector>
+
+#include "common/detection_loss_arguments.h"
+#include "cpu/rows.h"
 
 namespace {
 
@@ -106,9 +106,9 @@ double background(const Level<T>& level, const Piece& piece, const Targets<Real>
       continue;
     }
     for (int64_t i = 0; i < columns; i += kRun) {
-      sum += background_run<T, Real, kFocal, kGradient>(from + i * step, step, to + i * gradient_step, gradient_step,
-                                                       std::min(kRun, columns - i), targets.options.focal_gamma,
-                                                       scale);
+      sum +=
+          background_run<T, Real, kFocal, kGradient>(from + i * step, step, to + i * gradient_step, gradient_step,
+                                                     std::min(kRun, columns - i), targets.options.focal_gamma, scale);
     }
   }
   return sum;
@@ -162,8 +162,8 @@ Sums<double> sweep(const Levels<T>& maps, const Targets<Real>& targets, const Sc
       for (int64_t pixel = piece.begin; pixel < piece.end; ++pixel) {
         const int64_t truth = targets.gt_index[offset + pixel];
         if (truth < 0) continue;
-        add_assigned<T, Real, kGradient>(level, piece.image, pixel, truth, targets.weight[offset + pixel], targets, scales,
-                                         anchor_sums[i]);
+        add_assigned<T, Real, kGradient>(level, piece.image, pixel, truth, targets.weight[offset + pixel], targets,
+                                         scales, anchor_sums[i]);
       }
     }
   });
@@ -197,18 +197,20 @@ void run(const Arguments& given, const std::vector<Tensor>& gradients, const Rea
   items[2] = static_cast<Real>(sums.dfl * given.gains[2] / normaliser);
 }
 
-std::tuple<Tensor, std::vector<Tensor>> detection_loss_forward(
-    const std::vector<Tensor>& maps, const Tensor& gt_index, const Tensor& weight, const Tensor& gt_labels,
-    const Tensor& gt_boxes, const Tensor& normaliser, const std::vector<int64_t>& strides, double pos_weight,
-    double label_smoothing, double focal_gamma, const std::vector<double>& gains, bool gradient) {
+std::tuple<Tensor, std::vector<Tensor>> detection_loss_forward(const std::vector<Tensor>& maps, const Tensor& gt_index,
+                                                               const Tensor& weight, const Tensor& gt_labels,
+                                                               const Tensor& gt_boxes, const Tensor& normaliser,
+                                                               const std::vector<int64_t>& strides, double pos_weight,
+                                                               double label_smoothing, double focal_gamma,
+                                                               const std::vector<double>& gains, bool gradient) {
   const Arguments given{maps,    gt_index,   weight,          gt_labels,   gt_boxes, normaliser,
                         strides, pos_weight, label_smoothing, focal_gamma, gains};
   Tensor items = torch::stable::new_empty(normaliser, {3});
   std::vector<Tensor> gradients = gradient ? empty_like(maps) : std::vector<Tensor>();
-  given.dispatch([&](auto element, auto real) {
+  dispatch_maps(maps, kOp, [&](auto element, auto real) {
     using T = decltype(element);
     using Real = decltype(real);
-    STD_TORCH_CHECK(items.scalar_type() == type_of<Real>, kOp, ": normaliser must be of the computation's dtype");
+    STD_TORCH_CHECK(items.scalar_type() == kScalarType<Real>, kOp, ": normaliser must be of the computation's dtype");
     run<T, Real>(given, gradients, nullptr, static_cast<Real*>(items.mutable_data_ptr()));
   });
   return {items, gradients};
@@ -223,10 +225,10 @@ std::vector<Tensor> detection_loss_backward(const Tensor& upstream, const std::v
   const Arguments given{maps,    gt_index,   weight,          gt_labels,   gt_boxes, normaliser,
                         strides, pos_weight, label_smoothing, focal_gamma, gains};
   const std::vector<Tensor> gradients = empty_like(maps);
-  given.dispatch([&](auto element, auto real) {
+  dispatch_maps(maps, kOp, [&](auto element, auto real) {
     using T = decltype(element);
     using Real = decltype(real);
-    check_dense(upstream, type_of<Real>, 3, "upstream");
+    check_dense(upstream, kScalarType<Real>, 3, "upstream");
     run<T, Real>(given, gradients, static_cast<const Real*>(upstream.const_data_ptr()), nullptr);
   });
   return gradients;

@@ -1,139 +1,102 @@
-// How the kernels walk over feature maps [N, C, H, W]: rows of channels (channels_last) or planes (NCHW), and slices of
-// either along the channels; and the fixed division into tiles, which no number of threads changes.
+// The memory layout of a [B, C, H, W] tensor, in the two forms that the CPU kernels read without a copy:
+// channels_last: a pixel is a row of C adjacent channels, with one row stride for all pixels (dense or a channel
+// slice); planes: a channel is a plane of H·W adjacent pixels, with any batch stride (contiguous or a channel slice).
+// The same convention as in yolov9_fast/_layout.py.
 #pragma once
-
-#include "cpu/vector.h"
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
 
-#include <algorithm>
-#include <array>
 #include <cstdint>
-#include <numeric>
 #include <optional>
+
+#include "common/dispatch.h"
 
 namespace yolov9_fast {
 
-using torch::headeronly::MemoryFormat;
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
+enum class Layout { kChannelsLast, kPlanes };
 
-// Elements from one pixel to the next where channels lie side by side and all pixels at one distance; -1 otherwise.
-inline int64_t row_stride(const Tensor& x) {
-  if (x.size(1) > 1 && x.stride(1) != 1) return -1;
-  const int64_t n = x.size(0), h = x.size(2), w = x.size(3);
-  const int64_t row = w > 1 ? x.stride(3) : h > 1 ? x.stride(2) : n > 1 ? x.stride(0) : x.size(1);
-  const bool even = row >= x.size(1) && (h <= 1 || x.stride(2) == w * row) && (n <= 1 || x.stride(0) == h * w * row);
-  return even ? row : -1;
+// The strides of sides of length 1 are never read.
+inline std::optional<int64_t> row_stride(const Tensor& x) {
+  const int64_t batch = x.size(0), channels = x.size(1), height = x.size(2), width = x.size(3);
+  if (channels > 1 && x.stride(1) != 1) return std::nullopt;
+  const int64_t row = width > 1 ? x.stride(3) : height > 1 ? x.stride(2) : batch > 1 ? x.stride(0) : channels;
+  if (row < channels || (height > 1 && x.stride(2) != row * width)) return std::nullopt;
+  if (batch > 1 && x.stride(0) != row * width * height) return std::nullopt;
+  return row;
 }
 
-inline bool has_dense_planes(const Tensor& x) {
-  return (x.size(3) <= 1 || x.stride(3) == 1) && (x.size(2) <= 1 || x.stride(2) == x.size(3));
+inline bool has_planes(const Tensor& x) {
+  const int64_t height = x.size(2), width = x.size(3), pixels = height * width;
+  return (width <= 1 || x.stride(3) == 1) && (height <= 1 || x.stride(2) == width) &&
+         (x.size(1) <= 1 || x.stride(1) == pixels) && (x.size(0) <= 1 || x.stride(0) >= pixels * x.size(1));
 }
 
-// The layout in which a call runs: that of its first tensor; a tensor in neither is copied to planes.
+inline bool has_layout(const Tensor& x, Layout layout) {
+  return layout == Layout::kChannelsLast ? row_stride(x).has_value() : has_planes(x);
+}
+
+// The layout of a tensor; planes for one that has neither. With one channel or one pixel it may have both: then the
+// strides tell how it was made.
+inline Layout layout_of(const Tensor& x) {
+  const bool rows =
+      row_stride(x).has_value() && (!has_planes(x) || (x.size(1) > 1 && x.stride(1) == 1 && x.stride(3) != 1));
+  return rows ? Layout::kChannelsLast : Layout::kPlanes;
+}
+
+// Element (n, c, p) of a tensor is at data + n * image + c * channel + p * pixel, where p = y * width + x.
 struct FeatureMap {
-  explicit FeatureMap(const Tensor& x) {
-    STD_TORCH_CHECK(x.dim() == 4, "expected a feature map [N, C, H, W], got ", x.dim(), " dimensions");
-    batch = x.size(0), channels = x.size(1), height = x.size(2), width = x.size(3);
-    pixels = height * width;
-    rows = row_stride(x) >= 0;
-  }
+  int64_t batch = 0, channels = 0, height = 0, width = 0;
+  Layout layout = Layout::kPlanes;
+  void* data = nullptr;
+  int64_t image = 0, channel = 0, pixel = 0;
 
-  int64_t count() const { return batch * pixels; }
-  MemoryFormat format() const { return rows ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous; }
-  bool fits(const Tensor& x) const { return rows ? row_stride(x) >= 0 : has_dense_planes(x); }
-  bool same_shape(const Tensor& x) const {
-    return x.dim() == 4 && x.size(0) == batch && x.size(1) == channels && x.size(2) == height && x.size(3) == width;
+  bool channels_last() const { return layout == Layout::kChannelsLast; }
+  int64_t pixels() const { return height * width; }
+  int64_t all_pixels() const { return batch * pixels(); }
+  bool empty() const { return batch == 0 || channels == 0 || height == 0 || width == 0; }
+  bool same_pixels(const FeatureMap& other) const {
+    return batch == other.batch && height == other.height && width == other.width;
   }
+  bool same_shape(const FeatureMap& other) const { return channels == other.channels && same_pixels(other); }
 
-  Tensor readable(const Tensor& x) const { return fits(x) ? x : torch::stable::contiguous(x, format()); }
-  Tensor empty_like(const Tensor& x) const {
-    const std::array<int64_t, 4> sizes{batch, channels, height, width};
-    return torch::stable::empty({sizes.data(), 4}, x.scalar_type(), std::nullopt, std::nullopt, std::nullopt, format());
+  template <class T>
+  T* at(int64_t n, int64_t c, int64_t p) const {
+    return static_cast<T*>(data) + n * image + c * channel + p * pixel;
   }
-
-  int64_t batch, channels, height, width, pixels;
-  bool rows;
 };
 
-// Where a tensor's values lie: row r at data + r * row, or plane (n, c) at data + n * batch + c * channel.
-template <typename T>
-struct Access {
-  Access() = default;
-  Access(const FeatureMap& map, const Tensor& x, T* values) : data(values) {
-    if (map.rows) {
-      row = row_stride(x);
-    } else {
-      batch = x.stride(0), channel = x.stride(1);
-    }
+// The view of `x`, by default in its own layout; an error if `x` has another one.
+inline FeatureMap feature_map(const Tensor& x, const char* op, const char* name,
+                              std::optional<Layout> layout = std::nullopt) {
+  STD_TORCH_CHECK(x.dim() == 4, op, ": ", name, ": expected [B, C, H, W], got ", x.dim(), " dimensions");
+  FeatureMap map{
+      x.size(0), x.size(1), x.size(2), x.size(3), layout.value_or(layout_of(x)), const_cast<void*>(x.const_data_ptr())};
+  if (map.empty()) return map;
+  STD_TORCH_CHECK(has_layout(x, map.layout), op, ": ", name, ": expected ",
+                  map.channels_last() ? "channels_last" : "contiguous", " or a channel slice of it, got other strides");
+  if (map.channels_last()) {
+    map.pixel = *row_stride(x);
+    map.channel = 1;
+    map.image = map.pixel * map.pixels();
+  } else {
+    map.pixel = 1;
+    map.channel = map.pixels();
+    map.image = map.batch > 1 ? x.stride(0) : map.channel * map.channels;
   }
-  T* plane(int64_t n, int64_t c) const { return data + n * batch + c * channel; }
-
-  T* data = nullptr;
-  int64_t row = 0, batch = 0, channel = 0;
-};
-
-template <typename T>
-Access<const T> reading(const FeatureMap& map, const Tensor& x) {
-  return {map, x, static_cast<const T*>(x.const_data_ptr())};
+  return map;
 }
 
-template <typename T>
-Access<T> writing(const FeatureMap& map, const Tensor& x) {
-  return {map, x, static_cast<T*>(x.mutable_data_ptr())};
+inline torch::headeronly::MemoryFormat memory_format(Layout layout) {
+  using torch::headeronly::MemoryFormat;
+  return layout == Layout::kChannelsLast ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous;
 }
 
-// Rows: blocks of whole rows. Planes: segments of one plane. Sums over a tile go into a table [entries, channels]; the
-// entries are added up in their order.
-//
-// Where rows lie dense, `fold` of them count as one wide row of whole registers: 24 channels become 48 columns, three
-// registers of float32. In the table that is `fold` entries side by side.
-struct Tiling {
-  Tiling(const FeatureMap& map, bool dense, int lanes) {
-    // 8192 values, 32 KB of float32, stay in a core's first cache; less where two threads would have little to share.
-    const int64_t values = map.count() * map.channels;
-    const int64_t aim = std::clamp<int64_t>(values / 8, 1024, 8192);
-    channels = map.channels, rows = map.rows;
-    if (rows) {
-      if (dense) fold = folded_rows(map.count(), lanes);
-      length = map.count() / fold, width = channels * fold;
-      size = std::max<int64_t>(aim / std::max<int64_t>(width, 1), 8);
-      segments = (length + size - 1) / size;
-      tiles = segments;
-      entries = segments * fold;
-    } else {
-      length = map.pixels, width = channels, size = aim;
-      segments = (length + size - 1) / size;
-      tiles = map.batch * channels * segments;
-      entries = map.batch * segments;
-    }
-    values_per_tile = std::max<int64_t>(1, values / std::max<int64_t>(tiles, 1));
-  }
-
-  // Tiles that make up the least share of a thread.
-  int64_t grain(int64_t least_values) const { return 1 + least_values / values_per_tile; }
-
-  // The most rows that make at most 64 columns in whole registers; 1 where none divide the count.
-  int64_t folded_rows(int64_t count, int lanes) const {
-    const int64_t least = lanes / std::gcd<int64_t>(channels, lanes);
-    for (int64_t rows = least * 16; rows >= least; rows -= least) {
-      if ((rows * channels <= 64 || rows == least) && count % rows == 0) return rows;
-    }
-    return 1;
-  }
-
-  int64_t begin(int64_t segment) const { return segment * size; }
-  int64_t extent(int64_t segment) const { return std::min(size, length - segment * size); }
-  // How many values of each channel entry `e` sums up.
-  int64_t values_of_entry(int64_t e) const { return extent(e / fold % segments); }
-
-  int64_t channels, width, length, size, segments, tiles, entries, values_per_tile;
-  int64_t fold = 1;
-  bool rows;
-};
+// A new dense tensor of the dtype of `like`.
+inline Tensor new_map(const Tensor& like, int64_t batch, int64_t channels, int64_t height, int64_t width,
+                      Layout layout) {
+  return torch::stable::empty({batch, channels, height, width}, like.scalar_type(), torch::headeronly::Layout::Strided,
+                              like.device(), false, memory_format(layout));
+}
 
 }  // namespace yolov9_fast

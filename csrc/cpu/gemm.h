@@ -1,5 +1,6 @@
-// The matrix product of the 1×1 convolution: one register tile, C[R × columns] (+)= A[R × L] · B[L × columns], written with
-// vector types of the compiler. A is read element by element (any strides), B in whole vectors (rows of any distance).
+// The matrix product of the 1×1 convolution: one register tile, C[R × columns] (+)= A[R × L] · B[L × columns], written
+// with vector types of the compiler. A is read element by element (any strides), B in whole vectors (rows of any
+// distance).
 #pragma once
 
 #include <cstdint>
@@ -42,7 +43,10 @@ constexpr int kPanel = kTileVectors * kLanes<T>;
 
 // Rows of a tile: accumulators, one row of B and one element of A fill the registers (32 with AVX-512, else 16).
 template <int Vectors>
-constexpr int kTileRows = Vectors == 4 ? 6 : kVectorBytes == 64 ? 12 : Vectors == 2 ? 6 : 12;
+constexpr int kTileRows = Vectors == 4         ? 6
+                          : kVectorBytes == 64 ? 12
+                          : Vectors == 2       ? 6
+                                               : 12;
 
 template <class T>
 inline Vector<T> load(const T* from) {
@@ -81,13 +85,13 @@ inline Vector<double> multiply_add(Vector<double> a, Vector<double> b, Vector<do
 
 template <class T>
 struct Product {
-  int64_t length;               // L
+  int64_t length;  // L
   const T* a;
-  int64_t a_row, a_step;        // elements from a row of A to the next, from a column to the next
+  int64_t a_row, a_step;  // elements from a row of A to the next, from a column to the next
   const T* b;
-  int64_t b_step;               // elements from a row of B to the next
+  int64_t b_step;  // elements from a row of B to the next
   T* c;
-  int64_t c_row;                // elements from a row of C to the next
+  int64_t c_row;                    // elements from a row of C to the next
   const T* row_start = nullptr;     // what the sum of each row starts with (a bias per row), else
   const T* column_start = nullptr;  // what that of each column starts with, else
   bool accumulate = false;          // what C holds, else zero
@@ -110,7 +114,7 @@ void tile(const Product<T>& p, int64_t columns) {
       start = edge;
     }
     for (int v = 0; v < Vectors; ++v)
-      sum[r][v] = start != nullptr        ? load(start + v * lanes)
+      sum[r][v] = start != nullptr         ? load(start + v * lanes)
                   : p.row_start != nullptr ? broadcast(p.row_start[r])
                                            : Vector<T>{};
   }

@@ -1,11 +1,11 @@
 // The boxes that survived so far, by label, laid out so that one candidate meets sixteen of them at a time.
 #pragma once
 
-#include "common/nms.h"
-
 #include <cfloat>
 #include <cstdint>
 #include <vector>
+
+#include "common/nms.h"
 
 namespace yolov9_fast {
 

@@ -1,10 +1,8 @@
-// nms on the CPU: images in parallel. Per image one pass over the scores keeps the candidates and counts them by the leading
-// bits of their score; a second pass only where more than max_candidates came, with the threshold raised to what may
-// stay. Candidates then lie in buckets of falling score that are sorted one by one, as far as max_det needs them.
-// Reads 4·(4 + nc)·A bytes an image, twice where it cuts.
+// nms on the CPU: images in parallel. Per image one pass over the scores keeps the candidates and counts them by the
+// leading bits of their score; a second pass only where more than max_candidates came, with the threshold raised to
+// what may stay. Candidates then lie in buckets of falling score that are sorted one by one, as far as max_det needs
+// them. Reads 4·(4 + nc)·A bytes an image, twice where it cuts.
 #include "common/nms.h"
-#include "cpu/kept_boxes.h"
-#include "cpu/sort_keys.h"
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -18,6 +16,9 @@
 #include <optional>
 #include <tuple>
 #include <vector>
+
+#include "cpu/kept_boxes.h"
+#include "cpu/sort_keys.h"
 
 #ifdef __AVX512F__
 #include <immintrin.h>
@@ -273,8 +274,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> nms(const Tensor& prediction, double 
   STD_TORCH_CHECK(max_det > 0 && max_candidates > 0, "nms: max_det and max_candidates must be positive");
   const int64_t images = prediction.size(0), labels = prediction.size(1) - 4, anchors = prediction.size(2);
   STD_TORCH_CHECK(labels * anchors < int64_t{1} << 32, "nms: more than 2^32 pairs of anchor and class");
-  Options options{static_cast<float>(conf), static_cast<float>(iou), multi_label, agnostic,
-                  std::vector<uint8_t>(labels, !classes.has_value()), max_det, max_candidates};
+  Options options{static_cast<float>(conf),
+                  static_cast<float>(iou),
+                  multi_label,
+                  agnostic,
+                  std::vector<uint8_t>(labels, !classes.has_value()),
+                  max_det,
+                  max_candidates};
   if (classes) {
     for (const int64_t label : *classes) {
       STD_TORCH_CHECK(label >= 0 && label < labels, "nms: class ", label, " of ", labels);

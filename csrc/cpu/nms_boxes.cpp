@@ -1,8 +1,4 @@
 // nms_boxes on the CPU: one sort of all candidates, then each meets the survivors of its label, sixteen at a time.
-#include "common/nms.h"
-#include "cpu/kept_boxes.h"
-#include "cpu/sort_keys.h"
-
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -15,10 +11,14 @@
 #include <unordered_map>
 #include <vector>
 
+#include "common/nms.h"
+#include "cpu/kept_boxes.h"
+#include "cpu/sort_keys.h"
+
 namespace {
 
-using torch::stable::Tensor;
 using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
 using namespace yolov9_fast;
 
 // Labels as given, which may be any integers, to 0, 1, 2 …; returns how many there are.

@@ -1,4 +1,5 @@
-// Falling order of 64-bit keys: comparison sort where there are few, radix sort from the lowest byte where there are many.
+// Falling order of 64-bit keys: comparison sort where there are few, radix sort from the lowest byte where there are
+// many.
 #pragma once
 
 #include <algorithm>

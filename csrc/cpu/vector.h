@@ -1,13 +1,12 @@
 // Vectors of one register for the CPU kernels: loads and stores of every floating type, e^x and the sigmoid.
 #pragma once
 
-#include <torch/headeronly/util/BFloat16.h>
-#include <torch/headeronly/util/Half.h>
-
 #include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
+
+#include "common/dispatch.h"
 
 #if defined(__AVX2__) || defined(__AVX512F__)
 #include <immintrin.h>
@@ -22,13 +21,6 @@ constexpr int kRegisterBytes = 32;
 #else
 constexpr int kRegisterBytes = 16;
 #endif
-
-using BFloat16 = c10::BFloat16;
-using Half = c10::Half;
-
-// What a value of type T is computed in: float64 in itself, everything else in float32.
-template <typename T>
-using Compute = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
 template <typename A>
 struct VectorOf {
@@ -161,9 +153,9 @@ A sum_of_lanes(Vector<A> values) {
   return sum;
 }
 
-// e^-x for |x| <= 87, else that of the nearer end: 2^n e^-r with |r| <= ln 2 / 2; to 1 ulp for |x| <= 10, 4 at the ends.
-// e^-r = 1 - r + r^2 p(r); p by Lawson's iteration towards the least relative maximum error, 0.05 ulp. A NaN gives any
-// value. Every operation here counts: the passes with a SiLU consist of little else.
+// e^-x for |x| <= 87, else that of the nearer end: 2^n e^-r with |r| <= ln 2 / 2; to 1 ulp for |x| <= 10, 4 at the
+// ends. e^-r = 1 - r + r^2 p(r); p by Lawson's iteration towards the least relative maximum error, 0.05 ulp. A NaN
+// gives any value. Every operation here counts: the passes with a SiLU consist of little else.
 inline Floats inverse_exponential(Floats x) {
 #if defined(__AVX512DQ__)
   // The smaller of both magnitudes with the sign of x.

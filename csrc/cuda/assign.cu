@@ -1,17 +1,19 @@
-// assign on the GPU: the four launches of common/assign_block.h. Reads of the boxes and scores the anchors inside a ground
-// truth only, 4 to 36 bytes each; writes 12 bytes per anchor; waits for nothing and allocates O(A + B·N) beside its outputs.
-#include "common/assign_arguments.h"
-#include "cuda/stream.cuh"
-
+// assign on the GPU: the four launches of common/assign_block.h. Reads of the boxes and scores the anchors inside a
+// ground truth only, 4 to 36 bytes each; writes 12 bytes per anchor; waits for nothing and allocates O(A + B·N) beside
+// its outputs.
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 
+#include "common/assign_arguments.h"
+#include "cuda/stream.cuh"
+
 namespace {
 
+using namespace yolov9_fast;
 using namespace yolov9_fast::tal;
-using yolov9_fast::DeviceBlock;
 
-constexpr int kThreads = 128;  // four chunks of anchors at a time: a ground truth of median size needs two or three rounds
+constexpr int kThreads =
+    128;  // four chunks of anchors at a time: a ground truth of median size needs two or three rounds
 constexpr int kResolveThreads = 64;  // contested anchors lie together: small blocks spread them
 
 template <class Score>
@@ -57,7 +59,7 @@ std::tuple<Tensor, Tensor> assign(const Tensor& scores, const Tensor& boxes, con
   const Tensor boxes_of_chunks = torch::stable::new_empty(boxes, {4 * chunks});
   const Tensor best = torch::stable::new_empty(boxes, {2 * rows}, ScalarType::Int);
   const cudaStream_t stream = yolov9_fast::current_stream(device);
-  given.with_score_type([&](auto score) {
+  dispatch(given.scores.scalar_type(), kOp, "scores", [&](auto score) {
     auto p = given.problem<decltype(score)>();
     p.chunks = static_cast<float*>(boxes_of_chunks.mutable_data_ptr());
     p.best_metric = static_cast<uint32_t*>(best.mutable_data_ptr());

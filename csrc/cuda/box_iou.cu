@@ -1,8 +1,5 @@
 // box_iou on the GPU: reads (N + M) x 16 bytes, writes N x M x 4. One thread per result, columns along x so that a
 // warp writes 128 consecutive bytes; rows along y, in a loop because a grid's y is limited to 65535.
-#include "common/box_iou.h"
-#include "cuda/stream.cuh"
-
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -11,6 +8,9 @@
 
 #include <algorithm>
 #include <cstdint>
+
+#include "common/box_iou.h"
+#include "cuda/stream.cuh"
 
 namespace {
 

@@ -1,14 +1,15 @@
-// decode on the GPU: one launch of common/decode_block.h, a block per tile of 64 anchors. At batch 32, 640 px, 80 classes
-// in bfloat16 it reads 77 MB and writes 90 MB; for the assignment it reads 34 MB and the logits of the wanted classes.
-#include "common/decode_arguments.h"
-#include "common/decode_block.h"
-#include "cuda/stream.cuh"
-
+// decode on the GPU: one launch of common/decode_block.h, a block per tile of 64 anchors. At batch 32, 640 px, 80
+// classes in bfloat16 it reads 77 MB and writes 90 MB; for the assignment it reads 34 MB and the logits of the wanted
+// classes.
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 
 #include <tuple>
 #include <vector>
+
+#include "common/decode_arguments.h"
+#include "common/decode_block.h"
+#include "cuda/stream.cuh"
 
 namespace {
 
@@ -48,7 +49,7 @@ Tensor decode_forward(const std::vector<Tensor>& maps, const std::vector<int64_t
   const int32_t device = device_of(maps);
   const torch::stable::accelerator::DeviceGuard guard(device);
   Tensor out;
-  dispatch(maps, [&](auto element, auto real) {
+  dispatch_maps(maps, kOp, [&](auto element, auto real) {
     using T = decltype(element);
     using Real = decltype(real);
     Problem<T, Real> p{};
@@ -70,7 +71,7 @@ std::tuple<Tensor, Tensor, Tensor> decode_for_assignment(const std::vector<Tenso
   STD_TORCH_CHECK(!labels.has_value() || (labels->is_cuda() && labels->get_device_index() == device), kOp,
                   ": labels must be on the maps' device");
   std::tuple<Tensor, Tensor, Tensor> results;
-  dispatch(maps, [&](auto element, auto real) {
+  dispatch_maps(maps, kOp, [&](auto element, auto real) {
     using T = decltype(element);
     using Real = decltype(real);
     Problem<T, Real> p{};

@@ -1,10 +1,7 @@
-// nms and nms_boxes on the GPU: the phases of common/nms_filter.h and common/nms_block.h. nms reads 4·(4 + nc)·A bytes an
-// image twice (count, store), a third time where there are more than max_candidates. Nothing waits for the host and no size
-// depends on the data, so a CUDA graph can hold it. Grids: an image along y and parts of its scores along x; then a block
-// an image.
-#include "common/nms_filter.h"
-#include "cuda/stream.cuh"
-
+// nms and nms_boxes on the GPU: the phases of common/nms_filter.h and common/nms_block.h. nms reads 4·(4 + nc)·A bytes
+// an image twice (count, store), a third time where there are more than max_candidates. Nothing waits for the host and
+// no size depends on the data, so a CUDA graph can hold it. Grids: an image along y and parts of its scores along x;
+// then a block an image.
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -16,6 +13,9 @@
 #include <optional>
 #include <tuple>
 #include <vector>
+
+#include "common/nms_filter.h"
+#include "cuda/stream.cuh"
 
 namespace {
 
@@ -30,17 +30,15 @@ constexpr int kScan = 256;  // threads over scores
 constexpr int kGreedy = 512;
 constexpr int64_t kMaxImagesOfGrid = 65535;
 
-__global__ void __launch_bounds__(kScan)
-    count_kernel(const Prediction view, const __grid_constant__ Wanted wanted, int level, const Cut* cuts,
-                 uint32_t* histograms) {
+__global__ void __launch_bounds__(kScan) count_kernel(const Prediction view, const __grid_constant__ Wanted wanted,
+                                                      int level, const Cut* cuts, uint32_t* histograms) {
   __shared__ CountShared<S> shared;
   const int64_t image = blockIdx.y;
   count_part<S>(DeviceBlock(), shared, view, wanted, view.data + image * view.image, blockIdx.x, level, cuts[image],
                 histograms + image * S::kBuckets);
 }
 
-__global__ void __launch_bounds__(kScan)
-    pick_kernel(const uint32_t* histograms, int level, int64_t limit, Cut* cuts) {
+__global__ void __launch_bounds__(kScan) pick_kernel(const uint32_t* histograms, int level, int64_t limit, Cut* cuts) {
   __shared__ FindShared<S> shared;
   const int64_t image = blockIdx.x;
   pick_digit<S>(DeviceBlock(), shared, histograms + image * S::kBuckets, level, limit, cuts[image]);
@@ -55,9 +53,8 @@ __global__ void __launch_bounds__(kScan)
   settle<S>(DeviceBlock(), shared, view, wanted, view.data + image * view.image, level + 1, limit, cuts[image]);
 }
 
-__global__ void __launch_bounds__(kScan)
-    store_kernel(const Prediction view, const __grid_constant__ Wanted wanted, Cut* cuts, uint64_t* keys,
-                 int64_t capacity) {
+__global__ void __launch_bounds__(kScan) store_kernel(const Prediction view, const __grid_constant__ Wanted wanted,
+                                                      Cut* cuts, uint64_t* keys, int64_t capacity) {
   __shared__ StoreShared shared;
   const int64_t image = blockIdx.y;
   store_part(DeviceBlock(), shared, view, wanted, view.data + image * view.image, blockIdx.x, cuts[image],

@@ -19,7 +19,7 @@ std::tuple<Tensor, Tensor> assign(const Tensor& scores, const Tensor& boxes, con
   const Arguments given(scores, boxes, points, labels, truths, mask, strides, topk, alpha, beta, rule);
   const HostBlock block(threads, seed, kMaxThreads);
   if (given.nothing_to_do()) return given.all_background();
-  given.with_score_type([&](auto score) {
+  dispatch(given.scores.scalar_type(), kOp, "scores", [&](auto score) {
     auto p = given.problem<decltype(score)>();
     std::vector<float> chunks(4 * p.chunk_count());
     std::vector<uint32_t> best(2 * p.batch * p.count);

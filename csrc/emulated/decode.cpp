@@ -17,7 +17,7 @@ using namespace yolov9_fast::decoding;
 Tensor decode(const std::vector<Tensor>& maps, const std::vector<int64_t>& strides, int64_t threads, int64_t seed) {
   const HostBlock block(threads, seed);
   Tensor out;
-  dispatch(maps, [&](auto element, auto real) {
+  dispatch_maps(maps, kOp, [&](auto element, auto real) {
     using T = decltype(element);
     using Real = decltype(real);
     Problem<T, Real> p{};
@@ -36,7 +36,7 @@ std::tuple<Tensor, Tensor, Tensor> decode_for_assignment(const std::vector<Tenso
                                                          int64_t seed) {
   const HostBlock block(threads, seed);
   std::tuple<Tensor, Tensor, Tensor> results;
-  dispatch(maps, [&](auto element, auto real) {
+  dispatch_maps(maps, kOp, [&](auto element, auto real) {
     using T = decltype(element);
     using Real = decltype(real);
     Problem<T, Real> p{};

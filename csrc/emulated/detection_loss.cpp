@@ -35,14 +35,14 @@ std::tuple<Tensor, std::vector<Tensor>> detection_loss(
   Tensor items = torch::stable::new_empty(normaliser, {3});
   const std::vector<Tensor> gradients = gradient ? empty_like(maps) : std::vector<Tensor>();
   const HostBlock block(threads, seed, kMaxThreads);
-  given.dispatch([&](auto element, auto real) {
+  dispatch_maps(maps, kOp, [&](auto element, auto real) {
     using T = decltype(element);
     using Real = decltype(real);
     Problem<T, Real> p = problem_of<T, Real>(given, gradients, static_cast<int>(threads));
     std::vector<double> class_sums(p.class_blocks()), anchor_sums(3 * p.anchor_blocks());
     p.items = static_cast<Real*>(items.mutable_data_ptr());
     if (upstream.has_value()) {
-      check_dense(*upstream, type_of<Real>, 3, "upstream");
+      check_dense(*upstream, kScalarType<Real>, 3, "upstream");
       p.upstream = static_cast<const Real*>(upstream->const_data_ptr());
     }
     p.class_sums = class_sums.data();

@@ -20,7 +20,8 @@ class Conv(nn.Module):
         self.act = nn.SiLU()
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.act(self.bn(self.conv(x)))
+        out: Tensor = self.act(self.bn(self.conv(x)))
+        return out
 
 
 def gradient_norm(model: nn.Module, images: Tensor) -> float:

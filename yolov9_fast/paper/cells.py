@@ -75,9 +75,10 @@ class Cell:
         if not self.result_file.is_file():
             return None
         try:
-            return json.loads(self.result_file.read_text(encoding="utf-8"))
+            result: dict[str, Any] = json.loads(self.result_file.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise UserError(f"{self.result_file}: not a usable result ({error}); remove it to train again") from error
+        return result
 
 
 def data_digest(data: str | Path) -> str:

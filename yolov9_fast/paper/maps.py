@@ -169,7 +169,8 @@ def _centred(values: Map) -> Map:
     """Less the mean, and of size 1: the square of a map that has shrunk to 1e-200 would be 0."""
     centred = values - values.mean()
     largest = np.abs(centred).max()
-    return centred / largest if largest else centred
+    out: Map = centred / largest if largest else centred
+    return out
 
 
 def _line(one: FeatureMap) -> str:

@@ -37,7 +37,8 @@ class ResidualBlock(nn.Module):
         self.act: nn.Module = nn.SiLU()
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.act(x + self.cv2(self.cv1(x)))
+        out: Tensor = self.act(x + self.cv2(self.cv1(x)))
+        return out
 
 
 class BlockForm(NamedTuple):
@@ -117,13 +118,14 @@ class Stack(nn.Module):
         self.blocks = nn.Sequential(*(form.build(width) for form in plan(architecture, depth)))
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.blocks(self.stem(images))
+        out: Tensor = self.blocks(self.stem(images))
+        return out
 
     @torch.no_grad()
     def features(self, images: Tensor) -> Tensor:
         """The output without gradients, by the blocks' definition, in the type of the stack's weights."""
         with backend("eager"):
-            return self(images.to(self.stem.weight))
+            return self.forward(images.to(self.stem.weight))
 
 
 def build_stack(

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._autograd import DeviceType
 from torch.autograd.graph import saved_tensors_hooks
 from torch.profiler import ProfilerActivity, profile
 
@@ -125,7 +126,7 @@ def count(call: Callable[[], Any], device: torch.device) -> Counts:
     for event in profiler.events():
         if device.type == "cuda":
             # Kernels, memory copies and fills are events of the device.
-            if event.device_type == torch.autograd.DeviceType.CUDA and not getattr(event, "is_user_annotation", False):
+            if event.device_type == DeviceType.CUDA and not getattr(event, "is_user_annotation", False):
                 found[event.name] += 1
         elif (
             event.name.split("::")[0] in ("aten", "yolov9_fast", "mkldnn")
@@ -163,7 +164,7 @@ def quiet_stderr() -> Iterator[None]:
 
 def _memory(profiler: Any, device: torch.device) -> tuple[int, int, int]:
     """Allocations, their bytes, and the most bytes that were live above the start, from the raw memory events."""
-    wanted = torch.autograd.DeviceType.CUDA if device.type == "cuda" else torch.autograd.DeviceType.CPU
+    wanted = DeviceType.CUDA if device.type == "cuda" else DeviceType.CPU
     events = [
         (event.start_ns(), event.nbytes())
         for event in profiler.profiler.kineto_results.events()

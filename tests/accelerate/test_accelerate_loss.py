@@ -258,14 +258,14 @@ def odd(**attributes: Any) -> DualLoss:
         (DualLoss(), "mit", "is given no strides"),
         (SimpleNamespace(matcher=BoxMatcher(reg_max=8)), None, "has reg_max 8"),
         (SimpleNamespace(matcher=BoxMatcher(iou="GIoU")), None, "measures overlap by GIoU"),
-        (SimpleNamespace(matcher=BoxMatcher()), "yolov9", "goes by rule 'mit'"),
+        (SimpleNamespace(matcher=BoxMatcher()), "yolov9", "follows rule 'mit'"),
         (SimpleNamespace(matcher=object()), "mit", "has no topk"),
         (SimpleNamespace(assigner=object()), "yolov9", "has no topk, num_classes, alpha, beta"),
         (SimpleNamespace(assigner=type("RotatedTaskAlignedAssigner", (), {})()), None, "rotated"),
         (SimpleNamespace(), None, "no attribute assigner"),
     ],
 )
-def test_what_cannot_be_exchanged_is_left_alone_with_the_reason(loss: Any, rule: str | None, reason: str) -> None:
+def test_what_cannot_be_replaced_is_reported_with_the_reason(loss: Any, rule: str | None, reason: str) -> None:
     before = dict(vars(loss))
     report = yf.accelerate_loss(loss, rule=rule)
     assert reason in str(report)

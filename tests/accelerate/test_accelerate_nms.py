@@ -1,4 +1,4 @@
-"""The NMS functions for other people's code: signatures, results, and that nothing is patched unasked."""
+"""The NMS functions for other code: signatures, results, and that nothing is patched unless asked."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import yolov9_fast as yf
+from yolov9_fast._accelerate import NMSFunctions
 from yolov9_fast.ops import nms
 
 functions = yf.accelerate_nms()
@@ -54,7 +55,7 @@ def test_of_a_list_or_tuple_the_first_is_taken(style: str) -> None:
 
 
 @pytest.mark.parametrize(("style", "option"), [("wongkinyiu", {"nm": 5}), ("ultralytics", {"nc": 3})])
-def test_mask_coefficients_travel_with_their_anchor(style: str, option: dict[str, int]) -> None:
+def test_mask_coefficients_are_those_of_the_anchor(style: str, option: dict[str, int]) -> None:
     case = prediction(extra=5)
     rows = getattr(functions, style)(case, **option)[0]
     assert rows.shape[1] == 11
@@ -99,17 +100,17 @@ def test_rows_of_an_end_to_end_network_are_filtered_only() -> None:
 
 
 @pytest.mark.parametrize("option", ["rotated", "return_idxs"])
-def test_what_is_not_supported_raises(option: str) -> None:
+def test_unsupported_options_raise(option: str) -> None:
     with pytest.raises(NotImplementedError):
         functions.ultralytics(prediction(), **{option: True})
 
 
 def test_channels_that_do_not_fit_are_named() -> None:
-    with pytest.raises(ValueError, match="7 channels do not hold a box and 0 classes"):
+    with pytest.raises(ValueError, match="expected 1 class or more and at least 4 channels, got 0 and 7"):
         functions.wongkinyiu(prediction(), nm=3)
 
 
-def test_torchvisions_forms_return_indices_by_falling_score() -> None:
+def test_torchvisions_forms_return_indices_by_descending_score() -> None:
     boxes = torch.tensor([[0.0, 0, 10, 10], [1, 0, 11, 10], [50, 50, 60, 60], [0, 0, 10, 10]])
     scores = torch.tensor([0.5, 0.9, 0.1, 0.4])
     kept = functions.nms(boxes, scores, 0.5)
@@ -117,13 +118,14 @@ def test_torchvisions_forms_return_indices_by_falling_score() -> None:
     assert kept.tolist() == [1, 2]
     assert functions.batched_nms(boxes, scores, torch.tensor([0, 1, 0, 0]), 0.5).tolist() == [1, 0, 2]
     assert functions.nms(boxes[:0], scores[:0], iou_threshold=0.5).tolist() == []
+    assert NMSFunctions().nms is NMSFunctions.nms, "a plain function, not a method"
 
 
 def original(prediction: Tensor, conf_thres: float = 0.25, iou_thres: float = 0.45, nm: int = 0) -> str:
     return "original"
 
 
-def test_a_module_is_patched_when_asked_and_put_back() -> None:
+def test_a_module_is_patched_when_asked_and_restored() -> None:
     module = types.SimpleNamespace(non_max_suppression=original, nms=lambda boxes, scores, iou_threshold: "old")
     undo = yf.accelerate_nms(patch=module)
     assert module.non_max_suppression is functions.wongkinyiu
@@ -137,7 +139,7 @@ def test_a_module_is_patched_when_asked_and_put_back() -> None:
 
 def test_the_style_can_be_named_and_must_be_known() -> None:
     module = types.SimpleNamespace(non_max_suppression=lambda *args: "old")
-    with pytest.raises(ValueError, match=r"style: .* has none of the known signatures"):
+    with pytest.raises(ValueError, match=r"style: expected one of .* has none of their signatures"):
         yf.accelerate_nms(patch=module)
     with pytest.raises(ValueError, match="style: expected one of"):
         yf.accelerate_nms(patch=module, style="detectron")

@@ -300,7 +300,7 @@ def test_fused_weights_are_unfused_and_calibrated(
         ({"device": "cuda:0"}, UserError, "sees no CUDA GPU"),
         ({"device": "tpu"}, UserError, "device: expected cpu, or CUDA indices such as 0 or 0,1, got 'tpu'"),
         ({"model": "yolov9-z"}, UserError, "unknown network"),
-        ({"box_groups": 3}, UserError, "box_groups must divide 64, got 3"),
+        ({"box_groups": 3}, UserError, "box_groups: expected a divisor of 64, got 3"),
         ({"model": "yolov7", "class_tower": None}, UserError, "anchor-based head cannot be trained here"),
     ],
 )

@@ -150,7 +150,7 @@ def test_auxiliary_none_builds_the_deployed_graph() -> None:
         (("gelan-t", 0), {}, ValueError, "num_classes must be an integer of at least 1, got 0"),
         (("gelan-t", 2.5), {}, ValueError, "num_classes"),
         (("gelan-t",), {"class_tower": 0}, ValueError, "class_tower must be at least 1"),
-        (("gelan-t",), {"box_groups": 3}, ValueError, "box_groups must divide 64"),
+        (("gelan-t",), {"box_groups": 3}, ValueError, "box_groups: expected a divisor of 64"),
         (("gelan-t",), {"auxiliary": "nothing"}, ValueError, "unknown auxiliary branch"),
     ],
 )

@@ -213,8 +213,8 @@ def test_an_anchor_based_head_refuses_to_train(anchored: DetectionModel) -> None
         (["AnchorDetect", ["yolo"]], {}, ValueError, "anchors: expected"),
         (["AnchorDetect", [ANCHORS]], {"class_tower": 8}, ValueError, "no class tower and no box groups"),
         (["AnchorDetect", [ANCHORS]], {"box_groups": 4}, ValueError, "no class tower and no box groups"),
-        (["DDetect", ["nc"]], {}, ValueError, "box_groups must divide 64, got nc"),
-        (["DDetect", [0]], {}, ValueError, "box_groups must divide 64, got 0"),
+        (["DDetect", ["nc"]], {}, ValueError, "box_groups: expected a divisor of 64, got nc"),
+        (["DDetect", [0]], {}, ValueError, "box_groups: expected a divisor of 64, got 0"),
         (["DDetect", [1, 2]], {}, GraphError, "takes no arguments but box_groups"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Drop-in: let code that someone else wrote use the operators: models, losses, NMS; each by one call, each undoable."""
+"""The operators in models, losses and NMS of other code: each by one call, and each call can be undone."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Drop-in for other people's losses: their label assigner is exchanged for `ops.assign`, and can be had back."""
+"""`accelerate_loss` and `restore_loss`: the label assigner of another code's loss is replaced by `ops.assign`."""
 
 from __future__ import annotations
 
@@ -20,28 +20,28 @@ _EPS = 1e-9
 
 @dataclass
 class LossReport:
-    """What `accelerate_loss` or `restore_loss` did; paths are attributes below the criterion, as "loss.matcher"."""
+    """What `accelerate_loss` or `restore_loss` did; paths are attributes of the criterion, as "loss.matcher"."""
 
     swapped: list[tuple[str, str]] = field(default_factory=list)
     """(path, rule)"""
     skipped: list[tuple[str, str]] = field(default_factory=list)
-    """(path, why it was left alone)"""
+    """(path, why nothing was done)"""
 
     def __str__(self) -> str:
         lines = [f"{path}: rule {rule}" for path, rule in self.swapped]
-        return "\n".join(lines + [f"{path}: left alone, {reason}" for path, reason in self.skipped])
+        return "\n".join(lines + [f"{path}: unchanged, {reason}" for path, reason in self.skipped])
 
 
 def accelerate_loss(criterion: Any, *, rule: str | None = None, returns_index: bool | None = None) -> LossReport:
-    """Exchange the label assigners inside `criterion` for `ops.assign`, in place; `restore_loss` takes it back.
+    """Replace the label assigners inside `criterion` by `ops.assign`, in place; `restore_loss` undoes it.
 
-    Found are the attributes `assigner`, `assigner2`, `assigner3` (modules called with scores, boxes, anchor points,
+    It looks for the attributes `assigner`, `assigner2`, `assigner3` (modules called with scores, boxes, anchor points,
     labels, ground-truth boxes and mask) and `matcher` (called with targets and (class logits, boxes)), of the criterion
-    or of its `loss`, `criterion`, `one2many`, `one2one`. Topk, alpha and beta are theirs. The outputs are those of the
-    published form: labels [B, A], boxes [B, A, 4], scores [B, A, classes], foreground [B, A], and with
-    `returns_index` the ground truth's index [B, A]; of a matcher: [B, A, classes + 4] and foreground [B, A].
+    and of its `loss`, `criterion`, `one2many`, `one2one`. Topk, alpha and beta are those of the replaced assigner. The
+    outputs have the published form: labels [B, A], boxes [B, A, 4], scores [B, A, classes], foreground [B, A], and with
+    `returns_index` the index of the ground truth [B, A]; of a matcher: [B, A, classes + 4] and foreground [B, A].
 
-    Called again it changes nothing. The criterion can still be pickled and copied.
+    A second call changes nothing. The criterion can still be pickled and copied.
 
     Args:
         rule: "yolov9", "ultralytics" or "mit" (see `ops.assign`). None: by the assigner's class and module; classes
@@ -49,7 +49,7 @@ def accelerate_loss(criterion: Any, *, rule: str | None = None, returns_index: b
         returns_index: whether a fifth output is expected. None: where the class comes from ultralytics.
 
     Returns:
-        What was exchanged by which rule, and what was left alone and why.
+        What was replaced by which rule, and what was not and why.
 
     Raises:
         ValueError: an unknown rule.
@@ -57,10 +57,10 @@ def accelerate_loss(criterion: Any, *, rule: str | None = None, returns_index: b
     if rule is not None and rule not in RULES:
         raise ValueError(f"rule: expected one of {', '.join(RULES)} or None, got {rule!r}")
     report = LossReport()
-    for path, owner, name in _places(criterion):
+    for path, owner, name in _assigners_of(criterion):
         original = getattr(owner, name)
         if isinstance(original, (FastAssigner, FastMatcher)):
-            report.skipped.append((path, f"exchanged already, rule {original.rule}"))
+            report.skipped.append((path, f"already replaced, rule {original.rule}"))
             continue
         replacement = _matcher(original, rule) if name in _MATCHERS else _assigner(original, rule, returns_index)
         if isinstance(replacement, str):
@@ -74,24 +74,24 @@ def accelerate_loss(criterion: Any, *, rule: str | None = None, returns_index: b
 
 
 def restore_loss(criterion: Any) -> LossReport:
-    """Give `criterion` back the assigners that `accelerate_loss` exchanged."""
+    """Undo `accelerate_loss`: `criterion` has its own assigners again."""
     report = LossReport()
-    for path, owner, name in _places(criterion):
+    for path, owner, name in _assigners_of(criterion):
         current = getattr(owner, name)
         if isinstance(current, (FastAssigner, FastMatcher)):
             setattr(owner, name, current.original)
             report.swapped.append((path, current.rule))
         else:
-            report.skipped.append((path, "never exchanged"))
+            report.skipped.append((path, "never replaced"))
     return report
 
 
 class FastAssigner(nn.Module):
-    """Stands for a task-aligned assigner module; whatever else is asked of it, `original` answers."""
+    """Replaces a task-aligned assigner module; other attributes are those of `original`."""
 
     def __init__(self, original: Any, rule: str, returns_index: bool) -> None:
         super().__init__()
-        # Past nn.Module's registration: the original is no part of what runs.
+        # Not registered as a child: the original does not run.
         self.__dict__["original"] = original
         self.rule, self.returns_index = rule, returns_index
         self.topk, self.num_classes = int(original.topk), int(original.num_classes)
@@ -133,7 +133,7 @@ class FastAssigner(nn.Module):
 
 
 class FastMatcher:
-    """Stands for a matcher called with targets [B, N, 5] (class, x1, y1, x2, y2; padding has class −1)."""
+    """Replaces a matcher called with targets [B, N, 5] (class, x1, y1, x2, y2; padding has class −1)."""
 
     rule = "mit"
 
@@ -148,14 +148,14 @@ class FastMatcher:
     @torch.no_grad()
     def __call__(self, target: Tensor, predict: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         logits, boxes = predict
-        labels, truths = target[..., 0], target[..., 1:].to(boxes.dtype).contiguous()
+        labels, gt_boxes = target[..., 0], target[..., 1:].to(boxes.dtype).contiguous()
         grid = self.original.vec2box
         found = assign(
             logits.sigmoid(),
             boxes,
             grid.anchor_grid.to(boxes),
             labels,
-            truths,
+            gt_boxes,
             labels >= 0,
             topk=int(self.original.topk),
             alpha=float(self.original.factor["cls"]),
@@ -163,17 +163,17 @@ class FastMatcher:
             rule=self.rule,
             strides=grid.scaler.to(boxes).reshape(-1),
         )
-        _, boxes, scores, foreground, _ = dense_targets(found, labels, truths, int(self.original.class_num), 0)
+        _, boxes, scores, foreground, _ = dense_targets(found, labels, gt_boxes, int(self.original.class_num), 0)
         return torch.cat((scores, boxes), -1), foreground
 
 
 def dense_targets(
     assignment: Assignment, gt_labels: Tensor, gt_boxes: Tensor, num_classes: int, background: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The published dense form of an assignment; without a look at its values, so that nothing waits for a GPU.
+    """The published dense form of an assignment, computed without synchronising with a GPU.
 
     labels [B, A] int64, boxes [B, A, 4], scores [B, A, classes], foreground [B, A] bool, ground truth [B, A] int64.
-    A background anchor has the first ground truth's label and box; where there is no ground truth at all, the label
+    A background anchor has the label and box of the first ground truth; in a batch without ground truth the label
     `background` and zeros.
     """
     index, weight = assignment
@@ -190,8 +190,8 @@ def dense_targets(
     return labels, boxes, scores, foreground, index
 
 
-def _places(criterion: Any, path: str = "", seen: frozenset[int] = frozenset()) -> Iterator[tuple[str, Any, str]]:
-    """(path, owner, attribute) of every assigner and matcher in the criterion and the losses inside it."""
+def _assigners_of(criterion: Any, path: str = "", seen: frozenset[int] = frozenset()) -> Iterator[tuple[str, Any, str]]:
+    """(path, owner, attribute) of every assigner and matcher of the criterion and of its inner losses."""
     seen = seen | {id(criterion)}
     for name in (*_ASSIGNERS, *_MATCHERS):
         if getattr(criterion, name, None) is not None:
@@ -199,7 +199,7 @@ def _places(criterion: Any, path: str = "", seen: frozenset[int] = frozenset()) 
     for name in _INNER_LOSSES:
         inner = getattr(criterion, name, None)
         if inner is not None and hasattr(inner, "__dict__") and id(inner) not in seen and not isinstance(inner, type):
-            yield from _places(inner, f"{path}{name}.", seen)
+            yield from _assigners_of(inner, f"{path}{name}.", seen)
 
 
 def _assigner(original: Any, rule: str | None, returns_index: bool | None) -> FastAssigner | str:
@@ -211,7 +211,7 @@ def _assigner(original: Any, rule: str | None, returns_index: bool | None) -> Fa
     if rule == "mit":
         return f"{name} is given no strides, which rule 'mit' needs"
     if rule is None and kind.__name__ != "TaskAlignedAssigner":
-        return f"{name} is no TaskAlignedAssigner; name its rule to exchange it"
+        return f"{name} is no TaskAlignedAssigner; name its rule to replace it"
     missing = [each for each in ("topk", "num_classes", "alpha", "beta") if not hasattr(original, each)]
     if missing:
         return f"{name} has no {', '.join(missing)}"
@@ -232,9 +232,9 @@ def _matcher(original: Any, rule: str | None) -> FastMatcher | str:
     kind = type(original)
     name = f"{kind.__module__}.{kind.__qualname__}"
     if rule not in (None, "mit"):
-        return f"{name} is a matcher, which goes by rule 'mit', not {rule!r}"
+        return f"{name} is a matcher, which follows rule 'mit', not {rule!r}"
     if rule is None and kind.__name__ != "BoxMatcher":
-        return f"{name} is no BoxMatcher; name its rule to exchange it"
+        return f"{name} is no BoxMatcher; name its rule to replace it"
     needed: dict[str, Callable[[Any], Any]] = {
         "topk": lambda each: int(each.topk),
         "class_num": lambda each: int(each.class_num),

@@ -1,4 +1,4 @@
-"""`accelerate` and `restore`: the operators' forward on the instances of a model, and back to their classes' own."""
+"""`accelerate` and `restore`: instances in a model run plans of the operators, or the forward of their class again."""
 
 from __future__ import annotations
 
@@ -41,25 +41,24 @@ def accelerate(
     ops: str | Iterable[str] = "all",
     memory_format: torch.memory_format | None = torch.channels_last,
 ) -> Report:
-    """Let the blocks of a YOLOv9 that any code built run the fused operators, in place.
+    """Make the blocks of a YOLOv9 of any code run the fused operators, in place.
 
-    Modules are recognised by class name and children, and only their instances' `forward` changes: parameters,
+    Modules are recognised by class name and children, and only the `forward` of the instances changes: parameters,
     buffers, state_dict, hooks, pickling, deepcopy (EMA), DDP, SyncBatchNorm conversion before or after, `.half()`, the
-    model's own `fuse()` and `torch.compile` go on as before. Results equal the model's own up to rounding. Models of
-    this library run the operators by themselves; for them only the memory format changes. Calling it again changes
-    nothing.
+    model's own `fuse()` and `torch.compile` work as before. Results equal the model's own up to rounding. Models of
+    this library use the operators without it; for them only the memory format changes. A second call changes nothing.
 
     Args:
-        model: a module; wrappers such as DistributedDataParallel are looked into.
+        model: a module; modules inside wrappers such as DistributedDataParallel are found.
         ops: "all", or the operators to use among bn_silu, rep_bn_silu, concat, spp, adown_pool, cbfuse: a block that
             needs another one is skipped.
-        memory_format: of the parameters; None leaves them. With channels_last nothing in a CSP-ELAN block is copied.
+        memory_format: of the parameters; None keeps it. With channels_last nothing in a CSP-ELAN block is copied.
 
     Returns:
         Report: per module what runs, or why not.
 
     Raises:
-        TypeError: no module.
+        TypeError: `model` is no module.
         ValueError: an operator that does not exist.
     """
     if not isinstance(model, nn.Module):
@@ -74,9 +73,9 @@ def accelerate(
 
 
 def restore(model: nn.Module) -> int:
-    """Take `accelerate` back: every module runs its class's forward, parameters get their memory format back.
+    """Undo `accelerate`: every module runs the forward of its class, parameters have their former memory format.
 
-    Returns: the number of modules restored (0 where nothing had been accelerated).
+    Returns: the number of modules restored.
     """
     count = 0
     for module in model.modules():

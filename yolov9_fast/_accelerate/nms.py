@@ -1,4 +1,4 @@
-"""The operators `nms` and `nms_boxes` under the signatures that users of other code bases call."""
+"""The operators `nms` and `nms_boxes` with the signatures of other code."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def non_max_suppression_wongkinyiu(
         nm: mask coefficients behind the scores.
 
     Returns:
-        For each image [n, 6 + nm] float32: x1, y1, x2, y2, score, class, mask coefficients; score falling.
+        For each image [n, 6 + nm] float32: x1, y1, x2, y2, score, class, mask coefficients; descending scores.
     """
     prediction = _first_tensor(prediction)
     return _per_image(
@@ -64,8 +64,8 @@ def non_max_suppression_ultralytics(
 ) -> list[Tensor]:
     """NMS as the Ultralytics package calls it.
 
-    Without effect, because nothing here needs them: `max_time_img` (no image is given up), `max_wh` (classes are
-    compared, boxes not moved apart), `in_place` (the prediction is never changed).
+    Without effect: `max_time_img` (there is no time limit), `max_wh` (classes are compared, boxes are not shifted),
+    `in_place` (the prediction is never changed).
 
     Args:
         prediction: [B, 4 + nc + nm, A], or a list or tuple whose first item is that; or, with `end2end` or a last
@@ -75,7 +75,7 @@ def non_max_suppression_ultralytics(
         max_nms: candidates of an image before suppression.
 
     Returns:
-        For each image [n, 6 + nm] float32: x1, y1, x2, y2, score, class, mask coefficients; score falling.
+        For each image [n, 6 + nm] float32: x1, y1, x2, y2, score, class, mask coefficients; descending scores.
 
     Raises:
         NotImplementedError: rotated boxes, or the indices of what was kept (`return_idxs`).
@@ -103,7 +103,7 @@ def non_max_suppression_ultralytics(
 
 
 def torchvision_nms(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
-    """Indices int64 [k] of the boxes [n, 4] (x1, y1, x2, y2) that stay, score falling; float32 arithmetic."""
+    """Indices int64 [k] of the boxes [n, 4] (x1, y1, x2, y2) that stay, descending scores; float32 arithmetic."""
     kept = nms_boxes(boxes, scores, iou=iou_threshold)
     return kept.index[: int(kept.count)]
 
@@ -116,7 +116,7 @@ def torchvision_batched_nms(boxes: Tensor, scores: Tensor, idxs: Tensor, iou_thr
 
 @dataclass(frozen=True)
 class NMSFunctions:
-    """What `accelerate_nms` hands over, one function for each signature."""
+    """What `accelerate_nms` returns: one function for each signature."""
 
     wongkinyiu: Callable[..., list[Tensor]] = non_max_suppression_wongkinyiu
     ultralytics: Callable[..., list[Tensor]] = non_max_suppression_ultralytics
@@ -135,19 +135,19 @@ def accelerate_nms(*, patch: Any, attribute: str = ..., style: str | None = ...)
 def accelerate_nms(
     *, patch: Any = None, attribute: str = "non_max_suppression", style: str | None = None
 ) -> NMSFunctions | Callable[[], None]:
-    """NMS functions for other people's code; nothing is changed unless `patch` says where.
+    """NMS functions for other code; nothing is changed unless `patch` is given.
 
     Without arguments: `NMSFunctions` with `wongkinyiu` and `ultralytics` (their `non_max_suppression`), `nms` and
     `batched_nms` (torchvision's).
 
     Args:
-        patch: a module (or object) whose `attribute` is replaced. Modules that have already imported the function by
-            name keep the old one: patch those that call it.
-        attribute: the function's name there.
-        style: one of the four names above; None tells it from the signature of what is replaced.
+        patch: a module (or object) whose `attribute` is replaced. A module that has already imported the function by
+            name keeps the old one: patch the module that calls it.
+        attribute: the name of the function in `patch`.
+        style: one of the four names above; None chooses by the signature of the replaced function.
 
     Returns:
-        With `patch`: a function that puts the old one back.
+        With `patch`: a function that restores the old one.
 
     Raises:
         AttributeError: `patch` has no such attribute.
@@ -185,7 +185,7 @@ def _style_of(function: Any, style: str | None) -> str:
     for name, needed in _STYLES.items():
         if needed <= parameters:
             return name
-    raise ValueError(f"style: {function!r} has none of the known signatures; name one of {', '.join(_STYLES)}")
+    raise ValueError(f"style: expected one of {', '.join(_STYLES)}, as {function!r} has none of their signatures")
 
 
 def _first_tensor(prediction: Any) -> Tensor:
@@ -196,7 +196,7 @@ def _first_tensor(prediction: Any) -> Tensor:
             + (f" of {type(first).__name__}; pass the one of the main branch" if first is not prediction else "")
         )
     if first.dim() != 3:
-        raise ValueError(f"prediction: expected three dimensions, got {list(first.shape)}")
+        raise ValueError(f"prediction: expected three dimensions, got shape {list(first.shape)}")
     return first
 
 
@@ -213,9 +213,12 @@ def _per_image(
     max_det: int,
     max_candidates: int = 30000,
 ) -> list[Tensor]:
-    """`nms` over the first `number` classes; a list of rows with the channels behind them carried along."""
+    """`nms` over the first `number` classes; for each image rows with the channels after the classes appended."""
     if not 1 <= number <= prediction.shape[1] - 4:
-        raise ValueError(f"prediction: {prediction.shape[1]} channels do not hold a box and {number} classes")
+        raise ValueError(
+            f"prediction: expected 1 class or more and at least {4 + number} channels, "
+            f"got {number} and {prediction.shape[1]}"
+        )
     if len(labels):
         prediction = torch.cat((prediction, _as_candidates(labels, prediction, number)), 2)
     found = nms(
@@ -257,7 +260,7 @@ def _as_candidates(labels: Labels, prediction: Tensor, number: int) -> Tensor:
 
 
 def _filtered(rows: Tensor, conf: float, classes: Sequence[int] | None, max_det: int) -> Tensor:
-    """Rows [n, ≥ 6] that another network already made unique: those above `conf` of the chosen classes."""
+    """Rows [n, ≥ 6] of a network that needs no NMS: those above `conf` of the chosen classes."""
     rows = rows[rows[:, 4] > conf][:max_det]
     if classes is None:
         return rows

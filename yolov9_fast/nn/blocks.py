@@ -47,7 +47,8 @@ class Conv(nn.Module):
 
     @planned(steps.unit)
     def forward(self, x: Tensor) -> Tensor:
-        return self.act(self.bn(self.conv(x)))
+        z: Tensor = self.act(self.bn(self.conv(x)))
+        return z
 
 
 class RepConv(nn.Module):
@@ -63,10 +64,13 @@ class RepConv(nn.Module):
     @planned(steps.rep_unit)
     def forward(self, x: Tensor) -> Tensor:
         if self.conv is not None:
-            return self.act(self.conv(x))
-        assert self.conv1 is not None
-        assert self.conv2 is not None
-        return self.act(self.conv1(x) + self.conv2(x))
+            y: Tensor = self.conv(x)
+        else:
+            assert self.conv1 is not None
+            assert self.conv2 is not None
+            y = self.conv1(x) + self.conv2(x)
+        z: Tensor = self.act(y)
+        return z
 
 
 class RepBottleneck(nn.Module):
@@ -81,7 +85,8 @@ class RepBottleneck(nn.Module):
     @planned(steps.bottleneck)
     def forward(self, x: Tensor) -> Tensor:
         y = self.cv2(self.cv1(x))
-        return x + y if self.residual else y
+        z: Tensor = x + y if self.residual else y
+        return z
 
 
 class RepCSP(nn.Module):
@@ -97,7 +102,8 @@ class RepCSP(nn.Module):
 
     @planned(steps.csp)
     def forward(self, x: Tensor) -> Tensor:
-        return self.cv3(torch.cat((self.m(self.cv1(x)), self.cv2(x)), 1))
+        z: Tensor = self.cv3(torch.cat((self.m(self.cv1(x)), self.cv2(x)), 1))
+        return z
 
 
 class ELANBase(nn.Module):
@@ -111,7 +117,7 @@ class ELANBase(nn.Module):
     ) -> None:
         super().__init__()
         if split_channels % 2:
-            raise ValueError(f"the split width of an ELAN block must be even, got {split_channels}")
+            raise ValueError(f"split_channels: expected an even number, got {split_channels}")
         self.elan_depth = len(stages)
         self.cv1 = Conv(in_channels, split_channels)
         for number, stage in enumerate(stages, start=2):
@@ -123,7 +129,8 @@ class ELANBase(nn.Module):
         parts = list(self.cv1(x).chunk(2, 1))
         for number in range(2, self.elan_depth + 2):
             parts.append(getattr(self, f"cv{number}")(parts[-1]))
-        return getattr(self, f"cv{self.elan_depth + 2}")(torch.cat(parts, 1))
+        z: Tensor = getattr(self, f"cv{self.elan_depth + 2}")(torch.cat(parts, 1))
+        return z
 
 
 class ELAN(ELANBase):
@@ -163,7 +170,8 @@ class AConv(nn.Module):
 
     @planned(steps.a_conv)
     def forward(self, x: Tensor) -> Tensor:
-        return self.cv1(F.avg_pool2d(x, 2, 1))
+        z: Tensor = self.cv1(F.avg_pool2d(x, 2, 1))
+        return z
 
 
 class ADown(nn.Module):
@@ -193,7 +201,8 @@ class SPPELAN(nn.Module):
         parts = [self.cv1(x)]
         for _ in range(3):
             parts.append(F.max_pool2d(parts[-1], 5, 1, 2))
-        return self.cv5(torch.cat(parts, 1))
+        z: Tensor = self.cv5(torch.cat(parts, 1))
+        return z
 
 
 class CBLinear(nn.Module):
@@ -223,7 +232,8 @@ class CBFuse(nn.Module):
             F.interpolate(split[index], size=target.shape[2:], mode="nearest")
             for split, index in zip(inputs[:-1], self.indices, strict=True)
         ]
-        return sum(resized[1:], resized[0]) + target if resized else target
+        z: Tensor = sum(resized[1:], resized[0]) + target if resized else target
+        return z
 
 
 class Concat(nn.Module):

@@ -74,7 +74,7 @@ def _sum_of_products(parts: Sequence[Tensor | Upsampled], weight: Tensor, bias: 
         return conv1x1([part for part in parts if isinstance(part, Tensor)], weight, bias)
     widths = [(part if isinstance(part, Tensor) else part.source).shape[1] for part in parts]
     full, full_weights, small = [], [], []
-    for part, part_weight in zip(parts, weight.split(widths, 1), strict=True):
+    for part, part_weight in zip(parts, torch.split(weight, widths, 1), strict=True):
         if isinstance(part, Tensor):
             full.append(part)
             full_weights.append(part_weight)

@@ -14,10 +14,8 @@ from torch import Tensor, nn
 
 from yolov9_fast.nn.blocks import Conv
 from yolov9_fast.nn.output import DetectionOutput
+from yolov9_fast.ops._boxes import REG_MAX, STRIDES
 from yolov9_fast.ops._decode import decode
-
-REG_MAX = 16
-STRIDES = (8, 16, 32)
 
 
 class DFL(nn.Module):
@@ -58,9 +56,9 @@ class _Head(nn.Module):
     def __init__(self, num_classes: int, box_groups: int) -> None:
         super().__init__()
         if num_classes < 1:
-            raise ValueError(f"num_classes must be at least 1, got {num_classes}")
+            raise ValueError(f"num_classes: expected at least 1, got {num_classes}")
         if not isinstance(box_groups, int) or box_groups < 1 or (4 * REG_MAX) % box_groups:
-            raise ValueError(f"box_groups must divide {4 * REG_MAX}, got {box_groups}")
+            raise ValueError(f"box_groups: expected a divisor of {4 * REG_MAX}, got {box_groups}")
         self.num_classes = num_classes
         self.box_groups = box_groups
         self.strides = STRIDES
@@ -70,7 +68,7 @@ class _Head(nn.Module):
         return decode(maps, self.strides)
 
     def check_trainable(self) -> None:
-        """Raises `UserError` where the library has no loss for this kind of head."""
+        """Raise `UserError` where the library has no loss for this kind of head."""
 
     def _add_branch(self, names: tuple[str, str], channels: Sequence[int], class_width: int) -> None:
         box_width = box_tower_width(channels[0], self.box_groups)
@@ -121,8 +119,8 @@ class DDetect(_Head):
 class DualDDetect(_Head):
     """Training head of PGI: inputs A3, A4, A5 of the auxiliary branch, then P3, P4, P5 of the main branch.
 
-    `class_tower` sets the main branch; the auxiliary one follows where both start from the same width, and never gets
-    narrower than its own features.
+    `class_tower` is the width of the main branch, and of the auxiliary one where both start from the same width; else
+    the auxiliary branch is at least as wide as its own features.
     """
 
     auxiliary_names = ("cv2", "cv3")

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from yolov9_fast.errors import UserError
 from yolov9_fast.nn.blocks import Conv
-from yolov9_fast.nn.heads import STRIDES
 from yolov9_fast.nn.output import DetectionOutput
 from yolov9_fast.nn.plan import Planning, Slot, Step, planned
 from yolov9_fast.nn.steps import Parts, chain
+from yolov9_fast.ops._boxes import STRIDES
 from yolov9_fast.ops._spp import spp_with_input
 
 ANCHORS_PER_LEVEL = 3
@@ -106,7 +106,8 @@ class SPPCSPC(nn.Module):
         parts = [self.cv4(self.cv3(self.cv1(x)))]
         for _ in range(3):
             parts.append(F.max_pool2d(parts[-1], 5, 1, 2))
-        return self.cv7(torch.cat((self.cv6(self.cv5(torch.cat(parts, 1))), self.cv2(x)), 1))
+        z: Tensor = self.cv7(torch.cat((self.cv6(self.cv5(torch.cat(parts, 1))), self.cv2(x)), 1))
+        return z
 
 
 class AnchorDetect(nn.Module):

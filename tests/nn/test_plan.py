@@ -400,6 +400,14 @@ def test_a_foreign_block_without_accelerated_children_calls_them() -> None:
     assert called(block) == [block.cv4]
 
 
+def test_a_folded_unit_that_keeps_its_norm_does_not_run_it() -> None:
+    block, x = make(official_shaped.RepNCSPELAN4), image()
+    block.cv4.forward = block.cv4.forward_fuse
+    expected = copy.deepcopy(block)(x)
+    yf.accelerate(block)
+    torch.testing.assert_close(block(x), expected, rtol=1e-3, atol=1e-4)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", ["auto", "cpu"])
 def test_blocks_compile_in_one_graph(backend: str) -> None:

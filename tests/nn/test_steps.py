@@ -1,4 +1,4 @@
-"""The fused blocks against their eager definition: values, gradients, statistics, and what they do not copy."""
+"""The fused blocks against their eager definition: values, gradients, statistics, copies, memory."""
 
 from __future__ import annotations
 

@@ -397,9 +397,13 @@ def cb_fuse(block: Any, planning: Planning) -> CbFuse:
     return CbFuse(tuple(indices))
 
 
+def _folded_unit(block: Any, planning: Planning) -> Unit | None:
+    return unit(block, planning) if getattr(block, "bn", None) is None else None
+
+
 KNOWN_FORWARDS[nn.Sequential.forward] = chain
-# Code of this family folds BatchNorm into the convolution and sets this method on the instance as its forward.
-KNOWN_FORWARDS["forward_fuse"] = unit
+# Code of this family folds BatchNorm into the convolution and sets this method, act(conv(x)), on the instance.
+KNOWN_FORWARDS["forward_fuse"] = _folded_unit
 
 
 # ---- the structure of blocks, whoever built them

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from yolov9_fast._lazy import require
 from yolov9_fast.models.graph import load_graph
-from yolov9_fast.ops._backend import BACKENDS, operators, why_not
+from yolov9_fast.ops._operator import operators
 
 from . import counting
 from .cases import PHASES, NoClock, PhaseClock
@@ -190,12 +190,4 @@ def _notes(sides: list[Side], wrong: dict[str, str]) -> list[str]:
 
 def running(device: torch.device) -> list[tuple[str, str]]:
     """(operator, the backend that `auto` takes first on this device)."""
-    chosen = []
-    for operator in operators.values():
-        fit = [
-            name
-            for name in operator.order
-            if why_not(operator, name) is None and (name == "eager" or (name == "cpu") == (device.type == "cpu"))
-        ]
-        chosen.append((operator.name, fit[0] if fit else BACKENDS[1]))
-    return chosen
+    return [(operator.name, operator.first(device.type)) for operator in operators.values()]

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from yolov9_fast import ops
-from yolov9_fast.ops._backend import Operator, backend, operators, why_not
+from yolov9_fast.ops._backend import backend
+from yolov9_fast.ops._operator import Operator, operators
 
 from .cases import LAYOUTS, Absent, Case, Clock, OpenCase, Runner, Settings, Traffic, flatten, named, torch_dtype
 from .compiled import compiled_runners
@@ -303,7 +304,7 @@ def _own_runner(
     mode: str,
     device: torch.device,
 ) -> Runner | Absent:
-    reason = why_not(operator, one)
+    reason = operator.why_not(one)
     if reason is None and (one == "cpu") != (device.type == "cpu"):
         reason = f"it does not run on {device.type}"
     if reason is not None:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from yolov9_fast.errors import UserError
-from yolov9_fast.ops._backend import operators
+from yolov9_fast.ops._operator import operators
 
 from . import blocks, detection, machine, networks, places
 from . import operators as operator_table

@@ -9,7 +9,7 @@ import torch
 
 import yolov9_fast
 from yolov9_fast import info
-from yolov9_fast.ops._backend import operators
+from yolov9_fast.ops._operator import operators
 
 
 def test_the_report_names_versions_and_every_operator_with_every_backend() -> None:

@@ -11,7 +11,7 @@ import pytest
 
 import yolov9_fast as yf
 
-PACKAGES = ("data", "losses", "metrics", "models", "nn", "ops", "viz")
+PACKAGES = ("data", "engine", "losses", "metrics", "models", "nn", "ops", "viz")
 USER_CODE = """
 import torch
 import yolov9_fast as yf
@@ -52,7 +52,7 @@ def test_the_public_names_of_a_subpackage_exist_and_have_docstrings(package: str
     bare = [
         name
         for name in module.__all__
-        if (inspect.isclass(value := getattr(module, name)) or callable(value)) and not inspect.getdoc(value)
+        if (inspect.isclass(value := getattr(module, name)) or inspect.isroutine(value)) and not inspect.getdoc(value)
     ]
     assert not bare
 

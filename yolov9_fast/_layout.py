@@ -1,7 +1,8 @@
-"""In which of the two layouts that the operators read in place a [B, C, H, W] tensor lies.
+"""The memory layouts of a [B, C, H, W] tensor that operators and kernels read without a copy.
 
-"channels_last": pixels are rows of C neighbouring channels, one row stride for all pixels (dense, or a channel slice
-of a channels_last buffer). "contiguous": planes of H·W neighbouring pixels, the batch stride free (dense, or a slice).
+"channels_last": each pixel is a row of C adjacent channels, with one stride from row to row (dense, or a channel slice
+of a channels_last tensor). "contiguous": each channel is a plane of H·W adjacent pixels, with any batch stride (dense,
+or a channel slice of a contiguous tensor).
 """
 
 from __future__ import annotations
@@ -11,25 +12,23 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-
 
 def layout_of(x: Tensor) -> str | None:
-    """The layout of `x` [B, C, H, W] by its name, None for what lies in neither."""
+    """The layout of `x` [B, C, H, W]: "channels_last", "contiguous", or None for any other."""
     channels_last, contiguous = row_stride(x) is not None, _in_planes(x)
     if channels_last and contiguous:
-        # C = 1 or one pixel: both hold; strides tell what the tensor was made as.
+        # C = 1 or one pixel: both hold; the strides of the sides of length 1 tell how the tensor was made.
         return "channels_last" if x.shape[1] > 1 and x.stride(1) == 1 and x.stride(3) != 1 else "contiguous"
     return "channels_last" if channels_last else "contiguous" if contiguous else None
 
 
 def memory_format_of(x: Tensor) -> torch.memory_format:
-    """The memory format in which to allocate what belongs beside `x`."""
+    """The memory format of a new tensor in the layout of `x`; contiguous where `x` has neither."""
     return torch.channels_last if layout_of(x) == "channels_last" else torch.contiguous_format
 
 
 def row_stride(x: Tensor) -> int | None:
-    """Elements from one pixel to the next where `x` [B, C, H, W] lies channels_last, dense or as a slice; else None."""
+    """Elements from one pixel to the next if `x` [B, C, H, W] is channels_last, dense or a slice; else None."""
     batch, channels, height, width = x.shape
     if channels > 1 and x.stride(1) != 1:
         return None
@@ -59,9 +58,9 @@ def _in_planes(x: Tensor) -> bool:
 def in_layout_of(
     like: Tensor, maps: Sequence[Tensor], memory_format: torch.memory_format | None = None
 ) -> list[Tensor]:
-    """`maps`, all in the layout of `like`; those in another are copied.
+    """`maps`, all in the layout of `like`; those in another layout are copied.
 
-    Where `like` lies in neither layout: in `memory_format`, by default contiguous.
+    If `like` has neither layout: in `memory_format`, by default contiguous.
     """
     layout = layout_of(like)
     if memory_format is None or layout is not None:
@@ -74,11 +73,16 @@ def _fits_rows(x: Tensor) -> bool:
     return row_stride(x) is not None
 
 
-def check_map(op: str, name: str, x: object) -> None:
-    """Raises `TypeError`/`ValueError` for what is no floating [B, C, H, W] tensor."""
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{op}: {name} must be a tensor, got {type(x).__name__}")
-    if x.dtype not in FLOATING:
-        raise TypeError(f"{op}: {name} must be float32, float64, bfloat16 or float16, got {x.dtype}")
-    if x.ndim != 4:
-        raise ValueError(f"{op}: {name} must have shape [B, C, H, W], got {list(x.shape)}")
+def empty_map(like: Tensor, channels: int | None = None, size: tuple[int, int] | None = None) -> Tensor:
+    """Uninitialised [B, channels, *size], by default of the shape of `like`; dense, in its dtype, device and layout."""
+    if channels is None and size is None:
+        if like.is_contiguous() or like.is_contiguous(memory_format=torch.channels_last):
+            return torch.empty_like(like)  # fewer Python calls than a look at all strides
+        return torch.empty_like(like, memory_format=memory_format_of(like))
+    batch, own_channels, height, width = like.shape
+    return torch.empty(
+        (batch, own_channels if channels is None else channels, *(size or (height, width))),
+        dtype=like.dtype,
+        device=like.device,
+        memory_format=memory_format_of(like),
+    )

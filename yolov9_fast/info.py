@@ -15,7 +15,8 @@ import torch
 
 import yolov9_fast
 from yolov9_fast.ops import _library as library
-from yolov9_fast.ops._backend import BACKENDS, get_backend, operators, why_not
+from yolov9_fast.ops._backend import get_backend
+from yolov9_fast.ops._operator import list_backends, operators
 
 
 @dataclass(frozen=True)
@@ -91,14 +92,14 @@ def _packages() -> Iterable[str]:
 def _operators() -> Iterable[str]:
     for operator in operators.values():
         yield f"{operator.name}: {operator.summary}; backend {get_backend(operator.name)}"
-        for name in BACKENDS[1:]:
-            reason = why_not(operator, name) or _without_gpu(name)
+        for name in sorted(list_backends(), key="eager".__ne__):
+            reason = operator.why_not(name) or _without_gpu(name)
             yield f"  {name:<8}{'yes' if reason is None else f'no   {reason}'}"
 
 
 def _without_gpu(backend: str) -> str | None:
     if backend in ("triton", "cuda") and not torch.cuda.is_available():
-        return "it is there, but torch sees no GPU"
+        return "it is compiled, but torch sees no GPU"
     return None
 
 
@@ -106,7 +107,7 @@ def _environment() -> Iterable[str]:
     found = [name for name in sorted(os.environ) if name.startswith(_VARIABLES)]
     yield from (f"{name}={os.environ[name]}" for name in found)
     if not found:
-        yield "no variable set that changes anything here"
+        yield "no relevant variable is set"
 
 
 def _version_of(distribution: str) -> str | None:

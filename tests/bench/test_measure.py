@@ -16,8 +16,9 @@ from yolov9_fast.bench.detection import detection_cases
 from yolov9_fast.bench.machine import Ceilings, device_slug
 from yolov9_fast.bench.measure import measure
 
+from yolov9_fast import ops
 from yolov9_fast.ops import _library as library
-from yolov9_fast.ops._backend import Implementation, operators
+from yolov9_fast.ops._operator import operators
 
 CPU = torch.device("cpu")
 CEILINGS = Ceilings(((1e5, 1e11), (1e8, 1e10)), {"float32": 1e11})
@@ -32,7 +33,7 @@ def by_provider(case: Case) -> dict[str, dict[str, Any]]:
     return {record["provider"]: record for record in measure(case, CPU, QUICK, CEILINGS)}
 
 
-@pytest.mark.skipif(library.missing("box_iou", "cpu") is not None, reason="no compiled operators")
+@pytest.mark.skipif(library.why_not_compiled("box_iou", "cpu") is not None, reason="no compiled operators")
 def test_an_operator_is_timed_beside_its_reference() -> None:
     found = by_provider(box_iou_case())
     eager, compiled = found["eager"], found["cpu"]
@@ -47,18 +48,17 @@ def test_an_operator_is_timed_beside_its_reference() -> None:
     assert compiled["error"] < 1e-6
 
 
-@pytest.mark.skipif(library.missing("box_iou", "cpu") is not None, reason="no compiled operators")
-def test_a_planted_wrong_result_has_no_speed(monkeypatch: pytest.MonkeyPatch) -> None:
-    operator = operators["box_iou"]
-    right = operator.implementations["cpu"].call
+@pytest.mark.skipif(library.why_not_compiled("box_iou", "cpu") is not None, reason="no compiled operators")
+def test_a_planted_wrong_result_has_no_speed() -> None:
+    right = operators["box_iou"].implementations["cpu"].call
 
     def wrong(a: Tensor, b: Tensor) -> Tensor:
         result: Tensor = right(a, b).clone()
         result[3, 5] += 1e-2
         return result
 
-    monkeypatch.setitem(operator.implementations, "cpu", Implementation(wrong))
-    record = by_provider(box_iou_case())["cpu"]
+    with ops.implementation("box_iou", "cpu", wrong):
+        record = by_provider(box_iou_case())["cpu"]
     assert record["kind"] == "absent"
     assert record["wrong"]
     assert "wrong result" in record["reason"]

@@ -26,9 +26,9 @@ from yolov9_fast.nn import (
     RepConv,
     RepCSP,
 )
-from yolov9_fast.ops._backend import fuses
+from yolov9_fast.ops._bn_silu import OPERATOR
 
-pytestmark = pytest.mark.skipif(not fuses("bn_silu", torch.zeros(1)), reason="no compiled bn_silu")
+pytestmark = pytest.mark.skipif(not OPERATOR.has_kernels("cpu"), reason="no compiled bn_silu")
 
 BLOCKS: dict[str, Callable[[], nn.Module]] = {
     "conv": lambda: Conv(12, 20, 3, 2),

@@ -1,4 +1,4 @@
-"""CUDA's block algorithms run by the host, thread by thread: `csrc/emulated/`, which only tests build and load."""
+"""The block algorithms of CUDA kernels on the CPU, one thread at a time: `csrc/emulated/`, built only for tests."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ NAME = "_C_emulated.so"
 def library() -> Path:
     """The library in YOLOV9_FAST_LIBRARY_FOLDER if it is there (a build with sanitizers), else in `build/emulated`.
 
-    Only what changed is compiled. Skips the test that asks where nothing can be compiled.
+    Compiles only what changed. Skips the calling test where nothing can be compiled.
     """
     folder = os.environ.get("YOLOV9_FAST_LIBRARY_FOLDER")
     if folder and Path(folder, NAME).exists():
@@ -39,8 +39,8 @@ def library() -> Path:
 def operators() -> Any:
     """`torch.ops.yolov9_fast_emulated`: assign, decode, decode_for_assignment, detection_loss, nms and nms_boxes.
 
-    Their last arguments are the threads of a block and a seed for the order in which threads and blocks run (0:
-    ascending); those of nms and nms_boxes also whether buffers are so small that a few candidates fill them.
+    The last arguments are the threads of a block and a seed of the order in which threads and blocks run (0:
+    ascending); for nms and nms_boxes also whether buffers are so small that a few candidates fill them.
     """
     torch.ops.load_library(str(library()))
     return torch.ops.yolov9_fast_emulated

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import yolov9_fast as yf
-from yolov9_fast.ops._backend import Operator, why_not
+from yolov9_fast.ops._operator import Operator
 
 LAYOUTS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -39,10 +39,10 @@ def feature_map(
 def backends(operator: Operator, kernel: str | None = None) -> list[object]:
     """The backends of `operator` as test parameters; what cannot run on this machine is skipped, with the reason."""
     parameters = [pytest.param("eager")]
-    reason = why_not(operator, "cpu")
+    reason = operator.why_not("cpu")
     parameters.append(pytest.param("cpu", marks=pytest.mark.skipif(reason is not None, reason=f"cpu: {reason}")))
     if kernel is not None:
-        reason = why_not(operator, "triton")
+        reason = operator.why_not("triton")
         if reason is None and importlib.util.find_spec(f"yolov9_fast.kernels.{kernel}") is None:
             reason = f"there is no yolov9_fast.kernels.{kernel}"
         if reason is None and not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":

@@ -1,4 +1,4 @@
-"""Random small inputs for nms and nms_boxes: ties, duplicates, degenerate boxes, NaN and infinities, nothing at all."""
+"""Random small inputs for nms and nms_boxes: ties, duplicates, degenerate boxes, NaN, infinities, empty tensors."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Draw:
         return torch.rand(*shape, generator=self.generator)
 
     def boxes_xywh(self, count: int) -> Tensor:
-        """[4, count]: clusters, at times on a grid (exact overlaps, ties), duplicates, sizes of zero or less."""
+        """[4, count]: clusters, some on a grid (exact overlaps, ties), duplicates, sizes of zero or less."""
         objects = self.rand(4, self.choice(1, 2, 5)) * torch.tensor([60.0, 60, 40, 40])[:, None] + 2
         at = torch.randint(objects.shape[1], (count,), generator=self.generator)
         boxes = objects[:, at] + self.choice(0.0, 2.0, 10.0) * (self.rand(4, count) - 0.5)
@@ -41,7 +41,7 @@ class Draw:
             size[self.rand(2, count) < 0.2] *= -1
         return boxes
 
-    def spoil(self, values: Tensor) -> None:
+    def insert_odd_values(self, values: Tensor) -> None:
         if self.choice(True, False, False) and values.numel():
             odd = torch.tensor(ODD)[torch.randint(len(ODD), values.shape, generator=self.generator)]
             values.copy_(torch.where(self.rand(*values.shape) < self.choice(0.02, 0.2), odd, values))
@@ -60,13 +60,13 @@ def nms_case(seed: int, most_anchors: int = 60) -> tuple[Tensor, dict[str, Any]]
         1,
     )[:images]
     scores = prediction[:, 4:]
-    steps = draw.choice(1, 4, 50, 0)  # few different scores: many ties
+    steps = draw.choice(1, 4, 50, 0)  # few distinct scores: many ties
     if steps:
         scores.copy_((scores * steps).ceil() / steps)
     scores.pow_(draw.choice(1, 1, 8))
     if draw.choice(True, False):
         scores[torch.rand(scores.shape, generator=draw.generator) < 0.6] = 0
-    draw.spoil(prediction)
+    draw.insert_odd_values(prediction)
     return prediction, {
         "conf": draw.choice(0.0, 0.001, 0.001, 0.01, 0.25, 0.5, 0.9, 1.0),
         "iou": draw.choice(0.0, 0.25, 0.5, 0.7, 1.0),
@@ -81,7 +81,7 @@ def nms_case(seed: int, most_anchors: int = 60) -> tuple[Tensor, dict[str, Any]]
 
 
 def nms_boxes_case(seed: int, most: int = 120) -> tuple[Tensor, Tensor, Tensor | None, float, int]:
-    """Arguments of the raw operator nms_boxes."""
+    """Arguments of the kernel nms_boxes."""
     draw = Draw(seed)
     count = draw.choice(0, 1, draw.integer(2, most), draw.integer(2, most), most)
     centre, size = draw.boxes_xywh(count).T.chunk(2, 1)
@@ -90,8 +90,8 @@ def nms_boxes_case(seed: int, most: int = 120) -> tuple[Tensor, Tensor, Tensor |
     steps = draw.choice(1, 4, 50, 0)
     if steps:
         scores = (scores * steps).round() / steps
-    draw.spoil(boxes)
-    draw.spoil(scores)
+    draw.insert_odd_values(boxes)
+    draw.insert_odd_values(scores)
     labels = draw.choice(
         None,
         torch.zeros(count, dtype=torch.int64),

@@ -1,6 +1,6 @@
 """assign: the published task-aligned assignment, from golden numbers, small cases by hand, and a loop in numpy.
 
-Every test runs by the eager reference, by the compiled operator and by the emulated CUDA blocks.
+Every test runs with the eager reference, the compiled kernel and emulated CUDA blocks.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ from yolov9_fast.ops._boxes import anchor_points
 GRID = 5
 STRIDE = 8
 MODULE = importlib.import_module("yolov9_fast.ops._assign")
-MISSING = library.missing("assign", "cpu")
+MISSING = library.why_not_compiled("assign", "cpu")
 
 
 @pytest.fixture(autouse=True, params=["eager", "cpu", "emulated"])
-def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """Which implementation `assign` runs in this test."""
     name = request.param
     if name == "cpu" and MISSING is not None:
         pytest.skip(f"no compiled assign: {MISSING}")
     if name == "emulated":
         raw = emulated.operators().assign
-        monkeypatch.setattr(MODULE, "select", lambda operator, *args: lambda *args: raw(*args, 32, 1))
+        monkeypatch.setattr(MODULE, "OPERATOR", lambda *args: raw(*args, 32, 1))
     with yf.backend("cpu" if name == "cpu" else "eager"):
         yield name
 
@@ -55,10 +55,10 @@ def scores(value: float = 0.5, classes: int = 2) -> Tensor:
     return torch.full((1, GRID * GRID, classes), value)
 
 
-def run(score: Tensor, box: Tensor, labels: list[int], truths: list[list[float]], **kwargs: float):
-    truth = torch.tensor(truths).view(1, -1, 4)
+def run(score: Tensor, box: Tensor, labels: list[int], gt_boxes: list[list[float]], **kwargs: float):
+    boxes = torch.tensor(gt_boxes).view(1, -1, 4)
     label = torch.tensor(labels).view(1, -1)
-    return assign(score, box, points(), label, truth, torch.ones(1, len(labels)), **kwargs)
+    return assign(score, box, points(), label, boxes, torch.ones(1, len(labels)), **kwargs)
 
 
 @pytest.mark.parametrize("case", ["plain", "ties", "empty_images", "tiny_boxes"])
@@ -92,7 +92,7 @@ def test_a_ground_truth_takes_its_best_anchors_inside() -> None:
     score[0, 12, 1] = 1.0
     result = run(score, boxes_on_anchors(), [1], [[12.0, 12.0, 28.0, 28.0]])
     inside = [6, 7, 8, 11, 12, 13, 16, 17, 18]
-    assert torch.nonzero(result.gt_index[0] >= 0)[:, 0].tolist() == [12]  # the other centres lie on the border
+    assert torch.nonzero(result.gt_index[0] >= 0)[:, 0].tolist() == [12]  # the other centres are on the border
     result = run(score, boxes_on_anchors(), [1], [[11.0, 11.0, 29.0, 29.0]])
     assert torch.nonzero(result.gt_index[0] >= 0)[:, 0].tolist() == inside
     result = run(score, boxes_on_anchors(), [1], [[11.0, 11.0, 29.0, 29.0]], topk=1)
@@ -102,19 +102,19 @@ def test_a_ground_truth_takes_its_best_anchors_inside() -> None:
 def test_weight_is_the_metric_scaled_to_the_best_overlap() -> None:
     score = scores(0.25)
     result = run(score, boxes_on_anchors(), [0], [[12.0, 12.0, 28.0, 28.0]])
-    # One anchor with the very box: o = 1, m = 0.5, weight = 0.5 · 1 / (0.5 + 1e-9).
+    # One anchor predicts exactly this box: o = 1, m = 0.5, weight = 0.5 · 1 / (0.5 + 1e-9).
     assert result.weight[0, 12].item() == pytest.approx(1.0, abs=1e-6)
     assert result.weight.count_nonzero() == 1
 
 
-def test_ties_go_to_the_lowest_anchor() -> None:
+def test_ties_are_won_by_the_lowest_anchor() -> None:
     box = torch.tensor([[[4.0, 4.0, 36.0, 36.0]]]).expand(1, GRID * GRID, 4)
     result = run(scores(), box, [0], [[5.0, 5.0, 35.0, 35.0]], topk=3)
     assert torch.nonzero(result.gt_index[0] >= 0)[:, 0].tolist() == [6, 7, 8]
 
 
-def test_an_anchor_claimed_twice_goes_to_the_highest_overlap_of_the_image() -> None:
-    # Anchor 12 predicts truth 2 exactly; 0 and 1 contain its centre and, with topk of all anchors, claim it.
+def test_an_anchor_claimed_twice_is_assigned_by_the_highest_overlap_of_the_image() -> None:
+    # Anchor 12 predicts ground truth 2 exactly; 0 and 1 contain its centre and, as topk is all anchors, claim it.
     box = boxes_on_anchors(half=2.0)
     far = [30.0, 30.0, 38.0, 38.0]
     box[0, 12] = torch.tensor(far)
@@ -123,7 +123,7 @@ def test_an_anchor_claimed_twice_goes_to_the_highest_overlap_of_the_image() -> N
     assert result.gt_index[0, 24] == 2
 
 
-def test_an_anchor_claimed_once_stays_even_where_another_overlaps_more() -> None:
+def test_an_anchor_claimed_once_is_assigned_there_even_if_another_overlaps_more() -> None:
     box = boxes_on_anchors(half=2.0)
     far = [30.0, 30.0, 38.0, 38.0]
     box[0, 12] = torch.tensor(far)
@@ -131,9 +131,9 @@ def test_an_anchor_claimed_once_stays_even_where_another_overlaps_more() -> None
     assert result.gt_index[0, 12] == 0
 
 
-def test_equal_overlaps_go_to_the_first_ground_truth() -> None:
-    truth = [12.0, 12.0, 28.0, 28.0]
-    result = run(scores(), boxes_on_anchors(), [0, 1], [truth, truth])
+def test_equal_overlaps_are_won_by_the_first_ground_truth() -> None:
+    same = [12.0, 12.0, 28.0, 28.0]
+    result = run(scores(), boxes_on_anchors(), [0, 1], [same, same])
     assert result.gt_index[0, 12] == 0
 
 
@@ -145,14 +145,14 @@ def test_positives_without_overlap_have_weight_zero() -> None:
 
 
 def test_padding_claims_nothing() -> None:
-    truth = torch.tensor([[[12.0, 12.0, 28.0, 28.0], [0.0, 0.0, 40.0, 40.0]]])
+    gt_box = torch.tensor([[[12.0, 12.0, 28.0, 28.0], [0.0, 0.0, 40.0, 40.0]]])
     mask = torch.tensor([[True, False]])
-    result = assign(scores(), boxes_on_anchors(), points(), torch.zeros(1, 2), truth, mask)
+    result = assign(scores(), boxes_on_anchors(), points(), torch.zeros(1, 2), gt_box, mask)
     assert set(result.gt_index.unique().tolist()) == {-1, 0}
 
 
 @pytest.mark.parametrize("count", [0, 3])
-def test_no_object_is_all_background(count: int) -> None:
+def test_without_objects_all_is_background(count: int) -> None:
     result = assign(
         scores(),
         boxes_on_anchors(),
@@ -176,27 +176,27 @@ def test_predictions_that_are_not_finite_give_finite_weights(bad: float) -> None
     assert result.weight[0, [6, 12]].count_nonzero() == 0
 
 
-def test_degenerate_and_endless_ground_truths_do_no_harm() -> None:
-    truths = [[20.0, 20.0, 20.0, 20.0], [30.0, 30.0, 10.0, 10.0], [-math.inf, 0.0, math.inf, 40.0]]
-    truths += [[math.nan, 0.0, 20.0, 20.0], [12.0, 12.0, 28.0, 28.0]]
-    result = run(scores(), boxes_on_anchors(), [0] * 5, truths)
+def test_degenerate_and_infinite_ground_truths_give_finite_weights() -> None:
+    gt_boxes = [[20.0, 20.0, 20.0, 20.0], [30.0, 30.0, 10.0, 10.0], [-math.inf, 0.0, math.inf, 40.0]]
+    gt_boxes += [[math.nan, 0.0, 20.0, 20.0], [12.0, 12.0, 28.0, 28.0]]
+    result = run(scores(), boxes_on_anchors(), [0] * 5, gt_boxes)
     assert bool(result.weight.isfinite().all())
     assert not set(result.gt_index.unique().tolist()) & {0, 1, 3}
 
 
 def test_five_thousand_objects_in_one_image() -> None:
     centre = torch.rand(1, 5000, 2, generator=torch.Generator().manual_seed(0)) * 40
-    truth = torch.cat((centre - 3, centre + 3), 2)
+    gt_box = torch.cat((centre - 3, centre + 3), 2)
     label = torch.zeros(1, 5000)
-    result = assign(scores(), boxes_on_anchors(4), points(), label, truth, torch.ones(1, 5000))
+    result = assign(scores(), boxes_on_anchors(4), points(), label, gt_box, torch.ones(1, 5000))
     assert bool((result.gt_index >= 0).all())
 
 
-def test_strided_scores_and_every_mask_form_agree() -> None:
-    score, box, point, label, truth, mask = random_case(3, batch=2, truths=5)
-    first = assign(score, box, point, label, truth, mask)
+def test_strided_scores_and_every_mask_shape_agree() -> None:
+    score, box, point, label, gt_box, mask = random_case(3, batch=2, objects=5)
+    first = assign(score, box, point, label, gt_box, mask)
     strided = score.transpose(1, 2).contiguous().transpose(1, 2)
-    second = assign(strided, box, point, label[..., None].float(), truth, mask[..., None].float())
+    second = assign(strided, box, point, label[..., None].float(), gt_box, mask[..., None].float())
     assert torch.equal(first.gt_index, second.gt_index)
     assert torch.equal(first.weight, second.weight)
 
@@ -204,7 +204,7 @@ def test_strided_scores_and_every_mask_form_agree() -> None:
 @pytest.mark.parametrize("name", ["scores", "boxes", "anchor_points", "gt_labels", "gt_boxes", "gt_mask"])
 def test_a_wrong_shape_is_named(name: str) -> None:
     names = ("scores", "boxes", "anchor_points", "gt_labels", "gt_boxes", "gt_mask")
-    arguments = dict(zip(names, random_case(0, batch=2, truths=3), strict=True))
+    arguments = dict(zip(names, random_case(0, batch=2, objects=3), strict=True))
     arguments[name] = arguments[name][:1, :2].clone() if name != "scores" else arguments[name][0]
     with pytest.raises(ValueError, match=f"^{name}: expected"):
         assign(**arguments)
@@ -213,55 +213,55 @@ def test_a_wrong_shape_is_named(name: str) -> None:
 @pytest.mark.parametrize("option", [{"topk": 0}, {"alpha": -1.0}, {"beta": 0.0}, {"beta": math.nan}, {"rule": "other"}])
 def test_a_wrong_option_is_named(option: dict[str, float]) -> None:
     with pytest.raises(ValueError, match=f"^{next(iter(option))}: expected"):
-        assign(*random_case(0, batch=1, truths=1), **option)
+        assign(*random_case(0, batch=1, objects=1), **option)
 
 
 @pytest.mark.parametrize("name", ["scores", "boxes", "anchor_points", "gt_boxes"])
-def test_integers_in_the_place_of_numbers_are_named(name: str) -> None:
+def test_a_wrong_dtype_is_named(name: str) -> None:
     names = ("scores", "boxes", "anchor_points", "gt_labels", "gt_boxes", "gt_mask")
-    arguments = dict(zip(names, random_case(0, batch=2, truths=3), strict=True))
+    arguments = dict(zip(names, random_case(0, batch=2, objects=3), strict=True))
     arguments[name] = arguments[name].long()
     with pytest.raises(TypeError, match=f"^{name}: expected a floating-point tensor, got torch.int64"):
         assign(**arguments)
 
 
 @pytest.mark.parametrize("strides", [None, torch.ones(3)])
-def test_rule_mit_without_fitting_strides_is_refused(strides: Tensor | None) -> None:
-    with pytest.raises(ValueError, match=r"^strides: rule 'mit' expects"):
-        assign(*random_case(0, batch=1, truths=1), rule="mit", strides=strides)
+def test_rule_mit_requires_strides(strides: Tensor | None) -> None:
+    with pytest.raises(ValueError, match=r"^strides: expected \[25\] or \[25, 1\] for rule 'mit'"):
+        assign(*random_case(0, batch=1, objects=1), rule="mit", strides=strides)
 
 
-def test_rule_ultralytics_contests_among_those_that_contain_the_anchor() -> None:
+def test_rule_ultralytics_chooses_among_those_that_contain_the_anchor() -> None:
     box = boxes_on_anchors(half=2.0)
     far = [30.0, 30.0, 38.0, 38.0]
     box[0, 12] = torch.tensor(far)
-    truths = [[11.0, 11.0, 29.0, 29.0], [12.0, 12.0, 28.5, 28.5], far]
-    assert run(scores(), box, [0, 0, 1], truths, topk=25, rule="yolov9").gt_index[0, 12] == 2
-    result = run(scores(), box, [0, 0, 1], truths, topk=25, rule="ultralytics")
+    gt_boxes = [[11.0, 11.0, 29.0, 29.0], [12.0, 12.0, 28.5, 28.5], far]
+    assert run(scores(), box, [0, 0, 1], gt_boxes, topk=25, rule="yolov9").gt_index[0, 12] == 2
+    result = run(scores(), box, [0, 0, 1], gt_boxes, topk=25, rule="ultralytics")
     assert result.gt_index[0, 12] == 0
     assert result.weight[0, 12] == 0
 
 
 def test_rule_mit_takes_the_border_but_no_anchor_without_a_metric() -> None:
     strides = torch.full((GRID * GRID,), 8.0)
-    truth = [[12.0, 12.0, 28.0, 28.0]]
-    result = run(scores(), boxes_on_anchors(), [0], truth, rule="mit", strides=strides)
+    gt_box = [[12.0, 12.0, 28.0, 28.0]]
+    result = run(scores(), boxes_on_anchors(), [0], gt_box, rule="mit", strides=strides)
     assert torch.nonzero(result.gt_index[0] >= 0)[:, 0].tolist() == [6, 7, 8, 11, 12, 13, 16, 17, 18]
-    result = run(scores(), boxes_on_anchors() + 1000, [0], truth, rule="mit", strides=strides)
+    result = run(scores(), boxes_on_anchors() + 1000, [0], gt_box, rule="mit", strides=strides)
     assert bool((result.gt_index == -1).all())
 
 
 def test_rule_mit_gives_a_ground_truth_without_a_positive_its_best_anchor() -> None:
     box = boxes_on_anchors()
-    truth = [[13.0, 13.0, 19.0, 19.0]]  # contains no centre
+    gt_box = [[13.0, 13.0, 19.0, 19.0]]  # contains no centre
     strides = torch.full((GRID * GRID, 1), 8.0)
-    assert bool((run(scores(), box, [0], truth).gt_index == -1).all())
-    result = run(scores(), box, [0], truth, rule="mit", strides=strides)
-    assert torch.nonzero(result.gt_index[0] >= 0)[:, 0].tolist() == [6]  # four overlap alike: the lowest
+    assert bool((run(scores(), box, [0], gt_box).gt_index == -1).all())
+    result = run(scores(), box, [0], gt_box, rule="mit", strides=strides)
+    assert torch.nonzero(result.gt_index[0] >= 0)[:, 0].tolist() == [6]  # four overlap equally: the lowest
     assert result.weight[0, 6] > 0
 
 
-def test_rule_mit_leaves_sides_out_of_reach_alone() -> None:
+def test_rule_mit_skips_anchors_with_a_side_out_of_reach() -> None:
     strides = torch.full((GRID * GRID,), 2.0)  # 14.99 strides are 29.98 pixels
     box = torch.tensor([[[0.0, 0.0, 40.0, 40.0]]]).expand(1, GRID * GRID, 4)
     result = run(scores(), box, [0], [[0.0, 0.0, 40.0, 40.0]], topk=25, rule="mit", strides=strides)
@@ -271,14 +271,14 @@ def test_rule_mit_leaves_sides_out_of_reach_alone() -> None:
     assert 7 not in torch.nonzero(result.gt_index[0] >= 0)[:, 0].tolist()
 
 
-def test_rule_mit_contests_among_those_that_claim() -> None:
+def test_rule_mit_chooses_among_those_that_claim() -> None:
     box, score = boxes_on_anchors(half=8.0), scores()
     nearest = [13.0, 13.0, 28.0, 28.0]
     box[0, 12], score[0, 12, 1] = torch.tensor(nearest), 0.0  # so the third has no metric there
-    truths = [[8.0, 8.0, 32.0, 32.0], [12.0, 12.0, 31.0, 31.0], nearest]
+    gt_boxes = [[8.0, 8.0, 32.0, 32.0], [12.0, 12.0, 31.0, 31.0], nearest]
     strides = torch.full((GRID * GRID,), 8.0)
-    assert run(score, box, [0, 0, 1], truths, topk=25).gt_index[0, 12] == 2
-    assert run(score, box, [0, 0, 1], truths, topk=25, rule="mit", strides=strides).gt_index[0, 12] == 1
+    assert run(score, box, [0, 0, 1], gt_boxes, topk=25).gt_index[0, 12] == 2
+    assert run(score, box, [0, 0, 1], gt_boxes, topk=25, rule="mit", strides=strides).gt_index[0, 12] == 1
 
 
 @pytest.mark.parametrize("label", [-1, 2, 1000])
@@ -289,17 +289,17 @@ def test_a_label_without_a_class_has_no_score(label: int) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_is_computed_in_float32(dtype: torch.dtype) -> None:
-    score, box, point, label, truth, mask = random_case(5, batch=2, truths=5)
+    score, box, point, label, gt_box, mask = random_case(5, batch=2, objects=5)
     score, box = score.to(dtype), box.to(dtype)
-    result = assign(score, box, point, label, truth, mask)
-    wide = assign(score.float(), box.float(), point, label, truth, mask)
+    result = assign(score, box, point, label, gt_box, mask)
+    wide = assign(score.float(), box.float(), point, label, gt_box, mask)
     assert result.weight.dtype == dtype
     assert torch.equal(result.gt_index, wide.gt_index)
     assert torch.equal(result.weight, wide.weight.to(dtype))
 
 
 def test_autocast_changes_nothing() -> None:
-    case = random_case(6, batch=2, truths=5)
+    case = random_case(6, batch=2, objects=5)
     plain = assign(*case, alpha=0.3, beta=1.7)
     with torch.autocast("cpu", torch.bfloat16):
         inside = assign(*case, alpha=0.3, beta=1.7)
@@ -308,23 +308,23 @@ def test_autocast_changes_nothing() -> None:
 
 
 def test_no_gradient_is_recorded() -> None:
-    score, box, *rest = random_case(8, batch=1, truths=3)
+    score, box, *rest = random_case(8, batch=1, objects=3)
     result = assign(score.requires_grad_(), box.requires_grad_(), *rest)
     assert not result.weight.requires_grad
 
 
-def test_a_backend_that_cannot_run_says_why(way: str) -> None:
-    case = random_case(0, batch=1, truths=1)
-    if way != "cpu":
-        pytest.skip("about the compiled operator")
-    with pytest.raises(BackendUnavailable, match=r"boxes are torch.float64"):
+def test_an_error_says_why_a_backend_cannot_run(implementation: str) -> None:
+    case = random_case(0, batch=1, objects=1)
+    if implementation != "cpu":
+        pytest.skip("for the compiled kernel only")
+    with pytest.raises(BackendUnavailable, match=r"got boxes of torch.float64"):
         assign(case[0], case[1].double(), *case[2:])
     many = torch.rand(200, 2)
-    with pytest.raises(BackendUnavailable, match="at most 128 anchors"):
+    with pytest.raises(BackendUnavailable, match="a topk of at most 128, got 129"):
         assign(torch.rand(1, 200, 1), torch.rand(1, 200, 4), many, *case[3:], topk=129)
 
 
-def random_case(seed: int, batch: int, truths: int, classes: int = 3) -> tuple[Tensor, ...]:
+def random_case(seed: int, batch: int, objects: int, classes: int = 3) -> tuple[Tensor, ...]:
     generator = torch.Generator().manual_seed(seed)
 
     def rand(*shape: int) -> Tensor:
@@ -332,11 +332,11 @@ def random_case(seed: int, batch: int, truths: int, classes: int = 3) -> tuple[T
 
     centre = points() + (rand(batch, GRID * GRID, 2) - 0.5) * 8
     half = 2 + rand(batch, GRID * GRID, 2) * 8
-    truth_centre, truth_half = rand(batch, truths, 2) * 40, 1 + rand(batch, truths, 2) * 15
-    # Coarse scores and overlaps of nearly equal boxes make contests and ties common.
+    gt_centre, gt_half = rand(batch, objects, 2) * 40, 1 + rand(batch, objects, 2) * 15
+    # Coarse scores and overlaps of nearly equal boxes make anchors claimed twice and ties common.
     score = (rand(batch, GRID * GRID, classes) * 4).round() / 4
-    label = torch.randint(0, classes, (batch, truths), generator=generator)
-    mask = rand(batch, truths) > 0.2
+    label = torch.randint(0, classes, (batch, objects), generator=generator)
+    mask = rand(batch, objects) > 0.2
     boxes = torch.cat((centre - half, centre + half), 2)
-    truth = torch.cat((truth_centre - truth_half, truth_centre + truth_half), 2) * mask[..., None]
-    return score, boxes, points(), label, truth, mask
+    gt_boxes = torch.cat((gt_centre - gt_half, gt_centre + gt_half), 2) * mask[..., None]
+    return score, boxes, points(), label, gt_boxes, mask

@@ -1,4 +1,4 @@
-"""assign: one result, bit for bit, by the reference, the compiled operator, emulated CUDA blocks, and a GPU."""
+"""assign is bitwise identical by the reference, the compiled kernel, emulated CUDA blocks, and a GPU."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from yolov9_fast.ops import _library as library
 from yolov9_fast.ops._boxes import anchor_points
 
 MODULE = importlib.import_module("yolov9_fast.ops._assign")
-MISSING = library.missing("assign", "cpu")
+MISSING = library.why_not_compiled("assign", "cpu")
 needs_cpu = pytest.mark.skipif(MISSING is not None, reason=f"no compiled assign: {MISSING}")
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 Case = tuple[tuple[Tensor, ...], dict[str, Any]]
@@ -29,14 +29,14 @@ ODD = torch.tensor([math.nan, math.inf, -math.inf, 1e20, -1e20, 0.0, 1e38])
 
 
 def by(name: str, case: Case, threads: int = 32, seed: int = 0) -> Assignment:
-    """The assignment by "eager", "cpu", "cuda", or "emulated" with `threads` a block and an order drawn from `seed`."""
+    """The assignment by "eager", "cpu", "cuda", or "emulated" with `threads` per block, in an order given by `seed`."""
     tensors, options = case
     if name != "emulated":
         with yf.backend(name):
             return assign(*tensors, **options)
     with pytest.MonkeyPatch.context() as patch:
         raw = emulated.operators().assign
-        patch.setattr(MODULE, "select", lambda operator, *args: lambda *args: raw(*args, threads, seed))
+        patch.setattr(MODULE, "OPERATOR", lambda *args: raw(*args, threads, seed))
         return assign(*tensors, **options)
 
 
@@ -46,8 +46,8 @@ def assert_same(one: Assignment, other: Assignment, what: object = "") -> None:
     assert bool(one.weight.isfinite().all()), what
 
 
-def wild_case(seed: int) -> Case:
-    """Small and varied: levels, a line, scattered points, one anchor; ties, copies, padding, numbers that are none."""
+def varied_case(seed: int) -> Case:
+    """Small and varied: levels, a line, scattered points, one anchor; ties, duplicates, padding, NaN, infinities."""
     generator = torch.Generator().manual_seed(seed)
 
     def rand(*shape: int) -> Tensor:
@@ -56,10 +56,10 @@ def wild_case(seed: int) -> Case:
     def pick(*options: Any) -> Any:
         return options[int(torch.randint(0, len(options), (), generator=generator))]
 
-    def poisoned(values: Tensor, share: float) -> Tensor:
+    def with_odd_values(values: Tensor, share: float) -> Tensor:
         return torch.where(rand(*values.shape) < share, ODD[(rand(*values.shape) * 7).long()], values)
 
-    batch, classes, truths = pick(1, 1, 2, 3), pick(1, 2, 5), pick(0, 1, 2, 3, 5, 8, 17, 40)
+    batch, classes, objects = pick(1, 1, 2, 3), pick(1, 2, 5), pick(0, 1, 2, 3, 5, 8, 17, 40)
     layout = pick("levels", "levels", "levels", "one", "scattered", "line")
     if layout == "levels":
         cells = [(pick(1, 3, 7), pick(2, 5, 8)), (pick(1, 2, 4), pick(1, 3)), (1, 1)]
@@ -78,29 +78,29 @@ def wild_case(seed: int) -> Case:
     half = rand(batch, anchors, 2) * pick(0.5, 8.0, 30.0) + pick(0, 2)
     centre = points + (rand(batch, anchors, 2) - 0.5) * pick(0.0, 4.0, 8.0, 60.0)
     boxes = torch.cat((centre - half, centre + half), 2)
-    at = (rand(batch, truths) * anchors).long()
-    target = points[at] + (rand(batch, truths, 2) - 0.5) * pick(0.0, 6.0)
-    size = rand(batch, truths, 2) * pick(0.2, 4.0, 15.0, 15.0, 40.0) + pick(0, 1)
+    at = (rand(batch, objects) * anchors).long()
+    target = points[at] + (rand(batch, objects, 2) - 0.5) * pick(0.0, 6.0)
+    size = rand(batch, objects, 2) * pick(0.2, 4.0, 15.0, 15.0, 40.0) + pick(0, 1)
     gt_boxes = torch.cat((target - size, target + size), 2)
     if pick(False, True):
         boxes, gt_boxes = boxes.round(), gt_boxes.round()
-    if truths > 1 and pick(False, False, True):
-        gt_boxes[:, truths // 2 :] = gt_boxes[:, : truths - truths // 2].clone()
+    if objects > 1 and pick(False, False, True):
+        gt_boxes[:, objects // 2 :] = gt_boxes[:, : objects - objects // 2].clone()
     if pick(False, False, True):
-        common = min(anchors, truths)
+        common = min(anchors, objects)
         boxes[:, :common] = gt_boxes[:, :common]
-    mask = rand(batch, truths) >= pick(0.0, 0.0, 0.3, 0.9)
+    mask = rand(batch, objects) >= pick(0.0, 0.0, 0.3, 0.9)
     if pick(False, True):
         gt_boxes = gt_boxes * mask[..., None]
     if batch > 1 and pick(False, True):
         mask[0] = False
-    labels = (rand(batch, truths) * classes).long() - pick(0, 0, 0, 0, 1)
+    labels = (rand(batch, objects) * classes).long() - pick(0, 0, 0, 0, 1)
 
-    scores = poisoned(scores, pick(0.0, 0.0, 0.1)).to(
+    scores = with_odd_values(scores, pick(0.0, 0.0, 0.1)).to(
         pick(torch.float32, torch.float32, torch.bfloat16, torch.float16, torch.float64)
     )
-    boxes, gt_boxes = poisoned(boxes, pick(0.0, 0.0, 0.05)), poisoned(gt_boxes, pick(0.0, 0.0, 0.05))
-    points = poisoned(points, pick(0.0, 0.0, 0.0, 0.0, 0.05))
+    boxes, gt_boxes = with_odd_values(boxes, pick(0.0, 0.0, 0.05)), with_odd_values(gt_boxes, pick(0.0, 0.0, 0.05))
+    points = with_odd_values(points, pick(0.0, 0.0, 0.0, 0.0, 0.05))
     if pick(False, False, False, False, True):
         gt_boxes = gt_boxes[..., [2, 3, 0, 1]]
     if pick(False, True):
@@ -111,7 +111,7 @@ def wild_case(seed: int) -> Case:
     return (scores, boxes, points, labels, gt_boxes, mask), {**options, "strides": strides}
 
 
-def dense_scene(objects: int, batch: int = 1, size: int = 640, classes: int = 80, seed: int = 0) -> Case:
+def dense_case(objects: int, batch: int = 1, size: int = 640, classes: int = 80, seed: int = 0) -> Case:
     generator = torch.Generator().manual_seed(seed)
 
     def rand(*shape: int) -> Tensor:
@@ -122,40 +122,40 @@ def dense_scene(objects: int, batch: int = 1, size: int = 640, classes: int = 80
     reach = stride * 6 * rand(batch, len(points), 4)
     boxes = torch.cat((points - reach[..., :2], points + reach[..., 2:]), 2)
     centre, half = rand(batch, objects, 2) * size, 4 + rand(batch, objects, 2).pow(3) * size / 3
-    truths = torch.cat((centre - half, centre + half), 2).clamp(0, size)
+    gt_boxes = torch.cat((centre - half, centre + half), 2).clamp(0, size)
     labels = torch.randint(0, classes, (batch, objects), generator=generator)
     scores = rand(batch, len(points), classes)
-    return (scores, boxes, points, labels, truths, torch.ones(batch, objects)), {"strides": stride}
+    return (scores, boxes, points, labels, gt_boxes, torch.ones(batch, objects)), {"strides": stride}
 
 
 @pytest.mark.slow
 @needs_cpu
-def test_two_thousand_cases_agree_bit_for_bit() -> None:
-    assigned = contested = 0
+def test_two_thousand_cases_are_bitwise_identical() -> None:
+    assigned = several = 0
     for seed in range(2000):
-        case = wild_case(seed)
+        case = varied_case(seed)
         eager = by("eager", case)
         assert_same(eager, by("cpu", case), f"seed {seed}, compiled")
         threads = (1, 7, 32, 64, 128, 256)[seed % 6]
         assert_same(eager, by("emulated", case, threads, seed % 5), f"seed {seed}, {threads} threads")
         assigned += int((eager.gt_index >= 0).sum() > 0)
-        contested += int(eager.gt_index.unique().numel() > 2)
-    # The cases are about something: half assign, many of them to several ground truths.
+        several += int(eager.gt_index.unique().numel() > 2)
+    # Enough cases assign anchors, and enough of them to several ground truths.
     assert assigned > 800
-    assert contested > 400
+    assert several > 400
 
 
 @needs_cpu
 @given(st.integers(0, 10**9), st.integers(1, 256), st.integers(0, 2**31 - 1))
 def test_emulated_blocks_agree_for_any_threads_in_any_order(seed: int, threads: int, order: int) -> None:
-    case = wild_case(seed)
+    case = varied_case(seed)
     assert_same(by("cpu", case), by("emulated", case, threads, order))
 
 
 @needs_cpu
 @pytest.mark.parametrize("rule", ["yolov9", "ultralytics", "mit"])
 def test_full_size_agrees(rule: str) -> None:
-    tensors, options = dense_scene(60, batch=2)
+    tensors, options = dense_case(60, batch=2)
     case = tensors, {**options, "rule": rule}
     eager = by("eager", case)
     assert_same(eager, by("cpu", case))
@@ -165,7 +165,7 @@ def test_full_size_agrees(rule: str) -> None:
 @needs_cpu
 @pytest.mark.parametrize("rule", ["yolov9", "ultralytics", "mit"])
 def test_five_thousand_objects_agree(rule: str) -> None:
-    tensors, options = dense_scene(5000, size=256, classes=3)
+    tensors, options = dense_case(5000, size=256, classes=3)
     case = tensors, {**options, "rule": rule}
     compiled = by("cpu", case)
     assert bool((compiled.gt_index >= 0).float().mean() > 0.5)
@@ -174,8 +174,8 @@ def test_five_thousand_objects_agree(rule: str) -> None:
 
 
 @needs_cpu
-def test_the_number_of_threads_changes_nothing() -> None:
-    case, threads = dense_scene(200, batch=2, classes=4), torch.get_num_threads()
+def test_the_result_does_not_depend_on_the_number_of_threads() -> None:
+    case, threads = dense_case(200, batch=2, classes=4), torch.get_num_threads()
     results = []
     try:
         for count in (1, 2, 5):
@@ -189,25 +189,25 @@ def test_the_number_of_threads_changes_nothing() -> None:
 
 @needs_cpu
 def test_scores_and_boxes_are_read_in_place() -> None:
-    tensors, options = dense_scene(30, batch=8)
+    tensors, options = dense_case(30, batch=8)
     planes = [each.transpose(1, 2).contiguous().transpose(1, 2) for each in tensors[:2]]
     for scores, boxes in (tensors[:2], planes):  # 21.5 MB and 1.1 MB; gt_index and weight are 0.8 MB
         assert allocated_during(lambda: by("cpu", ((scores, boxes, *tensors[2:]), options))) < 1e6  # noqa: B023
 
 
 def allocated_during(call: Callable[[], object]) -> int:
-    """Bytes that torch allocates for tensors in `call`, all together."""
+    """Bytes that torch allocates for tensors in `call`, in total."""
     with torch.profiler.profile(profile_memory=True) as profile:
         call()
     events = profile.profiler.kineto_results.events()
     return sum(max(0, event.nbytes()) for event in events if event.name() == "[memory]")
 
 
-def test_the_size_of_a_piece_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    case = dense_scene(6, batch=2, size=64)
-    whole = by("eager", case)
+def test_the_result_does_not_depend_on_the_pairs_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = dense_case(6, batch=2, size=64)
+    expected = by("eager", case)
     monkeypatch.setattr(MODULE, "_pairs_at_once", lambda _: 1)
-    assert_same(whole, by("eager", case))
+    assert_same(expected, by("eager", case))
 
 
 def test_the_aspect_is_the_arc_tangent_to_two_units() -> None:
@@ -220,21 +220,21 @@ def test_the_aspect_is_the_arc_tangent_to_two_units() -> None:
     assert bool((error <= 2.5 * 2**-24 * exact.abs()).all())
 
 
-def random_truths(seed: int, truths: int) -> Case:
-    tensors, _ = dense_scene(truths, batch=2, size=64, classes=3, seed=seed)
+def float64_case(seed: int, objects: int) -> Case:
+    tensors, _ = dense_case(objects, batch=2, size=64, classes=3, seed=seed)
     scores, *rest = (each.double() if each.is_floating_point() else each for each in tensors)
     return ((scores * 4).round() / 4, *rest), {}
 
 
-def by_loops(score, boxes, point, label, truth, mask, topk: int) -> tuple[np.ndarray, np.ndarray]:
+def by_loops(score, boxes, point, label, gt_boxes, mask, topk: int) -> tuple[np.ndarray, np.ndarray]:
     """The definition, one pair at a time, in float64."""
     batch, anchors = boxes.shape[:2]
     gt_index, weight = np.full((batch, anchors), -1), np.zeros((batch, anchors))
     for b in range(batch):
-        overlap = np.array([[max(_ciou(t, p), 0.0) for p in boxes[b].tolist()] for t in truth[b].tolist()])
+        overlap = np.array([[max(_ciou(t, p), 0.0) for p in boxes[b].tolist()] for t in gt_boxes[b].tolist()])
         metric = np.array([score[b, :, c].double().numpy() ** 0.5 for c in label[b]]) * overlap**6
         claims: dict[int, list[int]] = {}
-        for g, (x1, y1, x2, y2) in enumerate(truth[b].tolist()):
+        for g, (x1, y1, x2, y2) in enumerate(gt_boxes[b].tolist()):
             inside = [min(x - x1, y - y1, x2 - x, y2 - y) > 1e-9 for x, y in point.tolist()]
             order = sorted(range(anchors), key=lambda a: (-metric[g, a] * inside[a], a))
             for a in order[:topk]:
@@ -242,7 +242,7 @@ def by_loops(score, boxes, point, label, truth, mask, topk: int) -> tuple[np.nda
                     claims.setdefault(a, []).append(g)
         for a, claimants in claims.items():
             gt_index[b, a] = claimants[0] if len(claimants) == 1 else int(np.argmax(overlap[:, a]))
-        for g in range(truth.shape[1]):
+        for g in range(gt_boxes.shape[1]):
             own = gt_index[b] == g
             if own.any():
                 weight[b, own] = metric[g, own] * overlap[g, own].max() / (metric[g, own].max() + 1e-9)
@@ -260,9 +260,9 @@ def _ciou(a: list[float], b: list[float]) -> float:
     return iou - rho2 / c2 - v * v / (v - iou + 1 + eps)
 
 
-@given(seed=st.integers(0, 10**6), truths=st.integers(1, 6), topk=st.integers(1, 12))
-def test_equals_a_loop_over_the_definition(seed: int, truths: int, topk: int) -> None:
-    case, _ = random_truths(seed, truths)
+@given(seed=st.integers(0, 10**6), objects=st.integers(1, 6), topk=st.integers(1, 12))
+def test_equals_a_loop_over_the_definition(seed: int, objects: int, topk: int) -> None:
+    case, _ = float64_case(seed, objects)
     result = by("eager", (case, {"topk": topk}))
     gt_index, weight = by_loops(*case, topk=topk)
     assert np.array_equal(result.gt_index.numpy(), gt_index)
@@ -272,10 +272,10 @@ def test_equals_a_loop_over_the_definition(seed: int, truths: int, topk: int) ->
 OPCHECK = ("test_schema", "test_faketensor", "test_autograd_registration")
 
 
-@pytest.mark.parametrize("truths", [0, 3])
+@pytest.mark.parametrize("objects", [0, 3])
 @pytest.mark.parametrize("rule", [0, 2])
-def test_opcheck(truths: int, rule: int) -> None:
-    (scores, boxes, points, labels, gt_boxes, mask), options = dense_scene(truths, batch=2, size=64, classes=3)
+def test_opcheck(objects: int, rule: int) -> None:
+    (scores, boxes, points, labels, gt_boxes, mask), options = dense_case(objects, batch=2, size=64, classes=3)
     strides = options["strides"].reshape(-1) if rule == 2 else None
     args = (scores, boxes, points, labels, gt_boxes, mask > 0, strides, 10, 0.5, 6.0, rule)
     torch.library.opcheck(torch.ops.yolov9_fast.assign.default, args, test_utils=OPCHECK)
@@ -283,7 +283,7 @@ def test_opcheck(truths: int, rule: int) -> None:
 
 @needs_cpu
 def test_compiles_in_one_graph() -> None:
-    tensors, options = dense_scene(3, batch=2, size=64, classes=3)
+    tensors, options = dense_case(3, batch=2, size=64, classes=3)
     expected = assign(*tensors, rule="mit", **options)
     compiled = torch.compile(lambda *each: tuple(assign(*each, rule="mit", **options)), fullgraph=True, backend="eager")
     assert_same(expected, Assignment(*compiled(*tensors)))
@@ -306,9 +306,9 @@ def to_host(result: Assignment) -> Assignment:
 
 @pytest.mark.gpu
 @needs_gpu
-def test_cuda_gives_the_bits_of_the_cpu() -> None:
+def test_cuda_is_bitwise_identical_to_the_cpu() -> None:
     for seed in range(500):
-        case = wild_case(seed)
+        case = varied_case(seed)
         assert_same(by("eager", case), to_host(by("cuda", on_gpu(case))), f"seed {seed}")
 
 
@@ -316,8 +316,8 @@ def test_cuda_gives_the_bits_of_the_cpu() -> None:
 @needs_gpu
 @pytest.mark.parametrize("rule", ["yolov9", "ultralytics", "mit"])
 @pytest.mark.parametrize(("batch", "objects"), [(32, 60), (32, 300), (1, 5000)])
-def test_cuda_gives_the_bits_of_the_cpu_at_full_size(rule: str, batch: int, objects: int) -> None:
-    tensors, options = dense_scene(objects, batch=batch)
+def test_cuda_at_full_size_is_bitwise_identical_to_the_cpu(rule: str, batch: int, objects: int) -> None:
+    tensors, options = dense_case(objects, batch=batch)
     case = tensors, {**options, "rule": rule}
     assert_same(by("cpu" if MISSING is None else "eager", case), to_host(by("cuda", on_gpu(case))))
 
@@ -325,8 +325,8 @@ def test_cuda_gives_the_bits_of_the_cpu_at_full_size(rule: str, batch: int, obje
 @pytest.mark.gpu
 @needs_gpu
 @pytest.mark.parametrize("rule", ["yolov9", "ultralytics", "mit"])
-def test_cuda_waits_for_nothing_and_can_be_captured(rule: str) -> None:
-    tensors, options = on_gpu(dense_scene(60, batch=4))
+def test_cuda_does_not_synchronise_and_can_be_captured(rule: str) -> None:
+    tensors, options = on_gpu(dense_case(60, batch=4))
     case = tensors, {**options, "rule": rule}
     expected = by("cuda", case)
     mode = torch.cuda.get_sync_debug_mode()
@@ -338,7 +338,7 @@ def test_cuda_waits_for_nothing_and_can_be_captured(rule: str) -> None:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         captured = by("cuda", case)
-    tensors[0].mul_(0.5)  # the graph reads what lies there when it runs
+    tensors[0].mul_(0.5)  # the graph reads it when it runs
     graph.replay()
     changed = by("cuda", case)
     torch.cuda.synchronize()

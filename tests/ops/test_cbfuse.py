@@ -19,11 +19,10 @@ from tests.ops.feature_maps import (
     outputs_and_gradients,
     threads,
 )
-from yolov9_fast.ops._backend import why_not
 from yolov9_fast.ops._cbfuse import OPERATOR, cbfuse_reference
 
 BACKENDS = backends(OPERATOR, "cbfuse")
-needs_cpu = pytest.mark.skipif(why_not(OPERATOR, "cpu") is not None, reason=str(why_not(OPERATOR, "cpu")))
+needs_cpu = pytest.mark.skipif(OPERATOR.why_not("cpu") is not None, reason=str(OPERATOR.why_not("cpu")))
 
 
 def fuse(*maps: Tensor) -> Tensor:
@@ -157,15 +156,15 @@ def test_autocast_adds_maps_of_several_dtypes() -> None:
 
 def test_wrong_arguments_are_named() -> None:
     target = torch.zeros(2, 3, 4, 4)
-    with pytest.raises(ValueError, match=r"cbfuse: inputs\[0\] must have batch and channels \[2, 3\]"):
+    with pytest.raises(ValueError, match=r"^inputs\[0\]: expected batch and channels \[2, 3\]"):
         yf.ops.cbfuse([torch.zeros(2, 4, 2, 2)], target)
-    with pytest.raises(TypeError, match=r"cbfuse: inputs\[0\] must be torch.float32"):
+    with pytest.raises(TypeError, match=r"^inputs\[0\]: expected torch.float32"):
         yf.ops.cbfuse([torch.zeros(2, 3, 2, 2, dtype=torch.float64)], target)
-    with pytest.raises(ValueError, match=r"cbfuse: inputs\[0\] must have pixels"):
+    with pytest.raises(ValueError, match=r"^inputs\[0\]: expected at least one pixel"):
         yf.ops.cbfuse([torch.zeros(2, 3, 0, 2)], target)
-    with pytest.raises(TypeError, match="cbfuse: target must be a tensor"):
+    with pytest.raises(TypeError, match=r"^target: expected a tensor of .*, got NoneType"):
         yf.ops.cbfuse([], None)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"must be on cpu as the target, got meta"):
+    with pytest.raises(ValueError, match=r"^inputs\[0\]: expected a tensor on cpu, got one on meta"):
         yf.ops.cbfuse([torch.zeros(2, 3, 2, 2, device="meta")], target)
 
 

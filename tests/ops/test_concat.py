@@ -21,7 +21,6 @@ from tests.ops.feature_maps import (
     outputs_and_gradients,
     threads,
 )
-from yolov9_fast.ops._backend import why_not
 from yolov9_fast.ops._concat import (
     OPERATOR,
     ConcatBuffer,
@@ -33,7 +32,7 @@ from yolov9_fast.ops._concat import (
 )
 
 BACKENDS = backends(OPERATOR)
-needs_cpu = pytest.mark.skipif(why_not(OPERATOR, "cpu") is not None, reason=str(why_not(OPERATOR, "cpu")))
+needs_cpu = pytest.mark.skipif(OPERATOR.why_not("cpu") is not None, reason=str(OPERATOR.why_not("cpu")))
 
 
 class Unit(torch.autograd.Function):
@@ -180,12 +179,12 @@ def test_filling_a_slot_does_not_invalidate_what_was_saved_of_another() -> None:
     assert weight.grad is not None
 
 
-def test_a_slot_is_handed_out_once() -> None:
+def test_a_slot_is_returned_once() -> None:
     buffer = ConcatBuffer.beside(feature_map(1, 2, 3, 3), (2, 3, 4))
     buffer.slot(0, 2)
     with pytest.raises(RuntimeError, match="a slot is written once"):
         buffer.slot(1)
-    with pytest.raises(ValueError, match="slots 2 to 3 do not exist, there are 3"):
+    with pytest.raises(ValueError, match=r"^index: expected slots below 3, got 2 to 3"):
         buffer.slot(2, 2)
 
 
@@ -302,21 +301,21 @@ def test_gradcheck_once_and_twice() -> None:
 def test_wrong_arguments_are_named() -> None:
     x = torch.zeros(1, 4, 3, 3)
     buffer = ConcatBuffer.beside(x, (2, 3))
-    with pytest.raises(ValueError, match="the parts have 2 channels, the buffer 5"):
+    with pytest.raises(ValueError, match=r"^parts: expected 5 channels in total, got 2"):
         buffer.join(x[:, :2])
-    with pytest.raises(ValueError, match="part 0 ends at channel 4, the slots at"):
+    with pytest.raises(ValueError, match=r"^parts\[0\]: expected to end at one of the channels \[2, 5\], got 4"):
         buffer.join(x)
-    with pytest.raises(ValueError, match=r"part 0 must be torch.float32 on cpu, got torch.float64"):
+    with pytest.raises(ValueError, match=r"^parts\[0\]: expected torch.float32 on cpu, got torch.float64"):
         buffer.join(x[:, :2].double())
-    with pytest.raises(ValueError, match="channels must be positive"):
+    with pytest.raises(ValueError, match=r"^channels: expected positive numbers"):
         ConcatBuffer.beside(x, (2, 0))
-    with pytest.raises(ValueError, match="tap: channels 3 to 4 are not among the 4 of x"):
+    with pytest.raises(ValueError, match=r"^start, channels: expected channels below 4, got 3 to 4"):
         yf.ops.tap(x, 3, 2)
-    with pytest.raises(ValueError, match=r"split_view: sizes must be positive and add up to 4, got \[1, 2\]"):
+    with pytest.raises(ValueError, match=r"^sizes: expected positive numbers with the sum 4, got \[1, 2\]"):
         yf.ops.split_view(x, [1, 2])
-    with pytest.raises(ValueError, match="concat: parts must hold at least one tensor"):
+    with pytest.raises(ValueError, match=r"^parts: expected at least one tensor"):
         yf.ops.concat([])
-    with pytest.raises(ValueError, match="concat: part 1 must agree with part 0"):
+    with pytest.raises(ValueError, match=r"^parts\[1\]: expected the shape of parts\[0\]"):
         yf.ops.concat([x, torch.zeros(1, 4, 3, 4)])
 
 

@@ -19,7 +19,6 @@ from tests.ops.feature_maps import (
     outputs_and_gradients,
     threads,
 )
-from yolov9_fast.ops._backend import select, why_not
 from yolov9_fast.ops._conv1x1 import (
     OPERATOR,
     PAIR,
@@ -31,7 +30,7 @@ from yolov9_fast.ops._conv1x1 import (
 )
 
 BACKENDS = backends(OPERATOR, "conv1x1")
-needs_cpu = pytest.mark.skipif(why_not(OPERATOR, "cpu") is not None, reason=str(why_not(OPERATOR, "cpu")))
+needs_cpu = pytest.mark.skipif(OPERATOR.why_not("cpu") is not None, reason=str(OPERATOR.why_not("cpu")))
 
 
 def weight_of(outputs: int, inputs: int, dtype: torch.dtype = torch.float32, seed: int = 5) -> Tensor:
@@ -216,11 +215,11 @@ def test_the_graph_can_be_used_twice_and_saved_tensors_are_untouched() -> None:
 def test_auto_leaves_dense_maps_and_large_weights_to_the_framework() -> None:
     dense, sliced = feature_map(1, 8, 4, 4), feature_map(1, 8, 4, 4, sliced=True)
     large = feature_map(1, 512, 2, 2, sliced=True)
-    assert select(OPERATOR, [dense], weight_of(4, 8), None, None) is conv1x1_reference
-    assert select(OPERATOR, [large], weight_of(256, 512), None, None) is conv1x1_reference
-    assert select(PAIR, large, weight_of(256, 512), weight_of(256, 512)) is conv1x1_pair_reference
-    if why_not(OPERATOR, "cpu") is None:
-        assert select(OPERATOR, [sliced], weight_of(4, 8), None, None) is not conv1x1_reference
+    assert OPERATOR.select([dense], weight_of(4, 8), None, None) is conv1x1_reference
+    assert OPERATOR.select([large], weight_of(256, 512), None, None) is conv1x1_reference
+    assert PAIR.select(large, weight_of(256, 512), weight_of(256, 512)) is conv1x1_pair_reference
+    if OPERATOR.why_not("cpu") is None:
+        assert OPERATOR.select([sliced], weight_of(4, 8), None, None) is not conv1x1_reference
 
 
 @pytest.mark.parametrize("call", [conv, lambda weight, bias, x: yf.ops.conv1x1_pair(x, weight, weight)[1]])
@@ -259,21 +258,21 @@ def test_a_second_derivative_is_refused() -> None:
 
 def test_wrong_arguments_are_named() -> None:
     x, weight = torch.zeros(1, 3, 4, 4), torch.zeros(5, 3, 1, 1)
-    with pytest.raises(ValueError, match="conv1x1: inputs must hold at least one map"):
+    with pytest.raises(ValueError, match=r"^inputs: expected at least one map"):
         yf.ops.conv1x1([], weight)
-    with pytest.raises(ValueError, match=r"conv1x1: weight must have shape \[O, 6, 1, 1\], got \[5, 3, 1, 1\]"):
+    with pytest.raises(ValueError, match=r"^weight: expected \[O, 6, 1, 1\], got \[5, 3, 1, 1\]"):
         yf.ops.conv1x1([x, x], weight)
-    with pytest.raises(ValueError, match=r"conv1x1: inputs\[1\] must agree with inputs\[0\]"):
+    with pytest.raises(ValueError, match=r"^inputs\[1\]: expected the shape of inputs\[0\]"):
         yf.ops.conv1x1([x, torch.zeros(1, 3, 4, 5)], weight)
-    with pytest.raises(ValueError, match=r"conv1x1: bias must have shape \[5\], got \[4\]"):
+    with pytest.raises(ValueError, match=r"^bias: expected \[5\], got \[4\]"):
         yf.ops.conv1x1(x, weight, torch.zeros(4))
-    with pytest.raises(TypeError, match="must have one dtype"):
+    with pytest.raises(TypeError, match="expected one dtype"):
         yf.ops.conv1x1(x.double(), weight)
-    with pytest.raises(ValueError, match=r"conv1x1: out must be \[1, 5, 4, 4\]"):
+    with pytest.raises(ValueError, match=r"^out: expected \[1, 5, 4, 4\]"):
         yf.ops.conv1x1(x, weight, out=x)
     with pytest.raises(ValueError, match="one device"):
         yf.ops.conv1x1(x.to("meta"), weight)
-    with pytest.raises(TypeError, match=r"conv1x1: inputs\[0\] must be a tensor, got int"):
+    with pytest.raises(TypeError, match=r"^inputs\[0\]: expected a tensor of .*, got int"):
         yf.ops.conv1x1([3], weight)  # type: ignore[list-item]
 
 

@@ -33,7 +33,7 @@ def test_the_side_is_the_mean_of_its_distribution() -> None:
     assert decode([level], strides=[32])[0, 2:4, 0].tolist() == pytest.approx([15 * 32.0, 15 * 32.0])
 
 
-def test_anchors_run_level_by_level_and_row_by_row() -> None:
+def test_anchors_are_ordered_by_level_row_and_column() -> None:
     points, stride = anchor_points([(2, 3), (1, 1)], [8, 16])
     assert points.tolist() == [[0.5, 0.5], [1.5, 0.5], [2.5, 0.5], [0.5, 1.5], [1.5, 1.5], [2.5, 1.5], [0.5, 0.5]]
     assert stride[:, 0].tolist() == [8.0] * 6 + [16.0]
@@ -55,12 +55,12 @@ def test_low_precision_maps_are_decoded_in_float32(dtype: torch.dtype) -> None:
     assert torch.equal(out, expected)
 
 
-def test_gradient_is_right() -> None:
+def test_gradient_equals_finite_differences() -> None:
     level = torch.randn(1, 66, 1, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     assert torch.autograd.gradcheck(lambda x: decode([x], strides=[8]), level.requires_grad_())
 
 
-def test_it_traces_whole() -> None:
+def test_it_traces_in_one_graph() -> None:
     maps = random_maps()
     compiled = torch.compile(decode, fullgraph=True, backend="eager")
     torch.testing.assert_close(compiled(maps), decode(maps))
@@ -86,7 +86,7 @@ def test_ciou_by_hand() -> None:
     assert ciou(a, a).item() == pytest.approx(1, abs=1e-6)
     # Same shape, moved by (1, 1): IoU 1/7, centre distance² 2, enclosing diagonal² 18.
     assert ciou(a, a + 1).item() == pytest.approx(1 / 7 - 2 / 18, abs=1e-6)
-    # Apart: the distance alone counts.
+    # Disjoint: only the distance counts.
     assert ciou(a, a + 4).item() == pytest.approx(-32 / 72, abs=1e-6)
     # Another shape, same centre: IoU 1/2, v by its definition.
     wide = torch.tensor([-1.0, 0.0, 3.0, 2.0], dtype=torch.float64)
@@ -94,12 +94,12 @@ def test_ciou_by_hand() -> None:
     assert ciou(a, wide).item() == pytest.approx(0.5 - v * v / (v - 0.5 + 1), abs=1e-6)
 
 
-def test_ciou_gradient_is_right_with_its_alpha_held_fixed() -> None:
-    # Equal aspect ratios: v and its gradient vanish, so the whole function is differentiable as written.
+def test_ciou_gradient_equals_finite_differences_with_alpha_constant() -> None:
+    # Equal aspect ratios: v and its gradient vanish, so that α does not matter.
     a = torch.tensor([[0.0, 0.0, 2.0, 2.0], [1.0, 1.0, 5.0, 3.0]], dtype=torch.float64)
     b = torch.tensor([[1.0, 0.5, 3.0, 2.5], [2.0, 1.5, 6.0, 3.5]], dtype=torch.float64)
     assert torch.autograd.gradcheck(lambda x: ciou(x, b), a.requires_grad_(), atol=1e-4)
-    # Other ratios: against the same formula with α as a number.
+    # Other ratios: finite differences of the formula with a constant α.
     tall = torch.tensor([0.0, 0.0, 2.0, 5.0], dtype=torch.float64, requires_grad=True)
     square = torch.tensor([0.0, 0.0, 3.0, 3.0], dtype=torch.float64)
     (gradient,) = torch.autograd.grad(ciou(tall, square), tall)

@@ -13,16 +13,15 @@ import yolov9_fast as yf
 from tests.ops import emulated
 from yolov9_fast.ops import _library as library
 from yolov9_fast.ops import decode
-from yolov9_fast.ops._backend import why_not
 from yolov9_fast.ops._decode import (
     OPERATOR,
     decode_for_assignment,
     decode_for_assignment_reference,
     decode_reference,
-    rows_in_step,
+    with_one_pixel_stride,
 )
 
-REASON = why_not(OPERATOR, "cpu")
+REASON = OPERATOR.why_not("cpu")
 pytestmark = pytest.mark.skipif(REASON is not None, reason=f"no compiled decode: {REASON}")
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -74,7 +73,7 @@ def test_error_against_float64_is_at_most_twice_that_of_eager(dtype: torch.dtype
             assert error <= 2 * own + 1.2e-7 * exact[:, part].abs().max(), seed
 
 
-def test_float64_stays() -> None:
+def test_float64_maps_are_decoded_in_float64() -> None:
     for seed in range(50):
         maps, strides = random_maps(20_000 + seed, torch.float64)
         with yf.backend("cpu"):
@@ -84,11 +83,11 @@ def test_float64_stays() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize(("threads", "shuffle"), [(1, 0), (37, 1), (256, 2)])
-def test_emulated_blocks_give_the_bits_of_the_cpu(dtype: torch.dtype, threads: int, shuffle: int) -> None:
+def test_emulated_blocks_are_bitwise_identical_to_the_cpu(dtype: torch.dtype, threads: int, shuffle: int) -> None:
     operators = emulated.operators()
     for seed in range(15):
         maps, strides = random_maps(30_000 + seed, dtype)
-        maps = [rows_in_step(level) for level in maps]
+        maps = [with_one_pixel_stride(level) for level in maps]
         labels = torch.randint(0, maps[0].shape[1] - 64, (maps[0].shape[0], seed % 4))
         with yf.backend("cpu"):
             assert torch.equal(operators.decode(maps, strides, threads, shuffle), decode(maps, strides))
@@ -111,11 +110,11 @@ def test_the_assignment_gets_the_scores_of_its_ground_truths(dtype: torch.dtype)
         assert torch.equal(got.points, own.points)
         assert got.scores.shape[2] == max(1, min(labels.shape[1], classes))
         for image in range(batch):
-            mine, theirs = got.scores[image][:, got.columns[image]], own.scores[image][:, own.columns[image]]
-            torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=1e-7)
+            found, expected = (each.scores[image][:, each.columns[image]] for each in (got, own))
+            torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-7)
 
 
-def test_scores_lie_class_by_class_and_boxes_dense() -> None:
+def test_scores_of_a_class_are_adjacent_and_boxes_contiguous() -> None:
     maps, strides = random_maps(1)
     with yf.backend("cpu"):
         got = decode_for_assignment(maps, torch.zeros(maps[0].shape[0], 1, dtype=torch.long), strides)
@@ -131,7 +130,7 @@ def test_a_label_beyond_the_classes_is_an_error() -> None:
         decode_for_assignment([torch.cat((level, level[:, -2:]), 1) for level in maps], labels, strides)
 
 
-def test_labels_of_another_batch_are_named() -> None:
+def test_labels_of_another_batch_size_are_named() -> None:
     maps, strides = random_maps(1)
     with pytest.raises(ValueError, match=r"^labels: expected \["):
         decode_for_assignment(maps, torch.zeros(9, 1, dtype=torch.long), strides)
@@ -139,7 +138,7 @@ def test_labels_of_another_batch_are_named() -> None:
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("channel", [0, 40, 64])
-def test_values_that_are_not_finite_give_what_eager_gives(bad: float, channel: int) -> None:
+def test_values_that_are_not_finite_agree_with_eager(bad: float, channel: int) -> None:
     level = torch.randn(1, 66, 3, 3, generator=torch.Generator().manual_seed(0))
     level[0, channel, 1, 1] = bad
     with yf.backend("cpu"):
@@ -147,7 +146,7 @@ def test_values_that_are_not_finite_give_what_eager_gives(bad: float, channel: i
     torch.testing.assert_close(out, decode_reference([level], [8]), equal_nan=True)
 
 
-def test_threads_change_no_bit() -> None:
+def test_the_result_does_not_depend_on_the_number_of_threads() -> None:
     maps = [torch.randn(4, 90, s, s) for s in (40, 20, 10)]
     before, results = torch.get_num_threads(), []
     try:
@@ -166,21 +165,21 @@ def test_a_batch_without_images_is_empty() -> None:
         assert decode([torch.zeros(0, 67, 2, 2)], [8]).shape == (0, 7, 4)
 
 
-def test_the_compiled_form_refuses_a_gradient_and_auto_goes_round_it() -> None:
+def test_the_compiled_kernel_refuses_a_gradient_and_auto_runs_eager() -> None:
     level = torch.randn(1, 66, 2, 2, requires_grad=True)
     with yf.backend("cpu"), pytest.raises(RuntimeError, match="no gradient"):
         decode([level], [8])
     assert decode([level], [8]).requires_grad
 
 
-def test_cuda_asked_for_on_the_cpu_raises() -> None:
+def test_backend_cuda_with_tensors_on_the_cpu_raises() -> None:
     with yf.backend("cuda"), pytest.raises(RuntimeError, match="cannot run"):
         decode([torch.zeros(1, 66, 2, 2)], [8])
 
 
 def test_opcheck() -> None:
     maps, strides = random_maps(4)
-    maps = [rows_in_step(level) for level in maps]
+    maps = [with_one_pixel_stride(level) for level in maps]
     torch.library.opcheck(torch.ops.yolov9_fast.decode_forward.default, (maps, strides))
     for labels in (None, torch.zeros(maps[0].shape[0], 2, dtype=torch.long)):
         torch.library.opcheck(torch.ops.yolov9_fast.decode_for_assignment.default, (maps, labels, strides))
@@ -204,15 +203,15 @@ def test_the_cuda_part_loads_without_a_gpu(name: str) -> None:
 @needs_gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_cuda_agrees_with_the_cpu_and_waits_for_nothing(dtype: torch.dtype, layout: torch.memory_format) -> None:
+def test_cuda_agrees_with_the_cpu_and_does_not_synchronise(dtype: torch.dtype, layout: torch.memory_format) -> None:
     maps = [torch.randn(8, 144, s, s).to(dtype).to(memory_format=layout) for s in (80, 40, 20)]
-    there, labels = [level.cuda() for level in maps], torch.randint(0, 80, (8, 20))
-    far = labels.cuda()
+    maps_cuda, labels = [level.cuda() for level in maps], torch.randint(0, 80, (8, 20))
+    labels_cuda = labels.cuda()
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
         with yf.backend("cuda"):
-            out, got = decode(there), decode_for_assignment(there, far)
+            out, got = decode(maps_cuda), decode_for_assignment(maps_cuda, labels_cuda)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     with yf.backend("cpu"):

@@ -1,4 +1,4 @@
-"""detection_loss: each term by hand, its gradients, and what it does without objects."""
+"""detection_loss: each term by hand, its gradients, and batches without objects."""
 
 from __future__ import annotations
 
@@ -36,21 +36,21 @@ def by_loops(level: Tensor, assignment: Assignment, labels: Tensor, boxes: Tenso
         for anchor in range(6):
             row, column = divmod(anchor, 3)
             raw = level[image, :, row, column]
-            truth, weight = int(assignment.gt_index[image, anchor]), assignment.weight[image, anchor].item()
+            gt, weight = int(assignment.gt_index[image, anchor]), assignment.weight[image, anchor].item()
             for label in range(3):
-                target = weight if truth >= 0 and int(labels[image, truth]) == label else 0.0
+                target = weight if gt >= 0 and int(labels[image, gt]) == label else 0.0
                 p = raw[64 + label].sigmoid().item()
                 cls -= target * math.log(p) + (1 - target) * math.log(1 - p)
-            if truth < 0:
+            if gt < 0:
                 continue
             bins = raw[:64].view(4, 16).softmax(1)
             sides = (bins * torch.arange(16)).sum(1).tolist()
             x, y = column + 0.5, row + 0.5
-            wanted = (boxes[image, truth] / 8).tolist()
+            target_box = (boxes[image, gt] / 8).tolist()
             predicted = [x - sides[0], y - sides[1], x + sides[2], y + sides[3]]
-            as_double = [torch.tensor(each, dtype=torch.float64) for each in (predicted, wanted)]
+            as_double = [torch.tensor(each, dtype=torch.float64) for each in (predicted, target_box)]
             box += weight * (1 - ciou(*as_double).item())
-            distances = (x - wanted[0], y - wanted[1], wanted[2] - x, wanted[3] - y)
+            distances = (x - target_box[0], y - target_box[1], target_box[2] - x, target_box[3] - y)
             for side, distance in enumerate(distances):
                 distance = min(max(distance, 0.0), 14.99)
                 low = int(distance)
@@ -65,9 +65,9 @@ def test_terms_equal_their_formulas() -> None:
     assert result.tolist() == pytest.approx(by_loops(maps[0], *rest), rel=1e-9)
 
 
-def test_gradient_of_class_and_dfl_is_right() -> None:
+def test_gradient_of_class_and_dfl_equals_finite_differences() -> None:
     maps, *rest = case()
-    # The box term is left out: complete IoU holds its α fixed, so its gradient is not that of its value.
+    # Without the box term: complete IoU treats α as a constant, so its gradient is not that of its value.
     assert torch.autograd.gradcheck(lambda x: detection_loss([x], *rest, strides=STRIDES)[1:], maps[0].requires_grad_())
 
 
@@ -81,14 +81,14 @@ def test_dfl_by_hand() -> None:
     assert torch.autograd.gradcheck(lambda x: dfl_loss(x, distance), bins.requires_grad_())
 
 
-def test_boxes_beyond_the_bins_ask_for_the_last_one() -> None:
+def test_distances_beyond_the_bins_learn_the_last_one() -> None:
     bins = torch.zeros(1, 4, 16, requires_grad=True)
     dfl_loss(bins, torch.full((1, 4), 40.0)).sum().backward()
     assert bins.grad is not None
     assert bins.grad[0, 0].argmin() == 15
 
 
-def test_without_objects_only_the_classes_learn() -> None:
+def test_without_objects_only_class_logits_have_a_gradient() -> None:
     maps, assignment, *_ = case()
     nothing = Assignment(torch.full_like(assignment.gt_index, -1), torch.zeros_like(assignment.weight))
     level = maps[0].requires_grad_()
@@ -146,9 +146,9 @@ def test_label_smoothing_spreads_an_assigned_anchors_target() -> None:
     assert (smooth - plain)[1].item() == pytest.approx(change)
 
 
-def test_what_does_not_fit_is_named() -> None:
+def test_an_argument_that_does_not_fit_is_named() -> None:
     maps, assignment, labels, boxes, normaliser = case()
-    with pytest.raises(ValueError, match=r"^assignment: expected"):
+    with pytest.raises(ValueError, match=r"^assignment.gt_index: expected"):
         wrong = Assignment(assignment.gt_index[:, :5], assignment.weight)
         detection_loss(maps, wrong, labels, boxes, normaliser, strides=STRIDES)
     with pytest.raises(ValueError, match=r"^gt_boxes: expected"):

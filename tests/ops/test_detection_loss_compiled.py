@@ -15,11 +15,10 @@ import yolov9_fast as yf
 from tests.ops import emulated
 from yolov9_fast.ops import Assignment, detection_loss
 from yolov9_fast.ops import _library as library
-from yolov9_fast.ops._backend import why_not
-from yolov9_fast.ops._decode import rows_in_step
+from yolov9_fast.ops._decode import with_one_pixel_stride
 from yolov9_fast.ops._detection_loss import OPERATOR, LossOptions, detection_loss_reference
 
-REASON = why_not(OPERATOR, "cpu")
+REASON = OPERATOR.why_not("cpu")
 pytestmark = pytest.mark.skipif(REASON is not None, reason=f"no compiled detection_loss: {REASON}")
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -33,7 +32,7 @@ class Case(NamedTuple):
     options: LossOptions
 
     def to(self, dtype: torch.dtype) -> Case:
-        """The same numbers in `dtype`; the maps keep their layout."""
+        """The same values in `dtype`; the maps keep their memory format."""
         weight = self.assignment.weight.to(dtype)
         return Case(
             [level.to(dtype) for level in self.maps],
@@ -47,15 +46,15 @@ class Case(NamedTuple):
     def fixed(self) -> tuple[Assignment, Tensor, Tensor, Tensor]:
         return self.assignment, self.labels, self.boxes, self.normaliser
 
-    def in_step(self) -> list[Tensor]:
-        return [rows_in_step(level) for level in self.maps]
+    def kernel_maps(self) -> list[Tensor]:
+        return [with_one_pixel_stride(level) for level in self.maps]
 
-    def raw(self) -> tuple[object, ...]:
-        """The arguments of the raw operators after the maps."""
-        return *self.assignment, self.labels, self.boxes, self.normaliser, *self.options[:4], self.options.gains
+    def kernel_arguments(self) -> tuple[object, ...]:
+        """The arguments of the kernels after the maps."""
+        return *self.assignment, self.labels, self.boxes, self.normaliser, *self.options
 
 
-def laid_out(level: Tensor, layout: str) -> Tensor:
+def in_layout(level: Tensor, layout: str) -> Tensor:
     if layout == "channels_last":
         return level.to(memory_format=torch.channels_last)
     if layout == "slice":  # channels out of a wider map
@@ -71,21 +70,21 @@ def laid_out(level: Tensor, layout: str) -> Tensor:
 
 def random_case(seed: int, dtype: torch.dtype = torch.float32) -> Case:
     draw, generator = random.Random(seed), torch.Generator().manual_seed(seed)
-    batch, classes, truths = draw.randint(1, 3), draw.choice((1, 2, 3, 17, 33)), draw.choice((0, 1, 1, 4))
+    batch, classes, objects = draw.randint(1, 3), draw.choice((1, 2, 3, 17, 33)), draw.choice((0, 1, 1, 4))
     strides = tuple((8, 16, 32)[: draw.randint(1, 3)])
     sizes = [(draw.randint(1, 5), draw.randint(1, 5)) for _ in strides]
     layout = draw.choice(("contiguous", "channels_last", "slice", "crop"))
     spread = draw.choice((0.1, 1.0, 4.0, 30.0))
     maps = [
-        laid_out((torch.randn(batch, 64 + classes, *size, generator=generator) * spread).to(dtype), layout)
+        in_layout((torch.randn(batch, 64 + classes, *size, generator=generator) * spread).to(dtype), layout)
         for size in sizes
     ]
     anchors = sum(h * w for h, w in sizes)
-    assigned = (torch.rand(batch, anchors, generator=generator) < draw.random()) & (truths > 0)
-    index = torch.randint(0, max(truths, 1), (batch, anchors), generator=generator)
+    assigned = (torch.rand(batch, anchors, generator=generator) < draw.random()) & (objects > 0)
+    index = torch.randint(0, max(objects, 1), (batch, anchors), generator=generator)
     weight = torch.rand(batch, anchors, generator=generator) * draw.choice((0.0, 1.0, 1.0))
-    corner = torch.rand(batch, truths, 2, generator=generator) * 40 - 5
-    side = torch.rand(batch, truths, 2, generator=generator) * draw.choice((0.0, 30.0, 600.0))
+    corner = torch.rand(batch, objects, 2, generator=generator) * 40 - 5
+    side = torch.rand(batch, objects, 2, generator=generator) * draw.choice((0.0, 30.0, 600.0))
     real = torch.promote_types(dtype, torch.float32)
     options = LossOptions(
         strides,
@@ -97,7 +96,7 @@ def random_case(seed: int, dtype: torch.dtype = torch.float32) -> Case:
     return Case(
         maps,
         Assignment(torch.where(assigned, index, -1), (weight * assigned).to(real)),
-        torch.randint(0, classes, (batch, truths), generator=generator),
+        torch.randint(0, classes, (batch, objects), generator=generator),
         torch.cat((corner, corner + side), 2).to(real),
         torch.tensor(draw.choice((1.0, 3.7)), dtype=real),
         options,
@@ -107,8 +106,8 @@ def random_case(seed: int, dtype: torch.dtype = torch.float32) -> Case:
 def eager(case: Case, upstream: Tensor | None = None) -> tuple[Tensor, list[Tensor]]:
     leaves = [level.detach().clone().requires_grad_() for level in case.maps]
     items = detection_loss_reference(leaves, *case.fixed(), case.options)
-    coming = torch.ones_like(items) if upstream is None else upstream.to(items.dtype)
-    return items.detach(), list(torch.autograd.grad(items, leaves, coming))
+    d_items = torch.ones_like(items) if upstream is None else upstream.to(items.dtype)
+    return items.detach(), list(torch.autograd.grad(items, leaves, d_items))
 
 
 def compiled(case: Case, upstream: Tensor | None = None, backend: str = "cpu") -> tuple[Tensor, list[Tensor]]:
@@ -124,8 +123,17 @@ def compiled(case: Case, upstream: Tensor | None = None, backend: str = "cpu") -
             focal_gamma=gamma,
             gains=gains,
         )
-    coming = torch.ones_like(items) if upstream is None else upstream.to(items.dtype)
-    return items.detach(), list(torch.autograd.grad(items, leaves, coming))
+    d_items = torch.ones_like(items) if upstream is None else upstream.to(items.dtype)
+    return items.detach(), list(torch.autograd.grad(items, leaves, d_items))
+
+
+def by_blocks(
+    case: Case, gradient: bool, threads: int, shuffle: int, upstream: Tensor | None = None
+) -> tuple[Tensor, list[Tensor]]:
+    """Items and gradients by emulated CUDA blocks of `threads`, in an order given by `shuffle`."""
+    operator = emulated.operators().detection_loss
+    items, gradients = operator(upstream, case.kernel_maps(), *case.kernel_arguments(), gradient, threads, shuffle)
+    return items, gradients
 
 
 def errors(got: Sequence[Tensor], exact: Sequence[Tensor]) -> Tensor:
@@ -133,7 +141,7 @@ def errors(got: Sequence[Tensor], exact: Sequence[Tensor]) -> Tensor:
 
 
 def assert_as_good_as_eager(got: tuple[Tensor, list[Tensor]], case: Case, upstream: Tensor | None = None) -> None:
-    """No error beyond twice that of eager in the same dtype, both against float64, and float32's own rounding."""
+    """The error against float64 is at most twice that of eager in the same dtype, plus float32's rounding."""
     items, gradients = got
     exact_items, exact_gradients = eager(case.to(torch.float64), upstream)
     own_items, own_gradients = eager(case, upstream)
@@ -176,7 +184,7 @@ def test_float64_maps_are_computed_in_float64() -> None:
 
 def test_gradcheck_in_float64() -> None:
     case = random_case(5, torch.float64)
-    # The box term is left out: complete IoU holds its α fixed, so its gradient is not that of its value.
+    # Without the box term: complete IoU treats α as a constant, so its gradient is not that of its value.
     with yf.backend("cpu"):
         maps = [level.detach().contiguous().requires_grad_() for level in case.maps[:1]]
         anchors = maps[0].shape[2] * maps[0].shape[3]
@@ -190,20 +198,16 @@ def test_gradcheck_in_float64() -> None:
 def test_emulated_blocks_agree_with_the_cpu(threads: int, shuffle: int) -> None:
     for seed in range(75):
         case = random_case(30_000 + seed)
-        items, gradients = emulated.operators().detection_loss(
-            None, case.in_step(), *case.raw(), True, threads, shuffle
-        )
+        items, gradients = by_blocks(case, True, threads, shuffle)
         expected, own = compiled(case)
         torch.testing.assert_close(items, expected, rtol=3e-6, atol=1e-6)
         for a, b in zip(gradients, own, strict=True):
             assert torch.equal(a, b)
         upstream = torch.tensor([0.5, 2.0, 3.0])
-        _, gradients = emulated.operators().detection_loss(
-            upstream, case.in_step(), *case.raw(), True, threads, shuffle
-        )
+        _, gradients = by_blocks(case, True, threads, shuffle, upstream)
         for a, b in zip(gradients, compiled(case, upstream)[1], strict=True):
             assert torch.equal(a, b)
-        alone, none = emulated.operators().detection_loss(None, case.in_step(), *case.raw(), False, threads, shuffle)
+        alone, none = by_blocks(case, False, threads, shuffle)
         assert torch.equal(alone, items)
         assert not none
 
@@ -212,7 +216,7 @@ def test_emulated_blocks_agree_with_the_cpu(threads: int, shuffle: int) -> None:
 def test_emulated_blocks_take_every_dtype(dtype: torch.dtype) -> None:
     for seed in range(20):
         case = random_case(40_000 + seed, dtype)
-        items, gradients = emulated.operators().detection_loss(None, case.in_step(), *case.raw(), True, 64, 1)
+        items, gradients = by_blocks(case, True, 64, 1)
         torch.testing.assert_close(items, compiled(case)[0], rtol=3e-6, atol=1e-6)
         for level, each in zip(case.maps, gradients, strict=True):
             assert each.dtype == dtype
@@ -221,14 +225,14 @@ def test_emulated_blocks_take_every_dtype(dtype: torch.dtype) -> None:
 
 def test_an_index_out_of_range_is_an_error_on_the_cpu_and_nan_on_the_gpu() -> None:
     case = next(each for each in map(random_case, range(100)) if (each.assignment.gt_index >= 0).any())
-    wild = case._replace(labels=torch.full_like(case.labels, 1000))
+    invalid = case._replace(labels=torch.full_like(case.labels, 1000))
     with pytest.raises(RuntimeError):
-        compiled(wild)
-    items, _ = emulated.operators().detection_loss(None, wild.in_step(), *wild.raw(), False, 32, 0)
+        compiled(invalid)
+    items, _ = by_blocks(invalid, False, 32, 0)
     assert items[1].isnan()
 
 
-def test_gradients_lie_as_their_maps() -> None:
+def test_gradients_have_the_memory_format_of_their_maps() -> None:
     level = torch.randn(2, 70, 4, 3).to(memory_format=torch.channels_last)
     case = Case([level], Assignment(torch.full((2, 12), -1), torch.zeros(2, 12)), torch.zeros(2, 0, dtype=torch.long),
                 torch.zeros(2, 0, 4), torch.tensor(1.0), LossOptions((8,)))  # fmt: skip
@@ -238,7 +242,7 @@ def test_gradients_lie_as_their_maps() -> None:
     assert torch.equal(compiled(plain)[1][0], compiled(case)[1][0])
 
 
-def test_without_objects_the_bins_learn_nothing() -> None:
+def test_without_objects_the_bins_have_no_gradient() -> None:
     level = torch.randn(2, 67, 3, 3)
     case = Case([level], Assignment(torch.full((2, 9), -1), torch.zeros(2, 9)), torch.zeros(2, 0, dtype=torch.long),
                 torch.zeros(2, 0, 4), torch.tensor(1.0), LossOptions((8,)))  # fmt: skip
@@ -253,13 +257,13 @@ def test_a_batch_without_images_is_zero() -> None:
     case = Case([torch.zeros(0, 67, 3, 3)], nothing, torch.zeros(0, 2, dtype=torch.long), torch.zeros(0, 2, 4),
                 torch.tensor(1.0), LossOptions((8,)))  # fmt: skip
     assert compiled(case)[0].tolist() == [0, 0, 0]
-    assert emulated.operators().detection_loss(None, case.in_step(), *case.raw(), True, 32, 0)[0].tolist() == [0, 0, 0]
+    assert by_blocks(case, True, 32, 0)[0].tolist() == [0, 0, 0]
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("channel", [0, 20, 64, 66])
 @pytest.mark.parametrize("focal_gamma", [0.0, 2.0])
-def test_logits_that_are_not_finite_give_what_eager_gives(bad: float, channel: int, focal_gamma: float) -> None:
+def test_logits_that_are_not_finite_agree_with_eager(bad: float, channel: int, focal_gamma: float) -> None:
     level = torch.randn(1, 67, 2, 2, generator=torch.Generator().manual_seed(0))
     level[0, channel, 0, 0] = bad
     index = torch.tensor([[0, 0, -1, -1]])
@@ -275,7 +279,7 @@ def test_logits_that_are_not_finite_give_what_eager_gives(bad: float, channel: i
         assert torch.equal(gradient.isnan(), own_gradient.isnan())
 
 
-def test_threads_change_no_bit() -> None:
+def test_the_result_does_not_depend_on_the_number_of_threads() -> None:
     generator = torch.Generator().manual_seed(0)
     maps = [torch.randn(4, 144, s, s, generator=generator) for s in (40, 20, 10)]
     index = torch.where(torch.rand(4, 2100, generator=generator) < 0.1, 0, -1)
@@ -294,7 +298,7 @@ def test_threads_change_no_bit() -> None:
         assert all(torch.equal(a, b) for a, b in zip(gradients, results[0][1], strict=True))
 
 
-def test_the_gradient_is_handed_over_once_and_computed_again_after_that() -> None:
+def test_a_second_backward_computes_the_gradient_again() -> None:
     case = random_case(7)
     leaves = [level.detach().requires_grad_() for level in case.maps]
     with yf.backend("cpu"):
@@ -314,7 +318,7 @@ def test_a_second_derivative_is_refused() -> None:
     leaves = [level.detach().requires_grad_() for level in case.maps]
     with yf.backend("cpu"):
         total = detection_loss(leaves, *case.fixed(), strides=case.options.strides).sum()
-    with pytest.raises(RuntimeError, match="detection_loss: the compiled form has no second derivative"):
+    with pytest.raises(RuntimeError, match="detection_loss: compiled kernels have no second derivative"):
         torch.autograd.grad(total, leaves, create_graph=True)
 
 
@@ -327,7 +331,7 @@ def test_gains_scale_the_items_on_every_backend() -> None:
         torch.testing.assert_close(compiled(gained, backend=name)[0], compiled(plain, backend=name)[0] * factors)
 
 
-def test_cuda_asked_for_on_the_cpu_raises() -> None:
+def test_backend_cuda_with_tensors_on_the_cpu_raises() -> None:
     with pytest.raises(RuntimeError, match="cannot run"):
         compiled(random_case(0), backend="cuda")
 
@@ -336,8 +340,10 @@ def test_cuda_asked_for_on_the_cpu_raises() -> None:
 def test_opcheck(gradient: bool) -> None:
     case = random_case(3)
     ops = torch.ops.yolov9_fast
-    torch.library.opcheck(ops.detection_loss_forward.default, (case.in_step(), *case.raw(), gradient))
-    torch.library.opcheck(ops.detection_loss_backward.default, (torch.ones(3), case.in_step(), *case.raw()))
+    torch.library.opcheck(ops.detection_loss_forward.default, (case.kernel_maps(), *case.kernel_arguments(), gradient))
+    torch.library.opcheck(
+        ops.detection_loss_backward.default, (torch.ones(3), case.kernel_maps(), *case.kernel_arguments())
+    )
 
 
 @pytest.mark.slow
@@ -367,7 +373,7 @@ def test_the_cuda_part_loads_without_a_gpu(name: str) -> None:
 
 def full_size(dtype: torch.dtype, layout: str, device: str) -> Case:
     generator = torch.Generator().manual_seed(0)
-    maps = [laid_out(torch.randn(8, 144, s, s, generator=generator).to(dtype), layout) for s in (80, 40, 20)]
+    maps = [in_layout(torch.randn(8, 144, s, s, generator=generator).to(dtype), layout) for s in (80, 40, 20)]
     index = torch.where(torch.rand(8, 8400, generator=generator) < 0.02, 0, -1)
     weight = torch.rand(8, 8400, generator=generator) * (index == 0)
     boxes = torch.tensor([[[10.0, 20.0, 400.0, 350.0]]]).repeat(8, 1, 1)
@@ -385,15 +391,15 @@ def full_size(dtype: torch.dtype, layout: str, device: str) -> Case:
 @needs_gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-def test_cuda_agrees_with_the_cpu_and_waits_for_nothing(dtype: torch.dtype, layout: str) -> None:
-    here, there = (full_size(dtype, layout, device) for device in ("cpu", "cuda"))
+def test_cuda_agrees_with_the_cpu_and_does_not_synchronise(dtype: torch.dtype, layout: str) -> None:
+    on_cpu, on_cuda = (full_size(dtype, layout, device) for device in ("cpu", "cuda"))
     for upstream in (None, torch.tensor([0.5, 2.0, 3.0])):
-        expected = compiled(here, upstream)
-        coming = None if upstream is None else upstream.cuda()
+        expected = compiled(on_cpu, upstream)
+        d_items = None if upstream is None else upstream.cuda()
         torch.cuda.synchronize()
         torch.cuda.set_sync_debug_mode("error")
         try:
-            items, gradients = compiled(there, coming, "cuda")
+            items, gradients = compiled(on_cuda, d_items, "cuda")
         finally:
             torch.cuda.set_sync_debug_mode("default")
         torch.testing.assert_close(items.cpu(), expected[0], rtol=1e-5, atol=0)

@@ -62,5 +62,5 @@ def test_a_defined_operator_runs_and_traces_without_a_compiled_form() -> None:
     x = torch.arange(3.0)
     assert torch.equal(double(x), x * 2)
     assert double(x.to("meta")).shape == (3,)
-    assert library.missing("test_double", "cpu") is not None
+    assert library.why_not_compiled("test_double", "cpu") is not None
     torch.library.opcheck(torch.ops.yolov9_fast.test_double.default, (x,))

@@ -1,4 +1,4 @@
-"""nms: the published survivors exactly, small cases by hand, and a greedy loop in numpy."""
+"""nms: the published results exactly, small cases by hand, and a greedy loop in numpy."""
 
 from __future__ import annotations
 
@@ -18,16 +18,15 @@ from torch import Tensor
 
 import yolov9_fast as yf
 from yolov9_fast.ops import Detections, nms
-from yolov9_fast.ops._backend import why_not
 from yolov9_fast.ops._nms import OPERATOR
 
-CPU_REASON = why_not(OPERATOR, "cpu")
+CPU_REASON = OPERATOR.why_not("cpu")
 needs_cpu = pytest.mark.skipif(CPU_REASON is not None, reason=f"no compiled nms: {CPU_REASON}")
 
 
 @pytest.fixture(params=["eager", pytest.param("cpu", marks=needs_cpu)], autouse=True)
 def chosen_backend(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Every test of this file holds for every backend."""
+    """Runs every test of this file on every backend."""
     with yf.backend(request.param):
         yield
 
@@ -38,7 +37,7 @@ def prediction(rows: list[tuple[tuple[float, float, float, float], tuple[float, 
     return torch.tensor([[*box, *scores] for box, (_, scores) in zip(boxes, rows, strict=True)]).T[None]
 
 
-def survivors(result: Detections, image: int = 0) -> list[tuple[float, int]]:
+def kept_rows(result: Detections, image: int = 0) -> list[tuple[float, int]]:
     """(score, class) of an image, in order."""
     rows = result.boxes[image, : int(result.count[image])].tolist()
     return [(round(row[4], 4), int(row[5])) for row in rows]
@@ -50,7 +49,7 @@ HALF = (0.0, 0.0, 10.0, 5.0)  # IoU with UNIT exactly 0.5
 
 
 @pytest.mark.parametrize("case", ["val", "predict", "agnostic", "classes"])
-def test_equals_the_published_survivors(golden_folder: Path, case: str) -> None:
+def test_equals_the_published_result(golden_folder: Path, case: str) -> None:
     golden = np.load(golden_folder / f"ops/nms_{case}.npz")
     options: dict[str, Any] = ast.literal_eval(str(golden["kwargs"]))
     options["conf"], options["iou"] = options.pop("conf_thres"), options.pop("iou_thres")
@@ -61,9 +60,9 @@ def test_equals_the_published_survivors(golden_folder: Path, case: str) -> None:
         np.testing.assert_allclose(result.boxes[image, :count].numpy(), expected, rtol=1e-6)
 
 
-def test_the_best_suppresses_what_overlaps_it_in_its_class() -> None:
+def test_the_best_suppresses_those_of_its_class_that_overlap_it() -> None:
     result = nms(prediction([(UNIT, (0.8, 0.0)), (NEAR, (0.9, 0.0)), (NEAR, (0.0, 0.7))]))
-    assert survivors(result) == [(0.9, 0), (0.7, 1)]
+    assert kept_rows(result) == [(0.9, 0), (0.7, 1)]
     assert result.boxes[0, 0].tolist() == pytest.approx([*NEAR, 0.9, 0])
     assert result.boxes.shape == (1, 300, 6)
     assert result.boxes[0, 2:].count_nonzero() == 0
@@ -71,33 +70,33 @@ def test_the_best_suppresses_what_overlaps_it_in_its_class() -> None:
 
 def test_a_suppressed_box_suppresses_nothing() -> None:
     chain = [((float(x), 0.0, 10.0 + x, 10.0), (0.9 - x / 100,)) for x in (0, 3, 6, 9)]
-    assert survivors(nms(prediction(chain), iou=0.5)) == [(0.9, 0), (0.84, 0)]
+    assert kept_rows(nms(prediction(chain), iou=0.5)) == [(0.9, 0), (0.84, 0)]
 
 
 def test_agnostic_suppresses_across_classes() -> None:
     rows = [(UNIT, (0.8, 0.0)), (NEAR, (0.0, 0.7))]
-    assert survivors(nms(prediction(rows))) == [(0.8, 0), (0.7, 1)]
-    assert survivors(nms(prediction(rows), agnostic=True)) == [(0.8, 0)]
+    assert kept_rows(nms(prediction(rows))) == [(0.8, 0), (0.7, 1)]
+    assert kept_rows(nms(prediction(rows), agnostic=True)) == [(0.8, 0)]
 
 
 def test_multi_label_makes_every_class_a_candidate() -> None:
     rows = [(UNIT, (0.8, 0.3, 0.6))]
-    assert survivors(nms(prediction(rows))) == [(0.8, 0), (0.6, 2), (0.3, 1)]
-    assert survivors(nms(prediction(rows), multi_label=False)) == [(0.8, 0)]
+    assert kept_rows(nms(prediction(rows))) == [(0.8, 0), (0.6, 2), (0.3, 1)]
+    assert kept_rows(nms(prediction(rows), multi_label=False)) == [(0.8, 0)]
 
 
 def test_classes_filter_after_the_best_class_is_chosen() -> None:
     rows = [(UNIT, (0.8, 0.3)), ((50.0, 50.0, 60.0, 60.0), (0.1, 0.2))]
-    assert survivors(nms(prediction(rows), classes=[1])) == [(0.3, 1), (0.2, 1)]
-    assert survivors(nms(prediction(rows), classes=[1], multi_label=False)) == [(0.2, 1)]
-    assert survivors(nms(prediction(rows), classes=[])) == []
+    assert kept_rows(nms(prediction(rows), classes=[1])) == [(0.3, 1), (0.2, 1)]
+    assert kept_rows(nms(prediction(rows), classes=[1], multi_label=False)) == [(0.2, 1)]
+    assert kept_rows(nms(prediction(rows), classes=[])) == []
 
 
 def test_thresholds_are_strict() -> None:
     rows = [(UNIT, (0.75,)), (HALF, (0.5,))]
-    assert survivors(nms(prediction(rows), conf=0.5)) == [(0.75, 0)]
-    assert survivors(nms(prediction(rows), iou=0.5)) == [(0.75, 0), (0.5, 0)]
-    assert survivors(nms(prediction(rows), iou=0.4999)) == [(0.75, 0)]
+    assert kept_rows(nms(prediction(rows), conf=0.5)) == [(0.75, 0)]
+    assert kept_rows(nms(prediction(rows), iou=0.5)) == [(0.75, 0), (0.5, 0)]
+    assert kept_rows(nms(prediction(rows), iou=0.4999)) == [(0.75, 0)]
 
 
 def test_equal_scores_keep_the_order_of_anchors() -> None:
@@ -110,14 +109,14 @@ def test_equal_scores_keep_the_order_of_anchors() -> None:
 def test_far_coordinates_keep_their_precision() -> None:
     # Offsetting boxes by class × a large number would round these together.
     far = [((1e5 + x, 0.0, 1e5 + x + 1, 1.0), (0.0,) * 79 + (0.5 + x / 10,)) for x in (0.0, 0.5)]
-    assert len(survivors(nms(prediction(far), iou=0.5))) == 2
+    assert len(kept_rows(nms(prediction(far), iou=0.5))) == 2
 
 
 def test_max_det_keeps_the_best() -> None:
     rows = [((20.0 * i, 0.0, 20.0 * i + 10, 10.0), (0.1 + i / 1000,)) for i in range(600)]
     result = nms(prediction(rows), max_det=7)
     assert result.boxes.shape == (1, 7, 6)
-    assert survivors(result) == [(round(0.1 + i / 1000, 4), 0) for i in range(599, 592, -1)]
+    assert kept_rows(result) == [(round(0.1 + i / 1000, 4), 0) for i in range(599, 592, -1)]
 
 
 def test_more_candidates_than_allowed_are_cut_with_a_warning(
@@ -138,23 +137,23 @@ def test_more_candidates_than_allowed_are_cut_with_a_warning(
 @pytest.mark.parametrize("multi_label", [True, False])
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_candidates_that_are_not_finite_are_ignored(bad: float, multi_label: bool) -> None:
-    sound = [(UNIT, (0.9, 0.1)), ((50.0, 50.0, 60.0, 60.0), (0.2, 0.6))]
-    rows = [*sound, ((bad, 0.0, 10.0, 10.0), (0.95, 0.95)), ((30.0, 30.0, 40.0, 40.0), (bad, bad))]
+    finite = [(UNIT, (0.9, 0.1)), ((50.0, 50.0, 60.0, 60.0), (0.2, 0.6))]
+    rows = [*finite, ((bad, 0.0, 10.0, 10.0), (0.95, 0.95)), ((30.0, 30.0, 40.0, 40.0), (bad, bad))]
     result = nms(prediction(rows), multi_label=multi_label)
-    assert survivors(result) == survivors(nms(prediction(sound), multi_label=multi_label))
+    assert kept_rows(result) == kept_rows(nms(prediction(finite), multi_label=multi_label))
 
 
-def test_a_class_that_is_not_finite_leaves_the_anchors_others() -> None:
-    assert survivors(nms(prediction([(UNIT, (math.nan, 0.4))]), multi_label=False)) == [(0.4, 1)]
+def test_the_best_class_is_chosen_among_finite_scores() -> None:
+    assert kept_rows(nms(prediction([(UNIT, (math.nan, 0.4))]), multi_label=False)) == [(0.4, 1)]
 
 
 def test_boxes_without_area_do_not_suppress() -> None:
     point = (5.0, 5.0, 5.0, 5.0)
-    assert len(survivors(nms(prediction([(point, (0.9,)), (point, (0.8,))])))) == 2
+    assert len(kept_rows(nms(prediction([(point, (0.9,)), (point, (0.8,))])))) == 2
 
 
 @pytest.mark.parametrize("shape", [(0, 6, 10), (2, 6, 0), (2, 6, 10)])
-def test_nothing_found_is_an_empty_result(shape: tuple[int, int, int]) -> None:
+def test_no_candidates_give_an_empty_result(shape: tuple[int, int, int]) -> None:
     result = nms(torch.zeros(shape))
     assert result.boxes.shape == (shape[0], 300, 6)
     assert result.count.tolist() == [0] * shape[0]
@@ -167,7 +166,7 @@ def test_low_precision_is_computed_in_float32() -> None:
     assert torch.equal(result.boxes, nms(case.half().float()).boxes)
 
 
-def test_the_prediction_may_be_strided_and_is_left_alone() -> None:
+def test_the_prediction_may_be_strided_and_is_not_modified() -> None:
     case = random_prediction(1, anchors=200, classes=3)
     strided = case.transpose(1, 2).contiguous().transpose(1, 2)
     before = strided.clone()
@@ -208,7 +207,7 @@ def random_prediction(seed: int, anchors: int, classes: int, images: int = 2) ->
 
 
 def by_loops(one: np.ndarray, conf: float, iou: float, agnostic: bool, max_det: int) -> list[tuple[int, int]]:
-    """(anchor, class) of the survivors of one image, one pair of boxes at a time."""
+    """(anchor, class) of the detections of one image, one pair of boxes at a time."""
     scores = one[4:]
     pairs = [(a, c) for a in range(one.shape[1]) for c in range(len(scores)) if scores[c, a] > np.float32(conf)]
     pairs.sort(key=lambda pair: -scores[pair[1], pair[0]])

@@ -1,4 +1,4 @@
-"""nms and nms_boxes compiled: the reference's bits, always: C++, emulated CUDA blocks, the GPU."""
+"""Compiled nms and nms_boxes are bitwise identical to the reference: C++, emulated CUDA blocks, the GPU."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from tests.ops import emulated
 from tests.ops.nms_cases import nms_boxes_case, nms_case
 from yolov9_fast.ops import _library as library
 from yolov9_fast.ops import nms, nms_boxes
-from yolov9_fast.ops._backend import operators, select, why_not
 from yolov9_fast.ops._nms import OPERATOR, nms_reference
+from yolov9_fast.ops._nms_boxes import OPERATOR as BOXES_OPERATOR
 from yolov9_fast.ops._nms_boxes import nms_boxes_reference
 
 CASES = int(os.environ.get("YOLOV9_FAST_TEST_CASES", 2000))
 raw = torch.ops.yolov9_fast
-CPU_REASON = why_not(OPERATOR, "cpu")
+CPU_REASON = OPERATOR.why_not("cpu")
 needs_cpu = pytest.mark.skipif(CPU_REASON is not None, reason=f"no compiled nms: {CPU_REASON}")
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
 def block(seed: int) -> tuple[int, int, bool]:
-    """Threads of a block, seed of their order, and buffers small in two cases of three."""
+    """Threads of a block, the seed of their order, and whether buffers are small: in two cases of three."""
     return (1, 7, 32, 100, 256)[seed % 5], seed, seed % 3 != 0
 
 
@@ -52,16 +52,16 @@ def same(found: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> bool:
 @needs_cpu
 @pytest.mark.parametrize("name", COMPILED)
 def test_random_cases_equal_the_reference(name: str) -> None:
-    survivors = cut = 0
+    kept = cut = 0
     for seed in range(CASES):
         prediction, options = nms_case(seed)
         expected = nms_reference(prediction, **options)
         found = COMPILED[name][0](seed, prediction, *options.values())
         assert same(found, expected), f"nms_case({seed})"
-        survivors += int(expected[1].sum())
+        kept += int(expected[1].sum())
         cut += int((expected[2] > options["max_candidates"]).sum())
-    assert survivors > CASES, "the cases say nothing"
-    assert cut > CASES / 20, "the cases say nothing"
+    assert kept > CASES, "too few detections to compare"
+    assert cut > CASES / 20, "too few cases with a cut"
 
 
 @pytest.mark.slow
@@ -84,7 +84,7 @@ def test_larger_cases_equal_the_reference(seed: int, most_anchors: int) -> None:
 
 
 def crowded(images: int, classes: int, anchors: int, *, levels: int = 0) -> Tensor:
-    """Every pair of anchor and class is a candidate; `levels` different scores, 0 for all different."""
+    """Every pair of anchor and class is a candidate; `levels` distinct scores, 0 for all distinct."""
     generator = torch.Generator().manual_seed(classes + anchors)
     prediction = torch.rand(images, 4 + classes, anchors, generator=generator)
     prediction[:, :2] *= 600
@@ -99,7 +99,7 @@ def crowded(images: int, classes: int, anchors: int, *, levels: int = 0) -> Tens
 @pytest.mark.parametrize("levels", [0, 1, 3])
 @pytest.mark.parametrize("multi_label", [True, False])
 def test_everything_above_conf_is_cut_at_the_same_candidate(name: str, levels: int, multi_label: bool) -> None:
-    # With one score for all, 15,000 candidates tie at the cut: the GPU's filter has to go on into the index.
+    # With one score for all, 15,000 candidates tie at the cut: the GPU has to select by index too.
     prediction = crowded(1, 5, 3000, levels=levels)
     for limit in (1, 700, 2049, 6000, 30000):
         options = (prediction, 0.001, 0.6, multi_label, False, None, 400, limit)
@@ -118,7 +118,7 @@ def test_the_filter_narrows_the_cut_digit_by_digit(levels: int) -> None:
 @needs_cpu
 @pytest.mark.parametrize("name", COMPILED)
 @pytest.mark.parametrize("labels", [1, 80])
-def test_many_boxes_that_all_may_stay(name: str, labels: int) -> None:
+def test_many_boxes_without_a_limit(name: str, labels: int) -> None:
     generator, count = torch.Generator().manual_seed(5), min(5000, 4 * CASES)
     corner = torch.rand(count, 2, generator=generator) * 2000
     boxes = torch.cat((corner, corner + 10 + torch.rand(count, 2, generator=generator) * 60), 1)
@@ -144,13 +144,13 @@ def test_the_result_does_not_depend_on_the_number_of_threads() -> None:
 
 
 @needs_cpu
-def test_auto_runs_the_compiled_form() -> None:
+def test_auto_runs_the_compiled_kernel() -> None:
     prediction = crowded(1, 2, 20)
     for operator, arguments in (
-        (operators["nms"], (prediction, 0.1, 0.5, True, False, None, 300, 30000)),
-        (operators["nms_boxes"], (torch.rand(3, 4), torch.rand(3), None, 0.5, 3)),
+        (OPERATOR, (prediction, 0.1, 0.5, True, False, None, 300, 30000)),
+        (BOXES_OPERATOR, (torch.rand(3, 4), torch.rand(3), None, 0.5, 3)),
     ):
-        assert select(operator, *arguments) is operator.implementations["cpu"].call
+        assert operator.select(*arguments) is operator.implementations["cpu"].call
 
 
 @needs_cpu
@@ -164,7 +164,7 @@ def test_other_dtypes_slices_and_strides_are_read_in_float32(dtype: torch.dtype)
             assert same(nms(prediction), expected)
 
 
-def test_the_candidates_and_anchors_are_told() -> None:
+def test_the_result_holds_candidates_and_anchors() -> None:
     prediction = crowded(2, 3, 50)
     prediction[1, 4:] = 0
     for backend in ["eager", "auto"]:
@@ -180,7 +180,7 @@ def test_the_candidates_and_anchors_are_told() -> None:
         assert (found.anchor[0, count:] == -1).all()
 
 
-def test_a_prediction_that_requires_a_gradient_is_fine() -> None:
+def test_a_prediction_that_requires_a_gradient_is_detached() -> None:
     assert not nms(crowded(1, 2, 30).requires_grad_()).boxes.requires_grad
 
 
@@ -197,23 +197,31 @@ def test_kept_boxes_by_hand() -> None:
 @pytest.mark.parametrize(
     ("change", "error", "words"),
     [
-        ({"boxes": torch.zeros(3, 5)}, ValueError, r"boxes must have shape \[n, 4\], got \[3, 5\]"),
-        ({"boxes": torch.zeros(3, 4, dtype=torch.int64)}, TypeError, "boxes must be a floating-point tensor"),
-        ({"scores": torch.zeros(2)}, ValueError, r"scores must have shape \[3\], got \[2\]"),
-        ({"labels": torch.zeros(3)}, TypeError, "labels must be an integer tensor, got torch.float32"),
-        ({"labels": torch.zeros(2, dtype=torch.int64)}, ValueError, r"labels must have shape \[3\]"),
-        ({"labels": torch.zeros(3, dtype=torch.int64, device="meta")}, ValueError, "one device, got cpu and meta"),
-        ({"iou": -1.0}, ValueError, "iou must be at least 0"),
-        ({"max_det": -1}, ValueError, "max_det must be at least 0"),
+        ({"boxes": torch.zeros(3, 5)}, ValueError, r"boxes: expected \[n, 4\], got \[3, 5\]"),
+        (
+            {"boxes": torch.zeros(3, 4, dtype=torch.int64)},
+            TypeError,
+            "boxes: expected a floating-point tensor",
+        ),
+        ({"scores": torch.zeros(2)}, ValueError, r"scores: expected \[3\], got \[2\]"),
+        ({"labels": torch.zeros(3)}, TypeError, "labels: expected an integer tensor, got torch.float32"),
+        ({"labels": torch.zeros(2, dtype=torch.int64)}, ValueError, r"labels: expected \[3\], got \[2\]"),
+        (
+            {"labels": torch.zeros(3, dtype=torch.int64, device="meta")},
+            ValueError,
+            ".*one device, got .*labels on meta",
+        ),
+        ({"iou": -1.0}, ValueError, "iou: expected at least 0"),
+        ({"max_det": -1}, ValueError, "max_det: expected at least 0"),
     ],
 )
 def test_a_wrong_argument_of_nms_boxes_is_named(change: dict[str, Any], error: type[Exception], words: str) -> None:
     arguments = {"boxes": torch.zeros(3, 4), "scores": torch.zeros(3), "labels": None, "iou": 0.5, **change}
-    with pytest.raises(error, match=f"^nms_boxes: .*{words}"):
+    with pytest.raises(error, match=f"^{words}"):
         nms_boxes(**arguments)
 
 
-def test_cuda_asked_for_with_tensors_on_the_cpu_raises() -> None:
+def test_backend_cuda_with_tensors_on_the_cpu_raises() -> None:
     with yf.backend("cuda"), pytest.raises(RuntimeError, match="cannot run"):
         nms(crowded(1, 2, 3))
 
@@ -243,8 +251,8 @@ def test_the_cuda_part_loads_without_a_gpu(name: str) -> None:
 
 
 @pytest.fixture
-def no_waiting() -> Iterator[None]:
-    """Within it, whatever waits for the GPU raises."""
+def no_synchronisation() -> Iterator[None]:
+    """Within it, a synchronisation with the GPU raises."""
     torch.cuda.set_sync_debug_mode("error")
     yield
     torch.cuda.set_sync_debug_mode("default")
@@ -267,7 +275,7 @@ def test_cuda_random_cases_equal_the_reference() -> None:
 @needs_cuda
 @pytest.mark.parametrize("levels", [0, 1, 1000])
 @pytest.mark.parametrize("max_det", [300, 5000])
-def test_cuda_at_full_size_gives_the_bits_of_the_cpu(levels: int, max_det: int) -> None:
+def test_cuda_at_full_size_is_bitwise_identical_to_the_cpu(levels: int, max_det: int) -> None:
     prediction = crowded(4, 80, 8400, levels=levels)
     options = (0.001, 0.7, True, False, None, max_det, 30000)
     found = raw.nms(prediction.cuda(), *options)
@@ -276,7 +284,7 @@ def test_cuda_at_full_size_gives_the_bits_of_the_cpu(levels: int, max_det: int) 
 
 @pytest.mark.gpu
 @needs_cuda
-def test_cuda_waits_for_nothing(no_waiting: None) -> None:
+def test_cuda_does_not_synchronise(no_synchronisation: None) -> None:
     prediction = torch.rand(2, 84, 500, device="cuda") * 100
     nms(prediction, classes=[1, 5], max_candidates=100)
     nms_boxes(prediction[0, :4].T, prediction[0, 4], iou=0.5)

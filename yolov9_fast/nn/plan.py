@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
 from yolov9_fast.nn.convolution import Upsampled, joined
-from yolov9_fast.ops import _backend
+from yolov9_fast.ops import _backend, _bn_silu
 
 Slot = Callable[[Tensor], Tensor]
 """Gives the tensor to write a result into, of the shape, dtype and memory format of the tensor that it is given."""
@@ -78,7 +78,7 @@ _decisions: dict[tuple[int, str, bool], bool] = {}
 def _fused_like(x: Tensor) -> bool:
     if x.device.type == "cpu" and not torch.is_grad_enabled() and _backend.get_backend("bn_silu") == "auto":
         return False
-    return _backend.fuses("bn_silu", x)
+    return _bn_silu.OPERATOR.has_kernels(x.device.type)
 
 
 def hooked(*modules: Any) -> bool:

@@ -1,23 +1,30 @@
 """Pooling of the down-sampling blocks ADown and AConv (YOLOv9, arXiv 2402.13616, appendix), in one pass.
 
-Average pool 2×2, stride 1; for ADown its two channel halves apart: the first as it is, the second after a max pool 3×3,
-stride 2, padding 1. The average of the second half never reaches the memory, and both results are dense.
+Average pool 2×2, stride 1; for ADown the first half of the channels is returned, the second half goes through a max
+pool 3×3, stride 2, padding 1. The average of the second half is never written to memory; both results are dense.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from yolov9_fast._layout import check_map, in_layout_of, memory_format_of
-from yolov9_fast.ops import _library as library
-from yolov9_fast.ops._backend import Implementation, Operator, not_on, register, select
-from yolov9_fast.ops._interpreted import runs_triton, triton_launcher, triton_missing
+from yolov9_fast._layout import empty_map, in_layout_of, memory_format_of
+from yolov9_fast.ops._checks import check_map
+from yolov9_fast.ops._operator import (
+    AutogradFunction,
+    Compiled,
+    Kernel,
+    Operator,
+    Python,
+    not_for_triton,
+    not_on,
+    once_differentiable,
+)
 
 
 def adown_pool(x: Tensor, split: bool = True) -> tuple[Tensor, Tensor | None]:
@@ -27,12 +34,12 @@ def adown_pool(x: Tensor, split: bool = True) -> tuple[Tensor, Tensor | None]:
     `avg_pool2d` and `max_pool2d` are: the first maximum of a window gets the gradient. Raises `TypeError`/`ValueError`
     that name the argument: H and W of at least 2, C even where it is split.
     """
-    check_map("adown_pool", "x", x)
+    check_map("x", x)
     if min(x.shape[2:]) < 2:
-        raise ValueError(f"adown_pool: x must be at least 2 pixels high and wide, got {list(x.shape)}")
+        raise ValueError(f"x: expected a height and width of at least 2, got {list(x.shape)}")
     if split and (x.shape[1] % 2 or x.shape[1] == 0):
-        raise ValueError(f"adown_pool: x must have an even number of channels to split, got {list(x.shape)}")
-    first, second = select(OPERATOR, x, split)(x, split)
+        raise ValueError(f"x: expected an even number of channels to split, got {list(x.shape)}")
+    first, second = OPERATOR(x, split)
     return first, second
 
 
@@ -45,55 +52,20 @@ def adown_pool_reference(x: Tensor, split: bool = True) -> tuple[Tensor, Tensor 
     return first, F.max_pool2d(second, 3, 2, 1)
 
 
-@dataclass(frozen=True)
-class _Kernels:
-    """One implementation's two raw operators, and its name in `_kernels`."""
-
-    name: str
-    forward: Callable[[Tensor, bool], tuple[Tensor, Tensor]]
-    backward: Callable[[Tensor | None, Tensor | None, Tensor, bool], Tensor]
-
-    def __call__(self, x: Tensor, split: bool) -> tuple[Tensor, Tensor | None]:
-        first, second = _ADownPool.apply(self.name, x, split)
-        return first, second if split else None
-
-
-class _ADownPool(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, name: str, x: Tensor, split: bool) -> tuple[Tensor, Tensor]:
-        ctx.set_materialize_grads(False)
-        ctx.name = name
-        ctx.split = split
-        (source,) = in_layout_of(x, [x])
-        ctx.save_for_backward(source)
-        first, second = _kernels[name].forward(source, split)
-        if not split:
-            ctx.mark_non_differentiable(second)
-        return first, second
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, d_first: Tensor | None, d_second: Tensor | None) -> tuple[None, Tensor | None, None]:
-        (x,) = ctx.saved_tensors
-        if not ctx.split:
-            d_second = None
-        if d_first is None and d_second is None:
-            return None, None, None
-        first, second = (None if d is None else in_layout_of(x, [d])[0] for d in (d_first, d_second))
-        return None, _kernels[ctx.name].backward(first, second, x, ctx.split), None
+# ---- kernels
 
 
 def forward_reference(x: Tensor, split: bool) -> tuple[Tensor, Tensor]:
-    """The raw operator `adown_pool_forward`, defined; the second result is empty where nothing is split."""
+    """Kernel `adown_pool_forward`; the second result is empty without `split`."""
     first, second = adown_pool_reference(x, split)
     memory_format = memory_format_of(x)
     if second is None:
         return first.contiguous(memory_format=memory_format), x.new_empty((0,))
-    return tuple(torch.empty_like(y, memory_format=memory_format).copy_(y) for y in (first, second))  # type: ignore[return-value]
+    return first.clone(memory_format=memory_format), second.clone(memory_format=memory_format)
 
 
 def backward_reference(d_first: Tensor | None, d_second: Tensor | None, x: Tensor, split: bool) -> Tensor:
-    """The raw operator `adown_pool_backward`, defined; None stands for a gradient of zeros."""
+    """Kernel `adown_pool_backward`: the gradient of `x`; None stands for a gradient of zeros."""
     half = x.shape[1] // 2 if split else x.shape[1]
     average = F.avg_pool2d(x, 2, 1)
     d_average = torch.zeros_like(average)
@@ -110,61 +82,86 @@ def backward_reference(d_first: Tensor | None, d_second: Tensor | None, x: Tenso
 
 
 def _fake_forward(x: Tensor, split: bool) -> tuple[Tensor, Tensor]:
-    batch, channels, height, width = x.shape
+    _, channels, height, width = x.shape
     first = channels // 2 if split else channels
-
-    def new(count: int, h: int, w: int) -> Tensor:
-        return torch.empty((batch, count, h, w), dtype=x.dtype, device=x.device, memory_format=memory_format_of(x))
-
-    second = new(channels - first, height // 2, width // 2) if split else x.new_empty((0,))
-    return new(first, height - 1, width - 1), second
+    second = empty_map(x, channels - first, (height // 2, width // 2)) if split else x.new_empty((0,))
+    return empty_map(x, first, (height - 1, width - 1)), second
 
 
 def _fake_backward(d_first: Tensor | None, d_second: Tensor | None, x: Tensor, split: bool) -> Tensor:
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=memory_format_of(x))
+    return empty_map(x)
 
 
-_FORWARD = "(Tensor x, bool split) -> (Tensor, Tensor)"
-_BACKWARD = "(Tensor? d_first, Tensor? d_second, Tensor x, bool split) -> Tensor"
-_kernels = {
-    "cpu": _Kernels(
-        "cpu",
-        library.define(f"adown_pool_forward{_FORWARD}", fake=_fake_forward, reference=forward_reference),
-        library.define(f"adown_pool_backward{_BACKWARD}", fake=_fake_backward, reference=backward_reference),
+class _Kernels(NamedTuple):
+    forward: Callable[..., Any]
+    backward: Callable[..., Any]
+
+
+KERNELS = _Kernels(
+    Kernel("adown_pool_forward(Tensor x, bool split) -> (Tensor, Tensor)", forward_reference, _fake_forward),
+    Kernel(
+        "adown_pool_backward(Tensor? d_first, Tensor? d_second, Tensor x, bool split) -> Tensor",
+        backward_reference,
+        _fake_backward,
     ),
-    "triton": _Kernels(
-        "triton",
-        library.define(
-            f"adown_pool_forward_triton{_FORWARD}",
-            fake=_fake_forward,
-            reference=triton_launcher("adown_pool", "adown_pool_forward"),
-        ),
-        library.define(
-            f"adown_pool_backward_triton{_BACKWARD}",
-            fake=_fake_backward,
-            reference=triton_launcher("adown_pool", "adown_pool_backward"),
-        ),
-    ),
-}
+)
 
 
-def _supports_cpu(x: Tensor, split: bool = True) -> str | None:
+# ---- gradient
+
+
+def _run(kernels: _Kernels, x: Tensor, split: bool) -> tuple[Tensor, Tensor | None]:
+    first, second = _ADownPool.apply(kernels, x, split)
+    return first, second if split else None
+
+
+class _ADownPool(AutogradFunction):
+    @staticmethod
+    def forward(ctx: Any, kernels: _Kernels, x: Tensor, split: bool) -> tuple[Tensor, Tensor]:
+        ctx.set_materialize_grads(False)
+        ctx.kernels = kernels
+        ctx.split = split
+        (source,) = in_layout_of(x, [x])
+        ctx.save_for_backward(source)
+        first, second = kernels.forward(source, split)
+        if not split:
+            ctx.mark_non_differentiable(second)
+        return first, second
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_first: Tensor | None, d_second: Tensor | None) -> tuple[None, Tensor | None, None]:
+        (x,) = ctx.saved_tensors
+        if not ctx.split:
+            d_second = None
+        if d_first is None and d_second is None:
+            return None, None, None
+        first, second = (None if d is None else in_layout_of(x, [d])[0] for d in (d_first, d_second))
+        return None, ctx.kernels.backward(first, second, x, ctx.split), None
+
+
+# ---- backends
+
+
+def _supports_cpu(x: Tensor, split: bool) -> str | None:
     return not_on("cpu", x)
 
 
-def _supports_triton(x: Tensor, split: bool = True) -> str | None:
-    return runs_triton("adown_pool", x)
+def _supports_triton(x: Tensor, split: bool) -> str | None:
+    return not_for_triton("adown_pool", x)
 
 
-OPERATOR = register(
-    Operator(
-        "adown_pool",
-        "average pool, and max pool of its second half, in one pass",
-        {
-            "eager": Implementation(adown_pool_reference),
-            "cpu": Implementation(_kernels["cpu"], library.missing("adown_pool_forward", "cpu"), _supports_cpu),
-            "triton": Implementation(_kernels["triton"], triton_missing(), _supports_triton),
-        },
-        order=("cpu", "triton", "eager"),
-    )
+def _triton() -> _Kernels:
+    from yolov9_fast.kernels.adown_pool import adown_pool_backward, adown_pool_forward
+
+    return _Kernels(adown_pool_forward, adown_pool_backward)
+
+
+OPERATOR = Operator(
+    "adown_pool",
+    "average pool, and max pool of its second half, in one pass",
+    reference=adown_pool_reference,
+    kernels=KERNELS,
+    run=_run,
+    backends={"cpu": Compiled(_supports_cpu), "triton": Python(_triton, _supports_triton)},
 )

@@ -1,23 +1,17 @@
-"""Which implementation of an operator runs: by name when asked for, else the fastest that supports the arguments.
+"""Backends by name, and which one is set: for one operator, or for all.
 
-A setting for one operator wins over the one for all. `YOLOV9_FAST_BACKEND` and `YOLOV9_FAST_BACKEND_<OP>` are where the
-settings begin (read at import), `set_backend` replaces them; without any it is "auto".
+A setting for one operator wins over the one for all. `YOLOV9_FAST_BACKEND` and `YOLOV9_FAST_BACKEND_<OP>`, read at
+import, give the first settings; `set_backend` replaces them. Without a setting it is "auto".
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any
-
-import torch
+from dataclasses import dataclass
 
 from yolov9_fast.errors import UserError
-
-BACKENDS = ("auto", "eager", "cpu", "triton", "cuda")
-_AUTO_ORDER = ("cuda", "triton", "cpu", "eager")
 
 
 class UnknownBackend(UserError, ValueError):
@@ -25,78 +19,94 @@ class UnknownBackend(UserError, ValueError):
 
 
 class BackendUnavailable(UserError, RuntimeError):
-    """A backend asked for by name that cannot run here or not with these arguments."""
-
-
-def _anything(*args: Any, **kwargs: Any) -> str | None:
-    return None
+    """A backend selected by name that cannot run here or not with these arguments."""
 
 
 @dataclass(frozen=True)
-class Implementation:
-    """One way to run an operator.
+class Backend:
+    """A kind of implementation that operators may have.
 
-    `call` takes the operator's arguments. `unavailable`: why it cannot run on this machine at all, None when it can;
-    fixed at import, without touching a GPU. `supports(*args)`: why it cannot take these arguments, None when it can;
-    plain Python that torch.compile can trace.
+    `devices`: types of the devices whose tensors it takes. `why_not()`: why it cannot run on this machine, None when it
+    can; called when an implementation is registered, must not initialise a GPU.
     """
-
-    call: Callable[..., Any]
-    unavailable: str | None = None
-    supports: Callable[..., str | None] = _anything
-
-
-@dataclass
-class Operator:
-    """An operator's name, what it computes in one line, and its implementations by backend; "eager" is always there."""
 
     name: str
-    summary: str
-    implementations: dict[str, Implementation]
-    order: tuple[str, ...] = field(default=())
-
-    def __post_init__(self) -> None:
-        unknown = set(self.implementations) - set(BACKENDS[1:])
-        if unknown or "eager" not in self.implementations:
-            raise ValueError(
-                f"{self.name}: implementations must be among {BACKENDS[1:]} with eager, got {unknown or 'none'}"
-            )
-        self.order = tuple(name for name in self.order or _AUTO_ORDER if name in self.implementations)
+    devices: tuple[str, ...]
+    why_not: Callable[[], str | None]
 
 
-operators: dict[str, Operator] = {}
-_chosen: dict[str, str] = {}
-_GLOBAL = ""
+AUTO = "auto"
+backends: dict[str, Backend] = {}
+"""In the order in which "auto" tries them: the fastest on its devices first, "eager" last."""
+operator_names: set[str] = set()
 generation = 0
-"""Counts the changes of settings and of registered operators, so that callers can keep what they derived from them."""
+"""Counts the changes of settings, backends and operators, so that callers can cache what they derived from them."""
+
+settings: dict[str, str] = {}
+"""The backend set for each operator, and under "" the one for all; empty while everything is "auto"."""
+_ALL = ""
 
 
-def set_backend(name: str | None, op: str | None = None) -> None:
-    """Use backend `name` ("auto", "eager", "cpu", "triton", "cuda") for operator `op`, or for all without their own.
+def register_backend(
+    name: str, *, devices: Sequence[str], before: str = "cpu", why_not: Callable[[], str | None] = lambda: None
+) -> None:
+    """Add a backend, to which operators get implementations by `register_implementation`.
 
-    None takes a setting back. Raises `ValueError` for an unknown name. Whether the backend can run is decided at
-    each call, by its arguments; there it raises `RuntimeError` with the reason if it cannot.
+    Args:
+        name: as in `set_backend(name)`; lower case.
+        devices: types of the devices whose tensors it takes, as ("cpu",) or ("cuda",).
+        before: "auto" prefers the new backend to this one; default: to all.
+        why_not: why the backend cannot run on this machine, None when it can. It must not initialise a GPU.
+
+    Raises `ValueError` for a name that exists or an unknown `before`.
     """
+    if not name or name != name.strip().lower() or name == AUTO or name in backends:
+        raise ValueError(f"name: expected a new name in lower case, got {name!r}")
+    if backends and before not in backends:
+        raise UnknownBackend(f"before: expected one of {', '.join(backends)}, got {before!r}")
+    names = list(backends)
+    position = names.index(before) if names else 0
+    backends[name] = Backend(name, tuple(devices), why_not)
+    for later in names[position:]:
+        backends[later] = backends.pop(later)
+    changed()
+
+
+def changed() -> None:
+    """Count a change of settings, backends or operators."""
     global generation
-    key = _key(op)
-    if name is None:
-        _chosen.pop(key, None)
-    else:
-        _chosen[key] = _checked(name, "backend")
     generation += 1
 
 
-def get_backend(op: str | None = None) -> str:
-    """The backend in force for operator `op`, or for all operators without an own setting; "auto" unless set."""
+def set_backend(name: str | None, op: str | None = None) -> None:
+    """Use backend `name` ("auto", "eager", "cpu", "triton", "cuda", or a registered one) for operator `op`, or for all.
+
+    None removes a setting. Raises `ValueError` for an unknown name. Whether the backend can run is decided at
+    each call, by its arguments; the call raises `RuntimeError` with the reason if it cannot.
+    """
     key = _key(op)
-    return _chosen.get(key) or _chosen.get(_GLOBAL) or "auto"
+    if name is None or (name == AUTO and key == _ALL):
+        settings.pop(key, None)
+    else:
+        settings[key] = _checked(name, "backend")
+    changed()
+
+
+def get_backend(op: str | None = None) -> str:
+    """The backend that is set for operator `op`, or for all operators without their own setting; default "auto"."""
+    return chosen(_key(op))
+
+
+def chosen(key: str = _ALL) -> str:
+    """`get_backend` without a check of the name."""
+    return settings.get(key) or settings.get(_ALL) or AUTO
 
 
 @contextmanager
 def backend(name: str, op: str | None = None) -> Iterator[None]:
-    """`set_backend` for the length of a `with` block; what was set before comes back, also after an error."""
+    """`set_backend` inside a `with` block; the previous setting is restored at its end, also after an error."""
     key = _key(op)
-    before = _chosen.get(key)
+    before = settings.get(key)
     set_backend(name, op)
     try:
         yield
@@ -104,93 +114,41 @@ def backend(name: str, op: str | None = None) -> Iterator[None]:
         set_backend(before, op)
 
 
-def register(operator: Operator) -> Operator:
-    """Make `operator` known to `set_backend` and `info`, and read its `YOLOV9_FAST_BACKEND_<OP>`."""
-    global generation
-    operators[operator.name] = operator
-    generation += 1
-    _read_environment(f"YOLOV9_FAST_BACKEND_{operator.name.upper()}", operator.name)
-    return operator
+def add_operator_name(name: str) -> None:
+    """Let settings name operator `name`, and read its `YOLOV9_FAST_BACKEND_<OP>`."""
+    operator_names.add(name)
+    _read_environment(name)
+    changed()
 
 
-def select(operator: Operator, *args: Any, **kwargs: Any) -> Callable[..., Any]:
-    """The callable that runs `operator` with these arguments; `RuntimeError` if the backend set by name cannot."""
-    name = _chosen.get(operator.name) or _chosen.get(_GLOBAL) or "auto"
-    if name == "auto":
-        for candidate in operator.order:
-            implementation = operator.implementations[candidate]
-            if implementation.unavailable is None and implementation.supports(*args, **kwargs) is None:
-                return implementation.call
-        return operator.implementations["eager"].call
-    reason = why_not(operator, name, *args, **kwargs)
-    if reason is not None:
-        raise BackendUnavailable(f"{operator.name}: backend {name!r} was asked for and cannot run: {reason}")
-    return operator.implementations[name].call
+def check_setting(op: str) -> None:
+    """Raises `UnknownBackend` where a variable of the environment set a backend for `op` that does not exist."""
+    key = op if op in settings else _ALL
+    _checked(chosen(op), f"backend (set_backend or {_variable(key)})")
 
 
-_BACKENDS_OF_DEVICE = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
-
-
-def fuses(op: str, x: torch.Tensor) -> bool:
-    """Whether operator `op` runs anything but its eager form on tensors like `x`, so that callers may plan for it.
-
-    Under "auto" torch.compile gets the eager form, which it fuses itself.
-    """
-    name = get_backend(op)
-    if name != "auto":
-        return name != "eager"
-    if torch.compiler.is_compiling():
-        return False
-    implementations = operators[op].implementations
-    return any(
-        backend in implementations and implementations[backend].unavailable is None
-        for backend in _BACKENDS_OF_DEVICE.get(x.device.type, ())
-    )
-
-
-def why_not(operator: Operator, name: str, *args: Any, **kwargs: Any) -> str | None:
-    """Why backend `name` cannot run `operator` (with these arguments, when some are given); None when it can."""
-    implementation = operator.implementations.get(name)
-    if implementation is None:
-        return f"there is no such implementation, only {', '.join(operator.implementations)}"
-    if implementation.unavailable is not None:
-        return implementation.unavailable
-    return implementation.supports(*args, **kwargs) if args or kwargs else None
-
-
-def not_on(device: str, *tensors: torch.Tensor) -> str | None:
-    """For `supports`: the reason when a tensor is on another kind of device than `device` ("cpu", "cuda")."""
-    for tensor in tensors:
-        if tensor.device.type != device:
-            return f"it needs tensors on {device}, got one on {tensor.device.type}"
-    return None
-
-
-def needs_gradient(*tensors: torch.Tensor) -> str | None:
-    """For `supports` of an operator without a backward: the reason when autograd would record the call."""
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
-        return "it has no gradient, and an argument requires one"
-    return None
+def _variable(key: str) -> str:
+    return "YOLOV9_FAST_BACKEND" if key == _ALL else f"YOLOV9_FAST_BACKEND_{key.upper()}"
 
 
 def _key(op: str | None) -> str:
     if op is None:
-        return _GLOBAL
-    if op not in operators:
-        raise UnknownBackend(f"unknown operator {op!r}; choose from {', '.join(sorted(operators))}")
+        return _ALL
+    if op not in operator_names:
+        raise UnknownBackend(f"op: expected one of {', '.join(sorted(operator_names))}, got {op!r}")
     return op
 
 
 def _checked(name: str, what: str) -> str:
-    if name not in BACKENDS:
-        raise UnknownBackend(f"unknown {what} {name!r}; choose from {', '.join(BACKENDS)}")
+    if name != AUTO and name not in backends:
+        raise UnknownBackend(f"{what}: expected one of {', '.join((AUTO, *backends))}, got {name!r}")
     return name
 
 
-def _read_environment(variable: str, key: str) -> None:
-    name = os.environ.get(variable, "").strip().lower()
-    if name and key not in _chosen:
-        _chosen[key] = _checked(name, f"backend in {variable}:")
+def _read_environment(key: str) -> None:
+    name = os.environ.get(_variable(key), "").strip().lower()
+    if name:  # its name is checked at the first call: the backend may be registered after this import
+        settings.setdefault(key, name)
 
 
-_read_environment("YOLOV9_FAST_BACKEND", _GLOBAL)
+_read_environment(_ALL)

@@ -6,17 +6,29 @@ vectors where eager saves the normalised tensor too.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from yolov9_fast._layout import empty_map
 from yolov9_fast.ops import _batch_norm as bn
-from yolov9_fast.ops import _library as library
-from yolov9_fast.ops._backend import Implementation, Operator, not_on, register, select
-from yolov9_fast.ops._batch_norm import Branch, Raw
-from yolov9_fast.ops._interpreted import runs_triton, triton_missing
+from yolov9_fast.ops._batch_norm import Branch
+from yolov9_fast.ops._checks import check_like, check_map, check_out, check_vector
+from yolov9_fast.ops._concat import placed, returned
+from yolov9_fast.ops._operator import (
+    AutogradFunction,
+    Compiled,
+    Kernel,
+    Operator,
+    Python,
+    not_for_triton,
+    not_on,
+    once_differentiable,
+)
+from yolov9_fast.ops._sync_statistics import means_of, synchronised
 
 
 def bn_silu(
@@ -53,7 +65,7 @@ def bn_silu(
 
     Raises `ValueError` or `TypeError` that names the argument.
     """
-    bn.check_map("bn_silu", "x", x)
+    check_map("x", x)
     channels = x.shape[1:2]
     for name, vector in (
         ("weight", weight),
@@ -62,15 +74,17 @@ def bn_silu(
         ("running_var", running_var),
     ):
         if vector is not None and vector.shape != channels:
-            bn.check_vector("bn_silu", name, vector, x)
-    bn.check_statistics("bn_silu", x, training, running_mean, running_var, group is None)
+            check_vector(name, vector, x)
+    bn.check_statistics(x, training, running_mean, running_var, group is None)
     if residual is not None:
-        bn.check_like("bn_silu", "residual", residual, x)
+        check_like("residual", residual, x.shape, x.device)
         residual = residual if residual.dtype == x.dtype else residual.to(x.dtype)
     if out is not None:
-        bn.check_out("bn_silu", out, x)
-    run = select(OPERATOR, x, running_mean)
-    return run(x, weight, bias, running_mean, running_var, training, momentum, eps, residual, out, activation, group)  # type: ignore[no-any-return]
+        check_out("out", out, x.shape, x)
+    z: Tensor = OPERATOR(
+        x, weight, bias, running_mean, running_var, training, momentum, eps, residual, out, activation, group
+    )
+    return z
 
 
 def bias_silu(
@@ -85,9 +99,9 @@ def bias_silu(
 
     Written into `out`; without one, into x itself where autograd records nothing, else into a new tensor.
     """
-    bn.check_map("bias_silu", "x", x)
+    check_map("x", x)
     if bias is not None:
-        bn.check_vector("bias_silu", "bias", bias, x)
+        check_vector("bias", bias, x)
     recorded = torch.is_grad_enabled() and any(
         tensor is not None and tensor.requires_grad for tensor in (x, bias, residual)
     )
@@ -115,27 +129,14 @@ def bn_silu_reference(
 ) -> Tensor:
     """The definition by torch's own functions; with a group, by the formulas of `ops/_batch_norm.py`."""
     if training and group is not None:
-        return _run(
-            _REFERENCE,
-            x,
-            weight,
-            bias,
-            running_mean,
-            running_var,
-            training,
-            momentum,
-            eps,
-            residual,
-            out,
-            activation,
-            group,
-        )
+        args = (x, weight, bias, running_mean, running_var, training, momentum, eps, residual, out, activation, group)
+        return _run(OPERATOR.references, *args)
     z = F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
     z = F.silu(z) if activation else z
-    return bn.into(out, z if residual is None else z + residual)
+    return placed(z if residual is None else z + residual, out)
 
 
-# ---- raw operators
+# ---- kernels
 
 
 def _forward(
@@ -200,53 +201,56 @@ def _backward_apply(
 
 _PARAMETERS = "Tensor? weight, Tensor? bias"
 _GIVEN = f"Tensor x, {_PARAMETERS}, Tensor mean, Tensor rstd"
-_forward_ops = bn.define(
-    f"bn_silu_forward(Tensor x, {_PARAMETERS}, Tensor(a!)? running_mean, Tensor(b!)? running_var, float momentum, "
-    "float eps, Tensor? residual, Tensor(c!) out, bool silu) -> (Tensor mean, Tensor rstd)",
-    lambda x, *others: (bn.fake_vector(x), bn.fake_vector(x)),
-    _forward,
-    "bn_silu",
-)
-_backward_ops = bn.define(
-    f"bn_silu_backward(Tensor dz, {_GIVEN}, bool silu) -> (Tensor dx, Tensor dweight, Tensor dbias)",
-    lambda dz, x, *others: (bn.empty_dense(x), bn.fake_vector(x), bn.fake_vector(x)),
-    _backward,
-    "bn_silu",
-)
-STATS = bn.define(
-    "bn_stats(Tensor x) -> (Tensor mean, Tensor m2)",
-    lambda x: (bn.fake_vector(x), bn.fake_vector(x)),
-    bn.statistics,
-    "bn_silu",
-)
-_apply_ops = bn.define(
-    f"bn_silu_apply({_GIVEN}, Tensor? residual, Tensor(a!) out, bool silu) -> ()",
-    lambda *others: None,
-    _apply,
-    "bn_silu",
-)
-_sums_ops = bn.define(
-    f"bn_silu_backward_sums(Tensor dz, {_GIVEN}, bool silu) -> Tensor",
-    lambda dz, x, *others: x.new_empty((2, x.shape[1]), dtype=bn.computed_in(x.dtype)),
-    _backward_sums,
-    "bn_silu",
-)
-_input_ops = bn.define(
-    f"bn_silu_backward_apply(Tensor dz, {_GIVEN}, Tensor mean_dy, Tensor mean_dy_xhat, bool silu) -> Tensor",
-    lambda dz, x, *others: bn.empty_dense(x),
-    _backward_apply,
-    "bn_silu",
-)
-_COMPILED, _TRITON = (
-    Raw(*ops) for ops in zip(_forward_ops, _backward_ops, STATS, _apply_ops, _sums_ops, _input_ops, strict=True)
-)
-_REFERENCE = Raw(_forward, _backward, bn.statistics, _apply, _backward_sums, _backward_apply)
 
 
-# ---- autograd
+class _Kernels(NamedTuple):
+    forward: Callable[..., Any]
+    backward: Callable[..., Any]
+    stats: Callable[..., Any]
+    apply: Callable[..., Any]
+    backward_sums: Callable[..., Any]
+    backward_apply: Callable[..., Any]
 
 
-class _OfBatch(torch.autograd.Function):
+KERNELS = _Kernels(
+    forward=Kernel(
+        f"bn_silu_forward(Tensor x, {_PARAMETERS}, Tensor(a!)? running_mean, Tensor(b!)? running_var, float momentum, "
+        "float eps, Tensor? residual, Tensor(c!) out, bool silu) -> (Tensor mean, Tensor rstd)",
+        _forward,
+        lambda x, *others: (bn.empty_vector(x), bn.empty_vector(x)),
+    ),
+    backward=Kernel(
+        f"bn_silu_backward(Tensor dz, {_GIVEN}, bool silu) -> (Tensor dx, Tensor dweight, Tensor dbias)",
+        _backward,
+        lambda dz, x, *others: (empty_map(x), bn.empty_vector(x), bn.empty_vector(x)),
+    ),
+    stats=Kernel(
+        "bn_stats(Tensor x) -> (Tensor mean, Tensor m2)",
+        bn.statistics,
+        lambda x: (bn.empty_vector(x), bn.empty_vector(x)),
+    ),
+    apply=Kernel(
+        f"bn_silu_apply({_GIVEN}, Tensor? residual, Tensor(a!) out, bool silu) -> ()",
+        _apply,
+        lambda *others: None,
+    ),
+    backward_sums=Kernel(
+        f"bn_silu_backward_sums(Tensor dz, {_GIVEN}, bool silu) -> Tensor",
+        _backward_sums,
+        lambda dz, x, *others: x.new_empty((2, x.shape[1]), dtype=bn.computed_in(x.dtype)),
+    ),
+    backward_apply=Kernel(
+        f"bn_silu_backward_apply(Tensor dz, {_GIVEN}, Tensor mean_dy, Tensor mean_dy_xhat, bool silu) -> Tensor",
+        _backward_apply,
+        lambda dz, x, *others: empty_map(x),
+    ),
+)
+
+
+# ---- gradient
+
+
+class _OfBatch(AutogradFunction):
     """Statistics of this batch: saves x and two vectors beside the parameters."""
 
     @staticmethod
@@ -262,24 +266,24 @@ class _OfBatch(torch.autograd.Function):
         eps: float,
         out: Tensor | None,
         silu: bool,
-        raw: Raw,
+        kernels: _Kernels,
     ) -> Tensor:
-        target = bn.empty_output(x) if out is None else out
-        mean, rstd = raw.forward(x, weight, bias, running_mean, running_var, momentum, eps, residual, target, silu)
+        target = empty_map(x) if out is None else out
+        mean, rstd = kernels.forward(x, weight, bias, running_mean, running_var, momentum, eps, residual, target, silu)
         ctx.save_for_backward(x, weight, bias, mean, rstd)
-        ctx.silu, ctx.raw = silu, raw
-        return target if out is None else bn.returned(out)
+        ctx.silu, ctx.kernels = silu, kernels
+        return target if out is None else returned(out)
 
     @staticmethod
-    @bn.once_differentiable
+    @once_differentiable
     def backward(ctx: Any, dz: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias, mean, rstd = ctx.saved_tensors
         need = ctx.needs_input_grad
         residual = dz if need[3] else None
         if need[0]:
-            dx, dweight, dbias = ctx.raw.backward(dz, x, weight, bias, mean, rstd, ctx.silu)
+            dx, dweight, dbias = ctx.kernels.backward(dz, x, weight, bias, mean, rstd, ctx.silu)
         elif need[1] or need[2]:
-            dbias, dweight = ctx.raw.backward_sums(dz, x, weight, bias, mean, rstd, ctx.silu).unbind()
+            dbias, dweight = ctx.kernels.backward_sums(dz, x, weight, bias, mean, rstd, ctx.silu).unbind()
             dx = None
         else:
             return None, None, None, residual, None, None, None, None, None, None, None
@@ -287,7 +291,7 @@ class _OfBatch(torch.autograd.Function):
         return dx, dweight, dbias, residual, None, None, None, None, None, None, None
 
 
-class _Given(torch.autograd.Function):
+class _Given(AutogradFunction):
     """Statistics given: running ones (total and group None), or those of all processes, through which dx flows too."""
 
     @staticmethod
@@ -303,37 +307,37 @@ class _Given(torch.autograd.Function):
         group: Any,
         out: Tensor | None,
         silu: bool,
-        raw: Raw,
+        kernels: _Kernels,
     ) -> Tensor:
-        target = bn.empty_output(x) if out is None else out
-        raw.apply(x, weight, bias, mean, rstd, residual, target, silu)
+        target = empty_map(x) if out is None else out
+        kernels.apply(x, weight, bias, mean, rstd, residual, target, silu)
         ctx.save_for_backward(x, weight, bias, mean, rstd, total)
-        ctx.silu, ctx.raw, ctx.group = silu, raw, group
-        return target if out is None else bn.returned(out)
+        ctx.silu, ctx.kernels, ctx.group = silu, kernels, group
+        return target if out is None else returned(out)
 
     @staticmethod
-    @bn.once_differentiable
+    @once_differentiable
     def backward(ctx: Any, dz: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias, mean, rstd, total = ctx.saved_tensors
         given = (dz, x, weight, bias, mean, rstd)
         need = ctx.needs_input_grad
         dx = dweight = dbias = None
         if total is not None or need[1] or need[2]:
-            sums = ctx.raw.backward_sums(*given, ctx.silu)
+            sums = ctx.kernels.backward_sums(*given, ctx.silu)
             dbias, dweight = sums.unbind()
         else:
             sums = mean.new_zeros((2, mean.shape[0]))
         # Every process takes part in the reduction, also one whose x needs no gradient.
-        means = bn.means_of(sums, total, ctx.group)
+        means = means_of(sums, total, ctx.group)
         if need[0]:
-            dx = ctx.raw.backward_apply(*given, means[0], means[1], ctx.silu)
+            dx = ctx.kernels.backward_apply(*given, means[0], means[1], ctx.silu)
         residual = dz if need[3] else None
         dweight, dbias = dweight if need[1] else None, dbias if need[2] else None
         return dx, dweight, dbias, residual, None, None, None, None, None, None, None
 
 
 def _run(
-    raw: Raw,
+    kernels: _Kernels,
     x: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
@@ -349,43 +353,55 @@ def _run(
 ) -> Tensor:
     weight, bias = bn.parameter(weight, x.dtype), bn.parameter(bias, x.dtype)
     if training and group is None:
-        return _OfBatch.apply(x, weight, bias, residual, running_mean, running_var, momentum, eps, out, activation, raw)  # type: ignore[no-any-return]
+        z: Tensor = _OfBatch.apply(
+            x, weight, bias, residual, running_mean, running_var, momentum, eps, out, activation, kernels
+        )
+        return z
     total = None
     if training:
-        mean, rstd, total = bn.synchronised(x, raw, (running_mean, running_var), momentum, eps, group)
+        mean, rstd, total = synchronised(x, kernels.stats, (running_mean, running_var), momentum, eps, group)
     else:
         assert running_mean is not None
         assert running_var is not None
         mean, rstd = running_mean, (running_var + eps).rsqrt()
-    return _Given.apply(x, weight, bias, residual, mean, rstd, total, group, out, activation, raw)  # type: ignore[no-any-return]
+    z = _Given.apply(x, weight, bias, residual, mean, rstd, total, group, out, activation, kernels)
+    return z
 
 
-def _compiled(*args: Any) -> Tensor:
-    return _run(_COMPILED, *args)
+# ---- backends
 
 
-def _triton(*args: Any) -> Tensor:
-    return _run(_TRITON, *args)
+def _supports_cpu(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, running_mean: Tensor | None, *rest: Any
+) -> str | None:
+    return (None if x.is_cpu else not_on("cpu", x)) or bn.not_for_kernels(x, running_mean)
 
 
-OPERATOR = register(
-    Operator(
-        "bn_silu",
-        "BatchNorm, SiLU and residual in one pass",
-        {
-            "eager": Implementation(bn_silu_reference),
-            "cpu": Implementation(
-                _compiled,
-                library.missing("bn_silu_forward", "cpu"),
-                lambda x, running: (None if x.is_cpu else not_on("cpu", x)) or bn.why_not_kernel(x, running),
-            ),
-            "triton": Implementation(
-                _triton,
-                triton_missing(),
-                lambda x, running: runs_triton("bn_silu", x) or bn.why_not_kernel(x, running),
-            ),
-        },
-        # The compiled kernels before interpreted Triton.
-        ("cpu", "triton", "eager"),
+def _supports_triton(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, running_mean: Tensor | None, *rest: Any
+) -> str | None:
+    return not_for_triton("bn_silu", x) or bn.not_for_kernels(x, running_mean)
+
+
+def _triton() -> _Kernels:
+    from yolov9_fast.kernels import bn_silu as launchers
+    from yolov9_fast.kernels.batch_norm import bn_stats
+
+    return _Kernels(
+        launchers.bn_silu_forward,
+        launchers.bn_silu_backward,
+        bn_stats,
+        launchers.bn_silu_apply,
+        launchers.bn_silu_backward_sums,
+        launchers.bn_silu_backward_apply,
     )
+
+
+OPERATOR = Operator(
+    "bn_silu",
+    "BatchNorm, SiLU and residual in one pass",
+    reference=bn_silu_reference,
+    kernels=KERNELS,
+    run=_run,
+    backends={"cpu": Compiled(_supports_cpu), "triton": Python(_triton, _supports_triton)},
 )

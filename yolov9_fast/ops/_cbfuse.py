@@ -7,17 +7,24 @@ resized copy and a sum for each input; its gradient sums the target's gradient o
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from yolov9_fast._layout import check_map, in_layout_of, memory_format_of
-from yolov9_fast.ops import _library as library
-from yolov9_fast.ops._backend import Implementation, Operator, not_on, register, select
-from yolov9_fast.ops._interpreted import runs_triton, triton_launcher, triton_missing
+from yolov9_fast._layout import empty_map, in_layout_of, memory_format_of
+from yolov9_fast.ops._checks import check_map
+from yolov9_fast.ops._operator import (
+    AutogradFunction,
+    Compiled,
+    Kernel,
+    Operator,
+    Python,
+    not_for_triton,
+    not_on,
+    once_differentiable,
+)
 
 
 def cbfuse(inputs: Sequence[Tensor], target: Tensor) -> Tensor:
@@ -32,7 +39,7 @@ def cbfuse(inputs: Sequence[Tensor], target: Tensor) -> Tensor:
         return target
     if torch.is_autocast_enabled(target.device.type):
         inputs, target = _promoted(inputs, target)
-    result: Tensor = select(OPERATOR, inputs, target)(inputs, target)
+    result: Tensor = OPERATOR(inputs, target)
     return result
 
 
@@ -45,20 +52,18 @@ def cbfuse_reference(inputs: Sequence[Tensor], target: Tensor) -> Tensor:
 
 
 def _check(inputs: Sequence[Tensor], target: Tensor) -> None:
-    check_map("cbfuse", "target", target)
+    check_map("target", target)
     for number, x in enumerate(inputs):
-        check_map("cbfuse", f"inputs[{number}]", x)
+        name = f"inputs[{number}]"
+        check_map(name, x)
         if x.shape[:2] != target.shape[:2]:
-            raise ValueError(
-                f"cbfuse: inputs[{number}] must have batch and channels {list(target.shape[:2])} as the target, "
-                f"got {list(x.shape)}"
-            )
+            raise ValueError(f"{name}: expected batch and channels {list(target.shape[:2])}, got {list(x.shape)}")
         if x.device != target.device:
-            raise ValueError(f"cbfuse: inputs[{number}] must be on {target.device} as the target, got {x.device}")
+            raise ValueError(f"{name}: expected a tensor on {target.device}, got one on {x.device}")
         if x.dtype != target.dtype and not torch.is_autocast_enabled(target.device.type):
-            raise TypeError(f"cbfuse: inputs[{number}] must be {target.dtype} as the target, got {x.dtype}")
+            raise TypeError(f"{name}: expected {target.dtype} as the target, got {x.dtype}")
         if 0 in x.shape[2:] and 0 not in target.shape:
-            raise ValueError(f"cbfuse: inputs[{number}] must have pixels to resize, got {list(x.shape)}")
+            raise ValueError(f"{name}: expected at least one pixel to resize, got {list(x.shape)}")
 
 
 def _promoted(inputs: Sequence[Tensor], target: Tensor) -> tuple[list[Tensor], Tensor]:
@@ -69,51 +74,16 @@ def _promoted(inputs: Sequence[Tensor], target: Tensor) -> tuple[list[Tensor], T
     return [x.to(dtype) for x in inputs], target.to(dtype)
 
 
-@dataclass(frozen=True)
-class _Kernels:
-    """One implementation's two raw operators, and its name in `_kernels`."""
-
-    name: str
-    forward: Callable[[list[Tensor], Tensor], Tensor]
-    backward: Callable[[Tensor, list[int], list[int]], list[Tensor]]
-
-    def __call__(self, inputs: Sequence[Tensor], target: Tensor) -> Tensor:
-        result: Tensor = _CBFuse.apply(self.name, target, *inputs)
-        return result
-
-
-class _CBFuse(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, name: str, target: Tensor, *inputs: Tensor) -> Tensor:
-        ctx.name = name
-        ctx.like = memory_format_of(target)
-        ctx.sizes = [(x.shape[2], x.shape[3]) for x in inputs]
-        maps = in_layout_of(target, [target, *inputs])
-        return _kernels[name].forward(maps[1:], maps[0])
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, dz: Tensor) -> tuple[Tensor | None, ...]:
-        size = (dz.shape[2], dz.shape[3])
-        # An input of the target's size is added as it is: its gradient is the target's.
-        resized = [index for index, own in enumerate(ctx.sizes) if own != size and ctx.needs_input_grad[2 + index]]
-        gradients: list[Tensor | None] = [dz if own == size else None for own in ctx.sizes]
-        if resized:
-            heights = [ctx.sizes[index][0] for index in resized]
-            widths = [ctx.sizes[index][1] for index in resized]
-            (readable,) = in_layout_of(dz, [dz], ctx.like)
-            for index, gradient in zip(resized, _kernels[ctx.name].backward(readable, heights, widths), strict=True):
-                gradients[index] = gradient
-        return None, dz, *gradients
+# ---- kernels
 
 
 def forward_reference(inputs: list[Tensor], target: Tensor) -> Tensor:
-    """The raw operator `cbfuse_forward`, defined."""
+    """Kernel `cbfuse_forward`."""
     return cbfuse_reference(inputs, target).contiguous(memory_format=memory_format_of(target))
 
 
 def backward_reference(dz: Tensor, heights: list[int], widths: list[int]) -> list[Tensor]:
-    """The raw operator `cbfuse_backward`, defined: of an input [B, C, heights[i], widths[i]] each."""
+    """Kernel `cbfuse_backward`: the gradient of each input [B, C, heights[i], widths[i]]."""
     batch, channels, height, width = dz.shape
     return [
         torch.ops.aten.upsample_nearest2d_backward(dz, [height, width], [batch, channels, h, w]).contiguous(
@@ -123,41 +93,60 @@ def backward_reference(dz: Tensor, heights: list[int], widths: list[int]) -> lis
     ]
 
 
-def _fake_forward(inputs: list[Tensor], target: Tensor) -> Tensor:
-    return torch.empty(target.shape, dtype=target.dtype, device=target.device, memory_format=memory_format_of(target))
+class _Kernels(NamedTuple):
+    forward: Callable[..., Any]
+    backward: Callable[..., Any]
 
 
-def _fake_backward(dz: Tensor, heights: list[int], widths: list[int]) -> list[Tensor]:
-    return [
-        torch.empty(
-            (dz.shape[0], dz.shape[1], h, w), dtype=dz.dtype, device=dz.device, memory_format=memory_format_of(dz)
-        )
-        for h, w in zip(heights, widths, strict=True)
-    ]
-
-
-_FORWARD = "(Tensor[] inputs, Tensor target) -> Tensor"
-_BACKWARD = "(Tensor dz, int[] heights, int[] widths) -> Tensor[]"
-_kernels = {
-    "cpu": _Kernels(
-        "cpu",
-        library.define(f"cbfuse_forward{_FORWARD}", fake=_fake_forward, reference=forward_reference),
-        library.define(f"cbfuse_backward{_BACKWARD}", fake=_fake_backward, reference=backward_reference),
+KERNELS = _Kernels(
+    Kernel(
+        "cbfuse_forward(Tensor[] inputs, Tensor target) -> Tensor",
+        forward_reference,
+        lambda inputs, target: empty_map(target, target.shape[1]),
     ),
-    "triton": _Kernels(
-        "triton",
-        library.define(
-            f"cbfuse_forward_triton{_FORWARD}",
-            fake=_fake_forward,
-            reference=triton_launcher("cbfuse", "cbfuse_forward"),
-        ),
-        library.define(
-            f"cbfuse_backward_triton{_BACKWARD}",
-            fake=_fake_backward,
-            reference=triton_launcher("cbfuse", "cbfuse_backward"),
-        ),
+    Kernel(
+        "cbfuse_backward(Tensor dz, int[] heights, int[] widths) -> Tensor[]",
+        backward_reference,
+        lambda dz, heights, widths: [empty_map(dz, size=size) for size in zip(heights, widths, strict=True)],
     ),
-}
+)
+
+
+# ---- gradient
+
+
+def _run(kernels: _Kernels, inputs: Sequence[Tensor], target: Tensor) -> Tensor:
+    result: Tensor = _CBFuse.apply(kernels, target, *inputs)
+    return result
+
+
+class _CBFuse(AutogradFunction):
+    @staticmethod
+    def forward(ctx: Any, kernels: _Kernels, target: Tensor, *inputs: Tensor) -> Tensor:
+        ctx.kernels = kernels
+        ctx.like = memory_format_of(target)
+        ctx.sizes = [(x.shape[2], x.shape[3]) for x in inputs]
+        maps = in_layout_of(target, [target, *inputs])
+        result: Tensor = kernels.forward(maps[1:], maps[0])
+        return result
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dz: Tensor) -> tuple[Tensor | None, ...]:
+        size = (dz.shape[2], dz.shape[3])
+        # An input of the target's size is added as it is: its gradient is the target's.
+        resized = [index for index, own in enumerate(ctx.sizes) if own != size and ctx.needs_input_grad[2 + index]]
+        gradients: list[Tensor | None] = [dz if own == size else None for own in ctx.sizes]
+        if resized:
+            heights = [ctx.sizes[index][0] for index in resized]
+            widths = [ctx.sizes[index][1] for index in resized]
+            (readable,) = in_layout_of(dz, [dz], ctx.like)
+            for index, gradient in zip(resized, ctx.kernels.backward(readable, heights, widths), strict=True):
+                gradients[index] = gradient
+        return None, dz, *gradients
+
+
+# ---- backends
 
 
 def _supports_cpu(inputs: Sequence[Tensor], target: Tensor) -> str | None:
@@ -165,18 +154,20 @@ def _supports_cpu(inputs: Sequence[Tensor], target: Tensor) -> str | None:
 
 
 def _supports_triton(inputs: Sequence[Tensor], target: Tensor) -> str | None:
-    return runs_triton("cbfuse", target, *inputs)
+    return not_for_triton("cbfuse", target, *inputs)
 
 
-OPERATOR = register(
-    Operator(
-        "cbfuse",
-        "sum of maps nearest-resized to a target, in one pass",
-        {
-            "eager": Implementation(cbfuse_reference),
-            "cpu": Implementation(_kernels["cpu"], library.missing("cbfuse_forward", "cpu"), _supports_cpu),
-            "triton": Implementation(_kernels["triton"], triton_missing(), _supports_triton),
-        },
-        order=("cpu", "triton", "eager"),
-    )
+def _triton() -> _Kernels:
+    from yolov9_fast.kernels.cbfuse import cbfuse_backward, cbfuse_forward
+
+    return _Kernels(cbfuse_forward, cbfuse_backward)
+
+
+OPERATOR = Operator(
+    "cbfuse",
+    "sum of maps nearest-resized to a target, in one pass",
+    reference=cbfuse_reference,
+    kernels=KERNELS,
+    run=_run,
+    backends={"cpu": Compiled(_supports_cpu), "triton": Python(_triton, _supports_triton)},
 )

@@ -19,9 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from yolov9_fast._layout import check_map, layout_of, memory_format_of
-from yolov9_fast.ops import _library as library
-from yolov9_fast.ops._backend import Implementation, Operator, not_on, register, select
+from yolov9_fast._layout import empty_map, layout_of, memory_format_of
+from yolov9_fast.ops._checks import check_map
+from yolov9_fast.ops._operator import AutogradFunction, Compiled, Kernel, Operator, not_on
 
 
 class ConcatBuffer:
@@ -43,7 +43,7 @@ class ConcatBuffer:
     ) -> None:
         """`size`: batch, height, width; `channels`: of each slot, in the order of the concatenation."""
         if not channels or any(count < 1 for count in channels):
-            raise ValueError(f"ConcatBuffer: channels must be positive, got {list(channels)}")
+            raise ValueError(f"channels: expected positive numbers, got {list(channels)}")
         self.channels = list(channels)
         self._starts = [sum(self.channels[:index]) for index in range(len(self.channels) + 1)]
         self._free = [True] * len(self.channels)
@@ -55,7 +55,7 @@ class ConcatBuffer:
     @classmethod
     def beside(cls, x: Tensor, channels: Sequence[int], *, dtype: torch.dtype | None = None) -> ConcatBuffer:
         """A buffer of the batch, size, device, layout and dtype (unless another is given) of `x` [B, C, H, W]."""
-        check_map("ConcatBuffer", "x", x)
+        check_map("x", x)
         size = (x.shape[0], x.shape[2], x.shape[3])
         return cls(size, channels, dtype=dtype or x.dtype, device=x.device, memory_format=memory_format_of(x))
 
@@ -65,13 +65,11 @@ class ConcatBuffer:
         Raises `ValueError` for a slot that does not exist and `RuntimeError` for one that was handed out before.
         """
         if index < 0 or count < 1 or index + count > len(self.channels):
-            raise ValueError(
-                f"ConcatBuffer: slots {index} to {index + count - 1} do not exist, there are {len(self.channels)}"
-            )
+            raise ValueError(f"index: expected slots below {len(self.channels)}, got {index} to {index + count - 1}")
         if not all(self._free[index : index + count]):
             raise RuntimeError(
-                "ConcatBuffer: a slot is written once; make a new buffer for each forward, "
-                "what the last one wrote may be saved for its backward"
+                "index: expected a slot that was not used before: a slot is written once, because autograd may have "
+                "saved its values; make a new ConcatBuffer for each forward"
             )
         self._free[index : index + count] = [False] * count
         return _alias(self._buffer, self._starts[index], self._starts[index + count])
@@ -91,29 +89,26 @@ class ConcatBuffer:
         """Whether each part is to be copied into its place."""
         start, to_copy = 0, []
         for number, part in enumerate(parts):
-            check_map("ConcatBuffer.join", f"part {number}", part)
+            check_map(f"parts[{number}]", part)
             batch, _, height, width = self._buffer.shape
             if part.shape[0] != batch or part.shape[2:] != self._buffer.shape[2:]:
-                raise ValueError(
-                    f"ConcatBuffer.join: part {number} must have shape [{batch}, C, {height}, {width}], "
-                    f"got {list(part.shape)}"
-                )
+                raise ValueError(f"parts[{number}]: expected [{batch}, C, {height}, {width}], got {list(part.shape)}")
             if part.dtype != self._buffer.dtype or part.device != self._buffer.device:
                 raise ValueError(
-                    f"ConcatBuffer.join: part {number} must be {self._buffer.dtype} on {self._buffer.device}, "
+                    f"parts[{number}]: expected {self._buffer.dtype} on {self._buffer.device}, "
                     f"got {part.dtype} on {part.device}"
                 )
             first, start = start, start + part.shape[1]
             if start not in self._starts:
                 raise ValueError(
-                    f"ConcatBuffer.join: part {number} ends at channel {start}, the slots at {self._starts[1:]}"
+                    f"parts[{number}]: expected to end at one of the channels {self._starts[1:]}, got {start}"
                 )
             if torch.compiler.is_compiling():
                 to_copy.append(any(self._free[self._starts.index(first) : self._starts.index(start)]))
             else:
                 to_copy.append(not _is_at(part, self._buffer.narrow(1, first, part.shape[1])))
         if start != self._starts[-1]:
-            raise ValueError(f"ConcatBuffer.join: the parts have {start} channels, the buffer {self._starts[-1]}")
+            raise ValueError(f"parts: expected {self._starts[-1]} channels in total, got {start}")
         return to_copy
 
 
@@ -124,12 +119,12 @@ def concat(parts: Sequence[Tensor]) -> Tensor:
     view of them. The gradients of the parts are views of the whole gradient. Raises `ValueError` for other shapes.
     """
     if not parts:
-        raise ValueError("concat: parts must hold at least one tensor, got none")
+        raise ValueError("parts: expected at least one tensor, got none")
     for number, part in enumerate(parts):
-        check_map("concat", f"part {number}", part)
+        check_map(f"parts[{number}]", part)
         if part.shape[0] != parts[0].shape[0] or part.shape[2:] != parts[0].shape[2:]:
             raise ValueError(
-                f"concat: part {number} must agree with part 0 {list(parts[0].shape)} but for the channels, "
+                f"parts[{number}]: expected the shape of parts[0] {list(parts[0].shape)} except for the channels, "
                 f"got {list(part.shape)}"
             )
     whole = None if torch.compiler.is_compiling() else _side_by_side(parts)
@@ -151,10 +146,12 @@ def tap(x: Tensor, start: int, channels: int | None = None) -> tuple[Tensor, Ten
     added while it is written (one pass; autograd's own slicing pads the second with zeros, copies and adds).
     Raises `ValueError` when the slice is not in `x`.
     """
-    check_map("tap", "x", x)
+    check_map("x", x)
     channels = x.shape[1] - start if channels is None else channels
     if start < 0 or channels < 1 or start + channels > x.shape[1]:
-        raise ValueError(f"tap: channels {start} to {start + channels - 1} are not among the {x.shape[1]} of x")
+        raise ValueError(
+            f"start, channels: expected channels below {x.shape[1]}, got {start} to {start + channels - 1}"
+        )
     if torch.compiler.is_compiling():
         return tap_reference(x, start, channels)  # the compiler fuses padding and adding by itself
     whole, part = _Tap.apply(x, start, channels)
@@ -173,9 +170,9 @@ def split_view(x: Tensor, sizes: Sequence[int]) -> tuple[Tensor, ...]:
     slices that nobody used; not even that when they already lie side by side in one tensor. Raises `ValueError`
     when the sizes do not add up to C.
     """
-    check_map("split_view", "x", x)
+    check_map("x", x)
     if any(size < 1 for size in sizes) or sum(sizes) != x.shape[1]:
-        raise ValueError(f"split_view: sizes must be positive and add up to {x.shape[1]}, got {list(sizes)}")
+        raise ValueError(f"sizes: expected positive numbers with the sum {x.shape[1]}, got {list(sizes)}")
     if torch.compiler.is_compiling():
         return split_view_reference(x, sizes)
     parts: tuple[Tensor, ...] = _Split.apply(x, tuple(sizes))
@@ -184,11 +181,24 @@ def split_view(x: Tensor, sizes: Sequence[int]) -> tuple[Tensor, ...]:
 
 def split_view_reference(x: Tensor, sizes: Sequence[int]) -> tuple[Tensor, ...]:
     """The definition of `split_view`: autograd's own splitting."""
-    return x.split(list(sizes), 1)
+    return x.split_with_sizes(list(sizes), 1)
 
 
-def placed(result: Tensor, slot: Tensor) -> Tensor:
-    """`result` copied to `slot`, as an autograd tensor that lies there: for producers that cannot write into slots."""
+def returned(out: Tensor) -> Tensor:
+    """The alias of `out`, after it was written, that an `autograd.Function` returns as its output.
+
+    With `mark_dirty` autograd would rebase the slot's history, and torch.compile would lose the gradient. Instead the
+    version is incremented here, so that a second write to a slot that backward still needs is an error.
+    """
+    if not torch.compiler.is_compiling() and not out.is_inference():
+        torch.autograd.graph.increment_version(out)
+    return out.view_as(out)
+
+
+def placed(result: Tensor, slot: Tensor | None) -> Tensor:
+    """`result`, copied to `slot` if there is one: for implementations that cannot write into a slot."""
+    if slot is None:
+        return result
     copied: Tensor = _Placed.apply(result, slot)
     return copied
 
@@ -258,7 +268,7 @@ def _assemble(gradients: Sequence[Tensor | None], sizes: Sequence[int]) -> Tenso
         device=known.device,
         memory_format=memory_format_of(known),
     )
-    for gradient, place in zip(gradients, whole.split(list(sizes), 1), strict=True):
+    for gradient, place in zip(gradients, whole.split_with_sizes(list(sizes), 1), strict=True):
         if gradient is None:
             place.zero_()
         else:
@@ -266,21 +276,21 @@ def _assemble(gradients: Sequence[Tensor | None], sizes: Sequence[int]) -> Tenso
     return whole
 
 
-class _Join(torch.autograd.Function):
+class _Join(AutogradFunction):
     @staticmethod
     def forward(ctx: Any, buffer: Tensor, to_copy: Sequence[bool], *parts: Tensor) -> Tensor:
         ctx.sizes = [part.shape[1] for part in parts]
-        for part, place, copied in zip(parts, buffer.split(ctx.sizes, 1), to_copy, strict=True):
+        for part, place, copied in zip(parts, buffer.split_with_sizes(ctx.sizes, 1), to_copy, strict=True):
             if copied:
                 place.copy_(part)
         return buffer.view_as(buffer)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        return None, None, *gradient.split(ctx.sizes, 1)
+        return None, None, *gradient.split_with_sizes(ctx.sizes, 1)
 
 
-class _Placed(torch.autograd.Function):
+class _Placed(AutogradFunction):
     @staticmethod
     def forward(ctx: Any, result: Tensor, slot: Tensor) -> Tensor:
         if torch.compiler.is_compiling():
@@ -294,7 +304,7 @@ class _Placed(torch.autograd.Function):
         return gradient, None
 
 
-class _Tap(torch.autograd.Function):
+class _Tap(AutogradFunction):
     @staticmethod
     def forward(ctx: Any, x: Tensor, start: int, channels: int) -> tuple[Tensor, Tensor]:
         ctx.set_materialize_grads(False)
@@ -313,15 +323,15 @@ class _Tap(torch.autograd.Function):
             return _assemble([None, part, None], [ctx.start, part.shape[1], after]), None, None
         if torch.is_grad_enabled():
             return tap_backward_reference(whole, part, ctx.start), None, None
-        return select(OPERATOR, whole, part, ctx.start)(whole, part, ctx.start), None, None
+        return OPERATOR(whole, part, ctx.start), None, None
 
 
-class _Split(torch.autograd.Function):
+class _Split(AutogradFunction):
     @staticmethod
     def forward(ctx: Any, x: Tensor, sizes: Sequence[int]) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
         ctx.sizes = sizes
-        return x.split(sizes, 1)
+        return x.split_with_sizes(sizes, 1)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, None]:
@@ -330,31 +340,32 @@ class _Split(torch.autograd.Function):
         return _assemble(gradients, ctx.sizes), None
 
 
+# ---- kernels
+
+
 def tap_backward_reference(whole: Tensor, part: Tensor, start: int) -> Tensor:
-    """Gradient of `x` in `tap`: `whole` [B, C, H, W] plus `part` at the channels from `start` on, in a new tensor."""
+    """Kernel `tap_backward`, the gradient of `x` in `tap`.
+
+    A new tensor: `whole` [B, C, H, W] plus `part` at the channels from `start` on.
+    """
     stop = start + part.shape[1]
     return torch.cat((whole[:, :start], whole[:, start:stop] + part, whole[:, stop:]), 1)
 
 
 def _fake(whole: Tensor, part: Tensor, start: int) -> Tensor:
-    return torch.empty(whole.shape, dtype=whole.dtype, device=whole.device, memory_format=memory_format_of(whole))
+    return empty_map(whole, whole.shape[1])
 
 
 def _copy_to_slot(result: Tensor, slot: Tensor) -> None:
     slot.copy_(result)
 
 
-def _fake_place(result: Tensor, slot: Tensor) -> None:
-    return None
+# While torch.compile traces, slots are views of one buffer, and autograd refuses `copy_` into a view next to one that a
+# Function returned. It does not see the mutation of a registered operator; the compiler does.
+_place = Kernel("place(Tensor x, Tensor(a!) slot) -> ()", _copy_to_slot, lambda result, slot: None).registered()
 
 
-# While tracing, slots are views of one buffer, and autograd refuses copy_ into a view beside one that a Function
-# returned. It does not see the mutation of an operator; the compiler does.
-_place = library.define("place(Tensor x, Tensor(a!) slot) -> ()", fake=_fake_place, reference=_copy_to_slot)
-
-_compiled = library.define(
-    "tap_backward(Tensor whole, Tensor part, int start) -> Tensor", fake=_fake, reference=tap_backward_reference
-)
+# ---- backends
 
 
 def _supports_cpu(whole: Tensor, part: Tensor, start: int) -> str | None:
@@ -363,13 +374,10 @@ def _supports_cpu(whole: Tensor, part: Tensor, start: int) -> str | None:
     return not_on("cpu", whole, part)
 
 
-OPERATOR = register(
-    Operator(
-        "concat",
-        "aggregation without a copy: the gradient of a map that is aggregated and tapped, in one pass",
-        {
-            "eager": Implementation(tap_backward_reference),
-            "cpu": Implementation(_compiled, library.missing("tap_backward", "cpu"), _supports_cpu),
-        },
-    )
+OPERATOR = Operator(
+    "tap_backward",
+    "the gradient of a map that is concatenated and sliced, in one pass",
+    reference=tap_backward_reference,
+    kernels=(Kernel("tap_backward(Tensor whole, Tensor part, int start) -> Tensor", tap_backward_reference, _fake),),
+    backends={"cpu": Compiled(_supports_cpu)},
 )

@@ -2,27 +2,26 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from yolov9_fast.ops import _library as library
-from yolov9_fast.ops._backend import Implementation, Operator, needs_gradient, not_on, register, select
 from yolov9_fast.ops._boxes import REG_MAX, STRIDES, anchor_points
+from yolov9_fast.ops._checks import FLOATING
+from yolov9_fast.ops._operator import Compiled, Kernel, Operator, needs_gradient, not_on
 
-MAP_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-"""Of the raw maps that compiled implementations take."""
-MAX_LEVELS = 8
+_MAX_LEVELS = 8
 
 
 def decode(maps: Sequence[Tensor], strides: Sequence[int] = STRIDES) -> Tensor:
-    """Boxes and scores of a batch; differentiable, computed in float32 (float64 stays).
+    """Boxes and scores of a batch; differentiable, computed in float32, or float64 for float64 maps.
 
     Args:
         maps: one raw map [B, 64 + nc, H/s, W/s] per stride: 4 sides (left, top, right, bottom) × 16 bins, side-major,
-            then class logits. Any floating dtype and memory layout.
+            then class logits. Any floating dtype and memory format.
         strides: s in pixels.
 
     Returns:
@@ -32,7 +31,7 @@ def decode(maps: Sequence[Tensor], strides: Sequence[int] = STRIDES) -> Tensor:
         ValueError: maps that do not fit each other or the strides.
     """
     check_maps(maps, strides)
-    result: Tensor = select(OPERATOR, maps, strides)(maps, strides)
+    result: Tensor = OPERATOR(maps, strides)
     return result
 
 
@@ -60,21 +59,21 @@ class AssignmentInputs(NamedTuple):
 
 @torch.no_grad()
 def decode_for_assignment(maps: Sequence[Tensor], labels: Tensor, strides: Sequence[int] = STRIDES) -> AssignmentInputs:
-    """Raw maps decoded for `assign`, without gradient; in float32 (float64 stays).
+    """Raw maps decoded for `assign`, without gradient; in float32, or float64 for float64 maps.
 
     Args:
         maps, strides: as for `decode`.
-        labels: [B, N] class of each ground truth. Where there are fewer of them than classes, a compiled form computes
-            their scores alone, K = max(N, 1); else K = nc.
+        labels: [B, N] class of each ground truth. Where N is less than the number of classes, compiled kernels compute
+            only the scores of these classes, K = max(N, 1); else K = nc.
 
     Raises:
         ValueError: maps or labels that do not fit.
     """
     check_maps(maps, strides)
     if labels.dim() != 2 or labels.shape[0] != maps[0].shape[0]:
-        raise ValueError(f"labels: expected [{maps[0].shape[0]}, N], got {tuple(labels.shape)}")
+        raise ValueError(f"labels: expected [{maps[0].shape[0]}, N], got {list(labels.shape)}")
     maps = [level.detach() for level in maps]
-    result: AssignmentInputs = select(ASSIGNMENT_OPERATOR, maps, labels, strides)(maps, labels, strides)
+    result: AssignmentInputs = ASSIGNMENT_OPERATOR(maps, labels, strides)
     return result
 
 
@@ -96,14 +95,14 @@ def expected_sides(bins: Tensor) -> Tensor:
 
 
 def flatten_maps(maps: Sequence[Tensor]) -> Tensor:
-    """All levels side by side, [B, 64 + nc, A], in float32 (float64 stays)."""
+    """All levels concatenated, [B, 64 + nc, A], in float32, or float64 for float64 maps."""
     dtype = torch.promote_types(maps[0].dtype, torch.float32)
     return torch.cat([level.flatten(2).to(dtype) for level in maps], 2)
 
 
 def split_maps(raw: Tensor) -> tuple[Tensor, Tensor]:
     """[B, 64 + nc, A] to the bins' logits [B, 64, A] and the classes' [B, nc, A]."""
-    bins, logits = raw.split((4 * REG_MAX, raw.shape[1] - 4 * REG_MAX), 1)
+    bins, logits = torch.split(raw, [4 * REG_MAX, raw.shape[1] - 4 * REG_MAX], 1)
     return bins, logits
 
 
@@ -113,8 +112,8 @@ def map_anchor_points(maps: Sequence[Tensor], strides: Sequence[int], dtype: tor
     return anchor_points(sizes, strides, device=maps[0].device, dtype=dtype)
 
 
-def rows_in_step(level: Tensor) -> Tensor:
-    """`level`, copied only where its rows of pixels do not follow each other at one step, as in a crop."""
+def with_one_pixel_stride(level: Tensor) -> Tensor:
+    """`level`; a copy where the stride from pixel to pixel changes at the end of a row, as in a crop."""
     height, width = level.shape[2:]
     if height <= 1 or width <= 1 or level.stride(2) == width * level.stride(3):
         return level
@@ -124,68 +123,22 @@ def rows_in_step(level: Tensor) -> Tensor:
 def check_maps(maps: Sequence[Tensor], strides: Sequence[int]) -> None:
     """Raise `ValueError` unless `maps` are raw maps of one head, one per stride."""
     if len(maps) != len(strides) or not maps:
-        raise ValueError(f"maps: expected one per stride {tuple(strides)}, got {len(maps)}")
+        raise ValueError(f"maps: expected one per stride {list(strides)}, got {len(maps)}")
     for level in maps:
         if level.dim() != 4 or level.shape[1] <= 4 * REG_MAX or level.shape[:2] != maps[0].shape[:2]:
-            shapes = [tuple(each.shape) for each in maps]
-            raise ValueError(f"maps: expected [B, {4 * REG_MAX} + nc, H, W] with the same B and nc ≥ 1, got {shapes}")
+            shapes = [list(each.shape) for each in maps]
+            raise ValueError(
+                f"maps: expected [B, {4 * REG_MAX} + nc, H, W] with one B and nc of at least 1, got {shapes}"
+            )
 
 
-def _decode_compiled(maps: Sequence[Tensor], strides: Sequence[int]) -> Tensor:
-    result: Tensor = _decode([rows_in_step(level) for level in maps], strides)
-    return result
+# ---- kernels
 
 
-def _for_assignment_compiled(maps: Sequence[Tensor], labels: Tensor, strides: Sequence[int]) -> AssignmentInputs:
-    count, classes = labels.shape[1], maps[0].shape[1] - 4 * REG_MAX
-    few = count < classes
-    labels = labels.long().contiguous()
-    wanted = labels if few else None
-    if count == 0:  # `assign` expects a column, though nobody looks at it
-        wanted = labels.new_zeros(labels.shape[0], 1)
-    scores, boxes, points = _for_assignment([rows_in_step(level) for level in maps], wanted, strides)
-    columns = torch.arange(count, device=labels.device).expand_as(labels) if few else labels
-    return AssignmentInputs(scores.transpose(1, 2), boxes, points, columns)
-
-
-def why_not_maps(device: str, maps: Sequence[Tensor]) -> str | None:
-    """For `supports`: why compiled implementations for `device` cannot take these maps, None when they can."""
-    if maps[0].dtype not in MAP_DTYPES or any(level.dtype != maps[0].dtype for level in maps):
-        return f"it needs maps of one floating dtype, got {[level.dtype for level in maps]}"
-    if len(maps) > MAX_LEVELS:
-        return f"it takes up to {MAX_LEVELS} levels, got {len(maps)}"
-    return not_on(device, *maps)
-
-
-def _supports_decode(device: str) -> Callable[..., str | None]:
-    return lambda maps, strides: why_not_maps(device, maps) or needs_gradient(*maps)
-
-
-def _supports_assignment(device: str) -> Callable[..., str | None]:
-    return lambda maps, labels, strides: why_not_maps(device, maps) or not_on(device, labels)
-
-
-def _decode_fake(maps: Sequence[Tensor], strides: Sequence[int]) -> Tensor:
-    anchors = sum(level.shape[2] * level.shape[3] for level in maps)
-    dtype = torch.promote_types(maps[0].dtype, torch.float32)
-    return maps[0].new_empty((maps[0].shape[0], maps[0].shape[1] - 4 * REG_MAX + 4, anchors), dtype=dtype)
-
-
-def _assignment_fake(
+def forward_reference_for_assignment(
     maps: Sequence[Tensor], labels: Tensor | None, strides: Sequence[int]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    batch, channels = maps[0].shape[:2]
-    anchors = sum(level.shape[2] * level.shape[3] for level in maps)
-    rows = channels - 4 * REG_MAX if labels is None else labels.shape[1]
-    dtype = torch.promote_types(maps[0].dtype, torch.float32)
-    shapes = ((batch, rows, anchors), (batch, anchors, 4), (anchors, 2))
-    scores, boxes, points = (maps[0].new_empty(shape, dtype=dtype) for shape in shapes)
-    return scores, boxes, points
-
-
-def _assignment_raw_reference(
-    maps: Sequence[Tensor], labels: Tensor | None, strides: Sequence[int]
-) -> tuple[Tensor, Tensor, Tensor]:
+    """Kernel `decode_for_assignment`: scores [B, K, A] of the classes `labels` [B, K] or of all, boxes and points."""
     scores, boxes, points, _ = decode_for_assignment_reference(maps, torch.empty(0), strides)
     scores = scores.transpose(1, 2)
     if labels is not None:
@@ -193,40 +146,94 @@ def _assignment_raw_reference(
     return scores.contiguous(), boxes.contiguous(), points
 
 
-_decode = library.define(
-    "decode_forward(Tensor[] maps, int[] strides) -> Tensor", fake=_decode_fake, reference=decode_reference
-)
-_for_assignment = library.define(
-    "decode_for_assignment(Tensor[] maps, Tensor? labels, int[] strides) -> (Tensor, Tensor, Tensor)",
-    fake=_assignment_fake,
-    reference=_assignment_raw_reference,
+def _fake(maps: Sequence[Tensor], strides: Sequence[int]) -> Tensor:
+    batch, channels = maps[0].shape[:2]
+    dtype = torch.promote_types(maps[0].dtype, torch.float32)
+    return maps[0].new_empty((batch, channels - 4 * REG_MAX + 4, _anchors(maps)), dtype=dtype)
+
+
+def _fake_for_assignment(
+    maps: Sequence[Tensor], labels: Tensor | None, strides: Sequence[int]
+) -> tuple[Tensor, Tensor, Tensor]:
+    batch, channels = maps[0].shape[:2]
+    anchors = _anchors(maps)
+    rows = channels - 4 * REG_MAX if labels is None else labels.shape[1]
+    dtype = torch.promote_types(maps[0].dtype, torch.float32)
+    shapes = ((batch, rows, anchors), (batch, anchors, 4), (anchors, 2))
+    scores, boxes, points = (maps[0].new_empty(shape, dtype=dtype) for shape in shapes)
+    return scores, boxes, points
+
+
+def _anchors(maps: Sequence[Tensor]) -> int:
+    return sum(level.shape[2] * level.shape[3] for level in maps)
+
+
+class _Kernels(NamedTuple):
+    forward: Callable[..., Any]
+
+
+KERNELS = _Kernels(Kernel("decode_forward(Tensor[] maps, int[] strides) -> Tensor", decode_reference, _fake))
+ASSIGNMENT_KERNELS = _Kernels(
+    Kernel(
+        "decode_for_assignment(Tensor[] maps, Tensor? labels, int[] strides) -> (Tensor, Tensor, Tensor)",
+        forward_reference_for_assignment,
+        _fake_for_assignment,
+    )
 )
 
-OPERATOR = register(
-    Operator(
-        "decode",
-        "head maps to boxes and scores",
-        {
-            "eager": Implementation(decode_reference),
-            "cpu": Implementation(_decode_compiled, library.missing("decode_forward", "cpu"), _supports_decode("cpu")),
-            "cuda": Implementation(
-                _decode_compiled, library.missing("decode_forward", "cuda"), _supports_decode("cuda")
-            ),
-        },
-    )
+
+# ---- backends
+
+
+def _run(kernels: _Kernels, maps: Sequence[Tensor], strides: Sequence[int]) -> Tensor:
+    result: Tensor = kernels.forward([with_one_pixel_stride(level) for level in maps], strides)
+    return result
+
+
+def _run_for_assignment(
+    kernels: _Kernels, maps: Sequence[Tensor], labels: Tensor, strides: Sequence[int]
+) -> AssignmentInputs:
+    count, classes = labels.shape[1], maps[0].shape[1] - 4 * REG_MAX
+    labels = labels.long().contiguous()
+    wanted, columns = None, labels
+    if count < classes:
+        # `assign` expects at least one column, also without ground truths.
+        wanted = labels if count else labels.new_zeros(labels.shape[0], 1)
+        columns = torch.arange(count, device=labels.device).expand_as(labels)
+    scores, boxes, points = kernels.forward([with_one_pixel_stride(level) for level in maps], wanted, strides)
+    return AssignmentInputs(scores.transpose(1, 2), boxes, points, columns)
+
+
+def why_not_maps(device: str, maps: Sequence[Tensor]) -> str | None:
+    """For `supports`: why compiled kernels for `device` cannot take these maps, None when they can."""
+    if maps[0].dtype not in FLOATING or any(level.dtype != maps[0].dtype for level in maps):
+        return f"it needs maps of one floating dtype, got {[level.dtype for level in maps]}"
+    if len(maps) > _MAX_LEVELS:
+        return f"it takes up to {_MAX_LEVELS} levels, got {len(maps)}"
+    return not_on(device, *maps)
+
+
+def _supports(device: str, maps: Sequence[Tensor], strides: Sequence[int]) -> str | None:
+    return why_not_maps(device, maps) or needs_gradient(*maps)
+
+
+def _supports_for_assignment(device: str, maps: Sequence[Tensor], labels: Tensor, strides: Sequence[int]) -> str | None:
+    return why_not_maps(device, maps) or not_on(device, labels)
+
+
+OPERATOR = Operator(
+    "decode",
+    "head maps to boxes and scores",
+    reference=decode_reference,
+    kernels=KERNELS,
+    run=_run,
+    backends={device: Compiled(functools.partial(_supports, device)) for device in ("cpu", "cuda")},
 )
-ASSIGNMENT_OPERATOR = register(
-    Operator(
-        "decode_for_assignment",
-        "head maps to what the assignment reads",
-        {
-            "eager": Implementation(decode_for_assignment_reference),
-            "cpu": Implementation(
-                _for_assignment_compiled, library.missing("decode_for_assignment", "cpu"), _supports_assignment("cpu")
-            ),
-            "cuda": Implementation(
-                _for_assignment_compiled, library.missing("decode_for_assignment", "cuda"), _supports_assignment("cuda")
-            ),
-        },
-    )
+ASSIGNMENT_OPERATOR = Operator(
+    "decode_for_assignment",
+    "head maps to the inputs of the assignment",
+    reference=decode_for_assignment_reference,
+    kernels=ASSIGNMENT_KERNELS,
+    run=_run_for_assignment,
+    backends={device: Compiled(functools.partial(_supports_for_assignment, device)) for device in ("cpu", "cuda")},
 )

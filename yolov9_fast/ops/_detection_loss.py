@@ -2,31 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from yolov9_fast.ops import _library as library
 from yolov9_fast.ops._assign import Assignment
-from yolov9_fast.ops._backend import Implementation, Operator, not_on, register, select
 from yolov9_fast.ops._boxes import REG_MAX, STRIDES, ciou
 from yolov9_fast.ops._decode import (
     check_maps,
     flatten_maps,
     map_anchor_points,
-    rows_in_step,
     split_maps,
     why_not_maps,
+    with_one_pixel_stride,
 )
+from yolov9_fast.ops._operator import AutogradFunction, Compiled, Kernel, Operator, not_on
 
 _FOCAL_ALPHA = 0.25
 
 
 class LossOptions(NamedTuple):
-    """What `detection_loss` takes beside tensors."""
+    """The arguments of `detection_loss` that are not tensors, as its kernels take them."""
 
     strides: tuple[int, ...] = STRIDES
     class_pos_weight: float = 1.0
@@ -48,14 +48,15 @@ def detection_loss(
     focal_gamma: float = 0.0,
     gains: tuple[float, float, float] = (1.0, 1.0, 1.0),
 ) -> Tensor:
-    """Box, class and DFL loss of one branch; gradients flow to `maps` alone. Computed in float32.
+    """Box, class and DFL loss of one branch; differentiable with respect to `maps` only.
 
-    The compiled forms compute the gradient together with the value, as it is for the sum of the three: put what scales
-    them into `gains`, and backward has nothing left to do. Any other gradient of the result costs a second pass.
+    Computed in float32, or float64 for float64 maps. Compiled kernels compute the gradient of the sum of the three in
+    the forward. Put factors of the terms into `gains`: then the gradient of the result is all ones, and backward
+    computes nothing. Any other one costs a second pass.
 
     With w the assignment's weight and S the normaliser: box = Σ w (1 − CIoU) / S over assigned anchors, both boxes in
     units of the stride; cls = Σ BCE(logit, target) / S over all anchors and classes, the target being w at the class
-    of an assigned anchor and 0 elsewhere; dfl = Σ w · mean over sides of the cross entropy of the two bins around the
+    of an assigned anchor and 0 elsewhere; dfl = Σ w · mean over sides of the cross entropy of the two bins next to the
     target's distance, clamped to [0, 14.99] (Li et al., 2020).
 
     Args:
@@ -77,21 +78,21 @@ def detection_loss(
     """
     check_maps(maps, strides)
     anchors = sum(level.shape[2] * level.shape[3] for level in maps)
-    expected = (maps[0].shape[0], anchors)
-    if assignment.gt_index.shape != expected or assignment.weight.shape != expected:
-        raise ValueError(f"assignment: expected {expected} to fit maps, got {tuple(assignment.gt_index.shape)}")
+    expected = [maps[0].shape[0], anchors]
+    for name, tensor in zip(assignment._fields, assignment, strict=True):
+        if list(tensor.shape) != expected:
+            raise ValueError(f"assignment.{name}: expected {expected} to fit maps, got {list(tensor.shape)}")
     if gt_boxes.dim() != 3 or gt_labels.shape != gt_boxes.shape[:2] or gt_boxes.shape[2] != 4:
         raise ValueError(
-            f"gt_boxes: expected [B, N, 4] with gt_labels [B, N], got {tuple(gt_boxes.shape)}, {tuple(gt_labels.shape)}"
+            f"gt_boxes: expected [B, N, 4] with gt_labels [B, N], got {list(gt_boxes.shape)}, {list(gt_labels.shape)}"
         )
     if normaliser.numel() != 1:
-        raise ValueError(f"normaliser: expected one element, got {tuple(normaliser.shape)}")
+        raise ValueError(f"normaliser: expected one element, got {list(normaliser.shape)}")
     if len(gains) != 3:
         raise ValueError(f"gains: expected three (box, cls, dfl), got {len(gains)}")
     box, cls, dfl = gains
     options = LossOptions(tuple(strides), class_pos_weight, label_smoothing, focal_gamma, (box, cls, dfl))
-    args = (maps, assignment, gt_labels, gt_boxes, normaliser.detach().reshape(()), options)
-    result: Tensor = select(OPERATOR, *args)(*args)
+    result: Tensor = OPERATOR(maps, assignment, gt_labels, gt_boxes, normaliser.detach().reshape(()), options)
     return result
 
 
@@ -109,9 +110,9 @@ def detection_loss_reference(
         raw = flatten_maps(maps)
         all_bins, logits = split_maps(raw)
         image, anchor = torch.nonzero(assignment.gt_index >= 0, as_tuple=True)
-        truth = assignment.gt_index[image, anchor]
+        gt = assignment.gt_index[image, anchor]
         weight = assignment.weight[image, anchor].to(raw.dtype)
-        label = gt_labels[image, truth].long()
+        label = gt_labels[image, gt].long()
 
         target = torch.zeros_like(logits)
         if label_smoothing:
@@ -122,14 +123,14 @@ def detection_loss_reference(
 
         points, stride = map_anchor_points(maps, strides, raw.dtype)
         point = points[anchor]
-        wanted = gt_boxes[image, truth].to(raw.dtype) / stride[anchor]
+        target_boxes = gt_boxes[image, gt].to(raw.dtype) / stride[anchor]
         bins = all_bins.permute(0, 2, 1)[image, anchor].view(-1, 4, REG_MAX)
         values = torch.arange(REG_MAX, device=raw.device, dtype=raw.dtype)
         sides = (bins.softmax(-1) * values).sum(-1)
         boxes = torch.cat((point - sides[:, :2], point + sides[:, 2:]), 1)
-        box = ((1 - ciou(boxes, wanted)) * weight).sum()
+        box = ((1 - ciou(boxes, target_boxes)) * weight).sum()
 
-        distance = torch.cat((point - wanted[:, :2], wanted[:, 2:] - point), 1)
+        distance = torch.cat((point - target_boxes[:, :2], target_boxes[:, 2:] - point), 1)
         dfl = (dfl_loss(bins, distance) * weight).sum()
         items = torch.stack((box, cls, dfl)) / normaliser
         return items if gains == (1, 1, 1) else items * items.new_tensor(gains)
@@ -159,44 +160,110 @@ def dfl_loss(bins: Tensor, distance: Tensor) -> Tensor:
     return -((1 - fraction) * below + fraction * above).mean(-1)
 
 
-class _Compiled(torch.autograd.Function):
-    """The compiled operator with its gradient, which the forward has computed already for ones coming in."""
-
-    @staticmethod
-    def forward(ctx: Any, options: LossOptions, in_forward: bool, given: Tensor, *rest: Tensor) -> Tensor:
-        gt_index, weight, gt_labels, gt_boxes, normaliser, *maps = (given, *rest)
-        fixed = (gt_index, weight, gt_labels, gt_boxes, normaliser)
-        items, gradients = _forward(maps, *fixed, *_raw(options), in_forward)
-        ctx.save_for_backward(*fixed, *maps)
-        ctx.options = options
-        ctx.gradients = gradients if in_forward else None
-        return items
-
-    @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        # Without this, whoever asks for a second derivative would get a first one that counts as a constant.
-        if torch.is_grad_enabled():
-            raise RuntimeError(
-                "detection_loss: the compiled form has no second derivative (create_graph=True); "
-                'use yolov9_fast.set_backend("eager", op="detection_loss")'
-            )
-        fixed, maps = ctx.saved_tensors[:5], ctx.saved_tensors[5:]
-        upstream = upstream.contiguous()
-        # Handed over once: whoever gets them owns them, and a second backward starts from the maps again.
-        gradients, ctx.gradients = ctx.gradients, None
-        raw = _raw(ctx.options)
-        if gradients is None or (upstream.is_cpu and not bool((upstream == 1).all())):
-            gradients = _backward(upstream, maps, *fixed, *raw)
-        elif upstream.is_cuda:
-            _unless_ones(upstream, maps, *fixed, *raw, gradients)
-        return (None,) * 7 + tuple(gradients)
+# ---- kernels
 
 
-def _raw(options: LossOptions) -> tuple[Any, ...]:
-    return (*options[:4], options.gains)
+def _items(
+    maps: Sequence[Tensor],
+    gt_index: Tensor,
+    weight: Tensor,
+    gt_labels: Tensor,
+    gt_boxes: Tensor,
+    normaliser: Tensor,
+    strides: Sequence[int],
+    class_pos_weight: float,
+    label_smoothing: float,
+    focal_gamma: float,
+    gains: Sequence[float],
+) -> Tensor:
+    """`detection_loss_reference` with the arguments of the kernels."""
+    box, cls, dfl = gains
+    options = LossOptions(tuple(strides), class_pos_weight, label_smoothing, focal_gamma, (box, cls, dfl))
+    return detection_loss_reference(maps, Assignment(gt_index, weight), gt_labels, gt_boxes, normaliser, options)
 
 
-def _compiled(
+def _items_and_gradients(
+    maps: Sequence[Tensor], *arguments: Any, upstream: Tensor | None = None
+) -> tuple[Tensor, list[Tensor]]:
+    """The items and the gradients of `maps`, in their memory format, for `upstream`, by default ones."""
+    with torch.enable_grad():
+        leaves = [level.detach().requires_grad_() for level in maps]
+        items = _items(leaves, *arguments)
+    gradients = torch.autograd.grad(items, leaves, torch.ones_like(items) if upstream is None else upstream)
+    return items.detach(), [torch.empty_like(level).copy_(each) for level, each in zip(maps, gradients, strict=True)]
+
+
+def forward_reference(maps: Sequence[Tensor], *arguments: Any) -> tuple[Tensor, list[Tensor]]:
+    """Kernel `detection_loss_forward`: the items, and with `gradient` the gradients of `maps` for ones."""
+    *others, gradient = arguments
+    return _items_and_gradients(maps, *others) if gradient else (_items(maps, *others), [])
+
+
+def backward_reference(upstream: Tensor, maps: Sequence[Tensor], *arguments: Any) -> list[Tensor]:
+    """Kernel `detection_loss_backward`: the gradients of `maps` for `upstream` [3]."""
+    return _items_and_gradients(maps, *arguments, upstream=upstream)[1]
+
+
+def unless_ones_reference(upstream: Tensor, maps: Sequence[Tensor], *arguments: Any) -> None:
+    """Kernel `detection_loss_unless_ones`: overwrites `gradients`, those for ones, unless `upstream` is all ones.
+
+    A kernel decides on the device, so that the host need not wait for it.
+    """
+    *others, gradients = arguments
+    if not bool((upstream == 1).all()):
+        for gradient, new in zip(gradients, backward_reference(upstream, maps, *others), strict=True):
+            gradient.copy_(new)
+
+
+def _fake_forward(
+    maps: Sequence[Tensor],
+    gt_index: Tensor,
+    weight: Tensor,
+    gt_labels: Tensor,
+    gt_boxes: Tensor,
+    normaliser: Tensor,
+    *options: Any,
+) -> tuple[Tensor, list[Tensor]]:
+    *_, gradient = options
+    return normaliser.new_empty(3), [torch.empty_like(level) for level in maps] if gradient else []
+
+
+def _fake_backward(upstream: Tensor, maps: Sequence[Tensor], *arguments: Any) -> list[Tensor]:
+    return [torch.empty_like(level) for level in maps]
+
+
+def _fake_unless_ones(upstream: Tensor, maps: Sequence[Tensor], *arguments: Any) -> None:
+    pass
+
+
+class _Kernels(NamedTuple):
+    forward: Callable[..., Any]
+    backward: Callable[..., Any]
+    unless_ones: Callable[..., Any]
+
+
+_ARGUMENTS = (
+    "Tensor[] maps, Tensor gt_index, Tensor weight, Tensor gt_labels, Tensor gt_boxes, Tensor normaliser, "
+    "int[] strides, float class_pos_weight, float label_smoothing, float focal_gamma, float[] gains"
+)
+KERNELS = _Kernels(
+    Kernel(
+        f"detection_loss_forward({_ARGUMENTS}, bool gradient) -> (Tensor, Tensor[])", forward_reference, _fake_forward
+    ),
+    Kernel(f"detection_loss_backward(Tensor upstream, {_ARGUMENTS}) -> Tensor[]", backward_reference, _fake_backward),
+    Kernel(
+        f"detection_loss_unless_ones(Tensor upstream, {_ARGUMENTS}, Tensor(a!)[] gradients) -> ()",
+        unless_ones_reference,
+        _fake_unless_ones,
+    ),
+)
+
+
+# ---- gradient
+
+
+def _run(
+    kernels: _Kernels,
     maps: Sequence[Tensor],
     assignment: Assignment,
     gt_labels: Tensor,
@@ -205,11 +272,7 @@ def _compiled(
     options: LossOptions,
 ) -> Tensor:
     dtype = torch.promote_types(maps[0].dtype, torch.float32)
-    maps = [rows_in_step(level) for level in maps]
-    gradient = torch.is_grad_enabled() and any(level.requires_grad for level in maps)
-    # float16 trains under a loss scale: the gradient of ones would underflow before it is scaled. A traced graph keeps
-    # the maps alone, and its backward starts from them.
-    in_forward = gradient and maps[0].dtype != torch.float16 and not torch.compiler.is_compiling()
+    maps = [with_one_pixel_stride(level) for level in maps]
     fixed = (
         assignment.gt_index.contiguous(),
         assignment.weight.detach().to(dtype).contiguous(),
@@ -217,114 +280,68 @@ def _compiled(
         gt_boxes.detach().to(dtype).contiguous(),
         normaliser.to(dtype),
     )
-    if not gradient:
-        items, _ = _forward(maps, *fixed, *_raw(options), False)
-        return items
-    result: Tensor = _Compiled.apply(options, in_forward, *fixed, *maps)  # type: ignore[no-untyped-call]
+    result: Tensor
+    if torch.is_grad_enabled() and any(level.requires_grad for level in maps):
+        result = _DetectionLoss.apply(kernels, options, *fixed, *maps)
+    else:
+        result, _ = kernels.forward(maps, *fixed, *options, False)
     return result
 
 
-def _supports(device: str) -> Any:
-    def supports(
-        maps: Sequence[Tensor],
-        assignment: Assignment,
-        gt_labels: Tensor,
-        gt_boxes: Tensor,
-        normaliser: Tensor,
-        options: LossOptions,
-    ) -> str | None:
-        return why_not_maps(device, maps) or not_on(device, *assignment, gt_labels, gt_boxes, normaliser)
+class _DetectionLoss(AutogradFunction):
+    @staticmethod
+    def forward(ctx: Any, kernels: _Kernels, options: LossOptions, *tensors: Tensor) -> Tensor:
+        fixed, maps = tensors[:5], tensors[5:]
+        # float16 trains with a loss scale: the gradient for ones would underflow before it is scaled. A traced graph
+        # saves only the maps, and its backward starts from them.
+        in_forward = maps[0].dtype != torch.float16 and not torch.compiler.is_compiling()
+        items, gradients = kernels.forward(maps, *fixed, *options, in_forward)
+        ctx.save_for_backward(*tensors)
+        ctx.kernels = kernels
+        ctx.options = options
+        ctx.gradients = gradients if in_forward else None
+        result: Tensor = items
+        return result
 
-    return supports
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        # Otherwise a second derivative would silently miss that the gradient depends on the maps.
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "detection_loss: compiled kernels have no second derivative (create_graph=True); "
+                'use yolov9_fast.set_backend("eager", op="detection_loss")'
+            )
+        fixed, maps = ctx.saved_tensors[:5], ctx.saved_tensors[5:]
+        upstream = upstream.contiguous()
+        # Returned once: the caller owns them then, and a second backward starts from the maps.
+        gradients, ctx.gradients = ctx.gradients, None
+        if gradients is None or (upstream.is_cpu and not bool((upstream == 1).all())):
+            gradients = ctx.kernels.backward(upstream, maps, *fixed, *ctx.options)
+        elif upstream.is_cuda:
+            ctx.kernels.unless_ones(upstream, maps, *fixed, *ctx.options, gradients)
+        return (None,) * 7 + tuple(gradients)
 
 
-_FIXED = "Tensor gt_index, Tensor weight, Tensor gt_labels, Tensor gt_boxes, Tensor normaliser"
-_OPTIONS = "int[] strides, float class_pos_weight, float label_smoothing, float focal_gamma, float[] gains"
+# ---- backends
 
 
-def _as_options(
-    strides: Sequence[int], class_pos_weight: float, label_smoothing: float, focal_gamma: float, gains: Sequence[float]
-) -> LossOptions:
-    box, cls, dfl = gains
-    return LossOptions(tuple(strides), class_pos_weight, label_smoothing, focal_gamma, (box, cls, dfl))
-
-
-def _forward_reference(
+def _supports(
+    device: str,
     maps: Sequence[Tensor],
-    gt_index: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    boxes: Tensor,
+    assignment: Assignment,
+    gt_labels: Tensor,
+    gt_boxes: Tensor,
     normaliser: Tensor,
-    *rest: Any,
-) -> tuple[Tensor, list[Tensor]]:
-    *raw, gradient = rest
-    call = (Assignment(gt_index, weight), labels, boxes, normaliser, _as_options(*raw))
-    if not gradient:
-        return detection_loss_reference(maps, *call), []
-    with torch.enable_grad():
-        leaves = [level.detach().requires_grad_() for level in maps]
-        items = detection_loss_reference(leaves, *call)
-        return items.detach(), _in_layout(torch.autograd.grad(items.sum(), leaves), maps)
+    options: LossOptions,
+) -> str | None:
+    return why_not_maps(device, maps) or not_on(device, *assignment, gt_labels, gt_boxes, normaliser)
 
 
-def _backward_reference(
-    upstream: Tensor,
-    maps: Sequence[Tensor],
-    gt_index: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    boxes: Tensor,
-    normaliser: Tensor,
-    *raw: Any,
-) -> list[Tensor]:
-    with torch.enable_grad():
-        leaves = [level.detach().requires_grad_() for level in maps]
-        call = (Assignment(gt_index, weight), labels, boxes, normaliser, _as_options(*raw))
-        items = detection_loss_reference(leaves, *call)
-        return _in_layout(torch.autograd.grad(items, leaves, upstream), maps)
-
-
-def _in_layout(gradients: Sequence[Tensor], maps: Sequence[Tensor]) -> list[Tensor]:
-    return [torch.empty_like(level).copy_(gradient) for level, gradient in zip(maps, gradients, strict=True)]
-
-
-def _unless_ones_reference(upstream: Tensor, maps: Sequence[Tensor], *rest: Any) -> None:
-    *call, gradients = rest
-    if not bool((upstream == 1).all()):
-        for old, new in zip(gradients, _backward_reference(upstream, maps, *call), strict=True):
-            old.copy_(new)
-
-
-def _forward_fake(maps: Sequence[Tensor], *rest: Any) -> tuple[Tensor, list[Tensor]]:
-    return rest[4].new_empty(3), [torch.empty_like(level) for level in maps] if rest[-1] else []
-
-
-_forward = library.define(
-    f"detection_loss_forward(Tensor[] maps, {_FIXED}, {_OPTIONS}, bool gradient) -> (Tensor, Tensor[])",
-    fake=_forward_fake,
-    reference=_forward_reference,
-)
-_backward = library.define(
-    f"detection_loss_backward(Tensor upstream, Tensor[] maps, {_FIXED}, {_OPTIONS}) -> Tensor[]",
-    fake=lambda upstream, maps, *rest: [torch.empty_like(level) for level in maps],
-    reference=_backward_reference,
-)
-# Decides on the device whether the gradients computed for ones are what is wanted: nobody waits for the answer.
-_unless_ones = library.define(
-    f"detection_loss_unless_ones(Tensor upstream, Tensor[] maps, {_FIXED}, {_OPTIONS}, Tensor(a!)[] gradients) -> ()",
-    fake=lambda *_: None,
-    reference=_unless_ones_reference,
-)
-
-OPERATOR = register(
-    Operator(
-        "detection_loss",
-        "BCE, CIoU and DFL of one branch",
-        {
-            "eager": Implementation(detection_loss_reference),
-            "cpu": Implementation(_compiled, library.missing("detection_loss_forward", "cpu"), _supports("cpu")),
-            "cuda": Implementation(_compiled, library.missing("detection_loss_forward", "cuda"), _supports("cuda")),
-        },
-    )
+OPERATOR = Operator(
+    "detection_loss",
+    "BCE, CIoU and DFL of one branch",
+    reference=detection_loss_reference,
+    kernels=KERNELS,
+    run=_run,
+    backends={device: Compiled(functools.partial(_supports, device)) for device in ("cpu", "cuda")},
 )

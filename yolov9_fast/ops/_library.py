@@ -1,8 +1,8 @@
-"""The operators' registration: schemas and fake kernels in Python, compiled implementations from `_C_*.so` if present.
+"""Registration with PyTorch: schemas and fakes in Python, compiled kernels from `_C_*.so` where present.
 
-A schema exists whether or not a compiled file loads, so the package imports, traces and runs eagerly without any.
-`YOLOV9_FAST_SKIP_LOADING=1` leaves the compiled files alone; `YOLOV9_FAST_LIBRARY_FOLDER` takes them from another
-folder, such as that of a build with sanitizers.
+A schema exists whether or not a compiled file loads, so the package imports, traces and runs in eager PyTorch without
+one. `YOLOV9_FAST_SKIP_LOADING=1` loads none; `YOLOV9_FAST_LIBRARY_FOLDER` loads them from another folder, such as that
+of a build with sanitizers.
 """
 
 from __future__ import annotations
@@ -22,23 +22,28 @@ PACKAGE_FOLDER = Path(__file__).resolve().parent.parent
 _DEVICE_OF_BACKEND = {"cpu": "CPU", "cuda": "CUDA"}
 
 _library = torch.library.Library(NAMESPACE, "FRAGMENT")
+_defined: dict[str, Callable[..., Any]] = {}
 
 
 def define(schema: str, *, fake: Callable[..., Any], reference: Callable[..., Any]) -> Callable[..., Any]:
-    """Register one operator and return the callable `torch.ops.yolov9_fast.NAME`.
+    """Register one operator and return it, `torch.ops.yolov9_fast.NAME.default`.
 
     `schema`: as `box_iou(Tensor a, Tensor b) -> Tensor`. `fake`: same arguments, returns empty tensors of the right
     shape, stride, dtype and device. `reference`: eager PyTorch; it runs where there is no compiled implementation.
+    A schema that is registered already is not registered again.
     """
     name = schema.split("(", 1)[0]
-    _library.define(schema)
-    _library.impl(name, reference, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
-    return getattr(getattr(torch.ops, NAMESPACE), name)
+    if schema not in _defined:
+        _library.define(schema)
+        _library.impl(name, reference, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
+        # The overload itself: finding it at each call would cost more than some of these kernels.
+        _defined[schema] = getattr(getattr(torch.ops, NAMESPACE), name).default
+    return _defined[schema]
 
 
-def missing(name: str, backend: str) -> str | None:
-    """Why operator `name` has no compiled implementation for `backend` ("cpu" or "cuda") here; None when it has one."""
+def why_not_compiled(name: str, backend: str) -> str | None:
+    """Why kernel `name` is not compiled for `backend` ("cpu" or "cuda") here; None when it is."""
     if torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{name}", _DEVICE_OF_BACKEND[backend]):
         return None
     return loaded[backend] or f"_C_{backend}.so holds no {name}; install the package again to compile it"

@@ -1,32 +1,33 @@
-"""Class-aware non-maximum suppression of a whole batch, with a fixed-size result."""
+"""Class-aware non-maximum suppression of a batch, with a fixed-size result."""
 
 from __future__ import annotations
 
+import functools
 import logging
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from yolov9_fast.ops import _library as library
-from yolov9_fast.ops._backend import Implementation, Operator, not_on, register, select
 from yolov9_fast.ops._boxes import xywh_to_xyxy
+from yolov9_fast.ops._checks import check_floating
+from yolov9_fast.ops._operator import Compiled, Kernel, Operator, not_on
 
 _log = logging.getLogger(__name__)
 _warned: set[str] = set()
-# Candidates whose mutual overlaps are looked at together.
+# Candidates whose overlaps with each other are computed at once.
 _BLOCK = 256
 MAX_CANDIDATES = 30000
-# The compiled forms number the pairs of anchor and class in 32 bits; CUDA takes the chosen classes as kernel arguments.
+# Compiled kernels number the pairs of anchor and class in 32 bits; CUDA takes the chosen classes as kernel arguments.
 _MAX_PAIRS = 2**32 - 1
 _MAX_CHOSEN = 24576
 
 
 class Detections(NamedTuple):
-    """`boxes` [B, max_det, 6] float32: x1, y1, x2, y2 in pixels, score, class, score falling, zero after the end;
-    `count` [B] int64: how many rows of each image are detections; `candidates` [B] int64: how many candidates each
-    image had before `max_candidates` cut; `anchor` [B, max_det] int64: the anchor of each row, −1 after the end."""
+    """`boxes` [B, max_det, 6] float32: x1, y1, x2, y2 in pixels, score, class, by descending score, then zeros; `count`
+    [B] int64: detections of each image; `candidates` [B] int64: candidates of each image before the cut to
+    `max_candidates`; `anchor` [B, max_det] int64: the anchor of each row, −1 after the last detection."""
 
     boxes: Tensor
     count: Tensor  # type: ignore[assignment]
@@ -45,19 +46,19 @@ def nms(
     max_det: int = 300,
     max_candidates: int = MAX_CANDIDATES,
 ) -> Detections:
-    """Greedy NMS: the best candidate stays, those of its class that overlap it by more than `iou` go, and so on.
+    """Greedy NMS: by descending score, a candidate is kept unless a kept one of its class overlaps it by over `iou`.
 
-    A candidate is a pair (anchor, class) with score > conf. Candidates are ordered by falling score, equal scores by
-    anchor, then class. IoU is inter / (area + area − inter) in float32; a pair without area suppresses nothing. Nothing
-    is dropped for lack of time. A candidate with a score or box that is not finite is ignored. Where an image has more
-    than `max_candidates`, the best are used, `candidates` of the result tells, and a warning is logged (once per
-    process; not on a GPU, where reading the number would wait: call `warn_if_cut` when the result is read anyway).
+    A candidate is a pair (anchor, class) with score > conf. Candidates are sorted by descending score, equal scores by
+    anchor, then class. IoU is inter / (area + area − inter) in float32; a pair without area suppresses nothing. No
+    time limit. A candidate with a score or box that is not finite is ignored. Where an image has more than
+    `max_candidates`, the best are used, `candidates` of the result counts all, and a warning is logged once per process
+    (not on a GPU, where reading the count would synchronise: call `warn_if_cut` where the result is read).
 
     Args:
         prediction: [B, 4 + nc, A] of `decode`: centre x, y, width, height in pixels, scores. Computed in float32.
-        conf, iou: thresholds in [0, 1]; strictly above counts.
-        multi_label: every class above `conf` is a candidate; otherwise the best class of each anchor alone.
-        agnostic: boxes suppress each other whatever their class.
+        conf, iou: thresholds in [0, 1]; only values above count.
+        multi_label: every class above `conf` is a candidate; otherwise only the best class of each anchor.
+        agnostic: boxes suppress each other across classes.
         classes: keep these classes only; None keeps all.
         max_det: rows of the result.
         max_candidates: candidates of one image before suppression.
@@ -66,12 +67,13 @@ def nms(
         Detections(boxes [B, max_det, 6], count [B], candidates [B], anchor [B, max_det]).
 
     Raises:
-        TypeError: a prediction that is no floating tensor.
+        TypeError: a prediction that is not a floating-point tensor.
         ValueError: another shape, thresholds outside [0, 1], max_det or max_candidates below 1, a class ≥ nc.
     """
     chosen = _check(prediction, conf, iou, classes, max_det, max_candidates)
-    args = (prediction.detach(), conf, iou, multi_label, agnostic, chosen, max_det, max_candidates)
-    found = Detections(*select(OPERATOR, *args)(*args))
+    found = Detections(
+        *OPERATOR(prediction.detach(), conf, iou, multi_label, agnostic, chosen, max_det, max_candidates)
+    )
     if not torch.compiler.is_compiling() and prediction.device.type == "cpu":
         warn_if_cut(found, max_candidates)
     return found
@@ -87,6 +89,27 @@ def warn_if_cut(found: Detections, max_candidates: int = MAX_CANDIDATES) -> None
         _log.warning(
             "nms: %d candidates in one image, only the best %d are used (max_candidates)", most, max_candidates
         )
+
+
+def _check(
+    prediction: Tensor, conf: float, iou: float, classes: Sequence[int] | None, max_det: int, max_candidates: int
+) -> list[int] | None:
+    check_floating("prediction", prediction)
+    if prediction.dim() != 3 or prediction.shape[1] < 5:
+        raise ValueError(f"prediction: expected [B, 4 + nc, A] with nc of at least 1, got {list(prediction.shape)}")
+    for name, value in (("conf", conf), ("iou", iou)):
+        if not 0 <= value <= 1:
+            raise ValueError(f"{name}: expected a value in [0, 1], got {value}")
+    for name, value in (("max_det", max_det), ("max_candidates", max_candidates)):
+        if value < 1:
+            raise ValueError(f"{name}: expected at least 1, got {value}")
+    if classes is None:
+        return None
+    chosen = [int(label) for label in classes]
+    number = prediction.shape[1] - 4
+    if any(not 0 <= label < number for label in chosen):
+        raise ValueError(f"classes: expected indices in [0, {number}), got {chosen}")
+    return chosen
 
 
 @torch.no_grad()
@@ -106,8 +129,8 @@ def nms_reference(
     count = torch.zeros(prediction.shape[0], dtype=torch.int64, device=prediction.device)
     candidates = torch.zeros_like(count)
     anchors = torch.full(boxes.shape[:2], -1, dtype=torch.int64, device=prediction.device)
-    for image, one in enumerate(prediction):
-        found, anchor, number = _candidates(one, conf, multi_label, classes, max_candidates)
+    for image, values in enumerate(prediction):
+        found, anchor, number = _candidates(values, conf, multi_label, classes, max_candidates)
         kept = greedy(found[:, :4], None if agnostic else found[:, 5], iou, max_det)
         boxes[image, : len(kept)] = found[kept]
         anchors[image, : len(kept)] = anchor[kept]
@@ -117,28 +140,28 @@ def nms_reference(
 
 
 def _candidates(
-    one: Tensor, conf: float, multi_label: bool, classes: list[int] | None, limit: int
+    prediction: Tensor, conf: float, multi_label: bool, classes: list[int] | None, limit: int
 ) -> tuple[Tensor, Tensor, int]:
-    """Of one image [4 + nc, A]: [n, 6] rows (x1, y1, x2, y2, score, class), best first; their anchors [n]; and how many
-    there were before the limit."""
-    scores = one[4:].T
+    """Of one image [4 + nc, A]: rows [n, 6] (x1, y1, x2, y2, score, class), best first; their anchors [n]; and the
+    number of candidates before the limit."""
+    scores = prediction[4:].T
     if multi_label:
         anchor, label = torch.nonzero(scores > conf, as_tuple=True)
         score = scores[anchor, label]
     else:
-        # A NaN would win the maximum over the anchor's sound classes.
+        # A NaN would win the maximum over the anchor's other classes.
         score, label = torch.where(scores.isfinite(), scores, -1.0).max(1)
         anchor = torch.nonzero(score > conf)[:, 0]
         score, label = score[anchor], label[anchor]
-    boxes = xywh_to_xyxy(one[:4].T)
-    sound = score.isfinite() & boxes.isfinite().all(1)[anchor]
+    boxes = xywh_to_xyxy(prediction[:4].T)
+    valid = score.isfinite() & boxes.isfinite().all(1)[anchor]
     if classes is not None:
-        sound &= torch.isin(label, torch.tensor(classes, device=label.device, dtype=label.dtype))
-    anchor, label, score = anchor[sound], label[sound], score[sound]
+        valid &= torch.isin(label, torch.tensor(classes, device=label.device, dtype=label.dtype))
+    anchor, label, score = anchor[valid], label[valid], score[valid]
     number = len(score)
     if number > limit:
-        good = score >= score.topk(limit, sorted=False).values.min()
-        anchor, label, score = anchor[good], label[good], score[good]
+        above = score >= score.topk(limit, sorted=False).values.min()
+        anchor, label, score = anchor[above], label[above], score[above]
     score, order = score.sort(descending=True, stable=True)
     best = order[:limit]
     rows = torch.cat((boxes[anchor[best]], score[:limit, None], label[best, None].to(boxes.dtype)), 1)
@@ -146,9 +169,9 @@ def _candidates(
 
 
 def greedy(boxes: Tensor, labels: Tensor | None, iou: float, max_det: int) -> Tensor:
-    """Indices of the survivors among boxes [n, 4] ordered by falling score, at most `max_det`."""
+    """Indices of the boxes that are kept of [n, 4], sorted by descending score, at most `max_det`."""
     kept = torch.empty(0, dtype=torch.int64, device=boxes.device)
-    for block in torch.arange(len(boxes), device=boxes.device).split(_BLOCK):
+    for block in torch.split(torch.arange(len(boxes), device=boxes.device), _BLOCK):
         alive = ~_suppresses(boxes, labels, kept, block, iou).any(0)
         block = block[alive]
         within = _suppresses(boxes, labels, block, block, iou).triu(diagonal=1)
@@ -159,17 +182,17 @@ def greedy(boxes: Tensor, labels: Tensor | None, iou: float, max_det: int) -> Te
 
 
 def _resolve(suppresses: Tensor) -> Tensor:
-    """Greedy survivors [n] for a strictly upper triangular matrix: [i, j] when i, if it survives, removes j.
+    """Which elements [n] are kept, for a strictly upper triangular matrix: [i, j] if i, where kept, suppresses j.
 
-    Repeats "survives unless a survivor removes it": after r rounds every element whose chain of removers is shorter
-    than r is settled, so it ends at the one solution, mostly within a few rounds.
+    Repeats "kept unless a kept one suppresses it": after r iterations every element whose chain of suppressors is
+    shorter than r is final, so the loop ends at the only solution, mostly after a few iterations.
     """
-    survives = ~suppresses.any(0)
+    kept = ~suppresses.any(0)
     while True:
-        again = ~(suppresses & survives[:, None]).any(0)
-        if torch.equal(again, survives):
-            return survives
-        survives = again
+        again = ~(suppresses & kept[:, None]).any(0)
+        if torch.equal(again, kept):
+            return kept
+        kept = again
 
 
 def _suppresses(boxes: Tensor, labels: Tensor | None, first: Tensor, second: Tensor, iou: float) -> Tensor:
@@ -188,26 +211,7 @@ def _area(boxes: Tensor) -> Tensor:
     return (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
 
 
-def _check(
-    prediction: Tensor, conf: float, iou: float, classes: Sequence[int] | None, max_det: int, max_candidates: int
-) -> list[int] | None:
-    if not isinstance(prediction, Tensor) or not prediction.is_floating_point():
-        raise TypeError(f"prediction: expected a floating-point tensor, got {type(prediction).__name__}")
-    if prediction.dim() != 3 or prediction.shape[1] < 5:
-        raise ValueError(f"prediction: expected [B, 4 + nc, A] with nc ≥ 1, got {tuple(prediction.shape)}")
-    for name, value in (("conf", conf), ("iou", iou)):
-        if not 0 <= value <= 1:
-            raise ValueError(f"{name}: expected a value in [0, 1], got {value}")
-    for name, value in (("max_det", max_det), ("max_candidates", max_candidates)):
-        if value < 1:
-            raise ValueError(f"{name}: expected at least 1, got {value}")
-    if classes is None:
-        return None
-    chosen = [int(label) for label in classes]
-    number = prediction.shape[1] - 4
-    if any(not 0 <= label < number for label in chosen):
-        raise ValueError(f"classes: expected indices in [0, {number}), got {chosen}")
-    return chosen
+# ---- kernels
 
 
 def _fake(
@@ -229,55 +233,55 @@ def _fake(
     )
 
 
-_ARGUMENTS = (
-    "Tensor prediction, float conf, float iou, bool multi_label, bool agnostic, int[]? classes, int max_det, "
-    "int max_candidates"
+class _Kernels(NamedTuple):
+    forward: Callable[..., Any]
+
+
+KERNELS = _Kernels(
+    Kernel(
+        "nms(Tensor prediction, float conf, float iou, bool multi_label, bool agnostic, int[]? classes, int max_det, "
+        "int max_candidates) -> (Tensor boxes, Tensor count, Tensor candidates, Tensor anchor)",
+        nms_reference,
+        _fake,
+    )
 )
-_RESULTS = "(Tensor boxes, Tensor count, Tensor candidates, Tensor anchor)"
-_compiled = library.define(f"nms({_ARGUMENTS}) -> {_RESULTS}", fake=_fake, reference=nms_reference)
 
 
-def _run_compiled(
+# ---- backends
+
+
+def _run(kernels: _Kernels, prediction: Tensor, *options: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    prediction = prediction.float()
+    if prediction.stride(2) != 1:  # any other stride is read as it is
+        prediction = prediction.contiguous()
+    result: tuple[Tensor, Tensor, Tensor, Tensor] = kernels.forward(prediction, *options)
+    return result
+
+
+def _supports(
+    device: str,
     prediction: Tensor,
     conf: float,
     iou: float,
     multi_label: bool,
     agnostic: bool,
     classes: list[int] | None,
-    max_det: int,
-    max_candidates: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The compiled operator; it reads any image and channel stride, anchors side by side."""
-    prediction = prediction.float()
-    if prediction.stride(2) != 1:
-        prediction = prediction.contiguous()
-    result: tuple[Tensor, Tensor, Tensor, Tensor] = _compiled(
-        prediction, conf, iou, multi_label, agnostic, classes, max_det, max_candidates
-    )
-    return result
-
-
-def _cannot(device: str, prediction: Tensor, classes: list[int] | None) -> str | None:
-    pairs = (prediction.shape[1] - 4) * prediction.shape[2]
+    *rest: Any,
+) -> str | None:
+    number = prediction.shape[1] - 4
+    pairs = number * prediction.shape[2]
     if pairs > _MAX_PAIRS:
         return f"it numbers at most {_MAX_PAIRS} pairs of anchor and class, got {pairs}"
-    if device == "cuda" and classes is not None and prediction.shape[1] - 4 > _MAX_CHOSEN:
-        return f"it chooses among at most {_MAX_CHOSEN} classes, got {prediction.shape[1] - 4}"
+    if device == "cuda" and classes is not None and number > _MAX_CHOSEN:
+        return f"it selects from at most {_MAX_CHOSEN} classes, got {number}"
     return not_on(device, prediction)
 
 
-OPERATOR = register(
-    Operator(
-        "nms",
-        "class-aware non-maximum suppression",
-        {
-            "eager": Implementation(nms_reference),
-            "cpu": Implementation(
-                _run_compiled, library.missing("nms", "cpu"), lambda p, *args: _cannot("cpu", p, args[4])
-            ),
-            "cuda": Implementation(
-                _run_compiled, library.missing("nms", "cuda"), lambda p, *args: _cannot("cuda", p, args[4])
-            ),
-        },
-    )
+OPERATOR = Operator(
+    "nms",
+    "class-aware non-maximum suppression",
+    reference=nms_reference,
+    kernels=KERNELS,
+    run=_run,
+    backends={device: Compiled(functools.partial(_supports, device)) for device in ("cpu", "cuda")},
 )

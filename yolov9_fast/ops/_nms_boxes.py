@@ -1,21 +1,24 @@
-"""Non-maximum suppression among given boxes and scores of one image: which of them stay."""
+"""Non-maximum suppression of given boxes and scores of one image: which of them are kept."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from yolov9_fast.ops import _library as library
-from yolov9_fast.ops._backend import Implementation, Operator, not_on, register, select
+from yolov9_fast.ops._checks import check_floating, check_one_device
 from yolov9_fast.ops._nms import greedy
+from yolov9_fast.ops._operator import Compiled, Kernel, Operator, not_on
 
 _MAX_BOXES = 2**31 - 1
 
 
 class KeptBoxes(NamedTuple):
-    """`index` [max_det] int64: the boxes that stay, score falling, −1 after the end; `count` [] int64: how many."""
+    """`index` [max_det] int64: the boxes that are kept, in descending order of score, −1 after the last; `count` []
+    int64: their number."""
 
     index: Tensor  # type: ignore[assignment]
     count: Tensor  # type: ignore[assignment]
@@ -24,32 +27,53 @@ class KeptBoxes(NamedTuple):
 def nms_boxes(
     boxes: Tensor, scores: Tensor, labels: Tensor | None = None, *, iou: float, max_det: int | None = None
 ) -> KeptBoxes:
-    """Greedy NMS: the best box stays, those of its label that overlap it by more than `iou` go, and so on.
+    """Greedy NMS: by descending score, a box is kept unless a kept one of its label overlaps it by over `iou`.
 
-    Order: falling score, NaN first as in sorting, equal scores by index. IoU is inter / (area + area − inter) in
-    float32; a box with a NaN neither suppresses nor is suppressed. No gradient, no synchronisation.
+    Order: descending score, NaN first as in `torch.sort`, equal scores by index. IoU is inter / (area + area − inter)
+    in float32; a box with a NaN neither suppresses nor is suppressed. No gradient, no synchronisation.
 
     Args:
         boxes: [n, 4] x1, y1, x2, y2 in any one unit, any floating dtype.
         scores: [n], any floating dtype.
-        labels: [n] integers; boxes suppress each other within a label only. None: all are of one.
-        iou: threshold, at least 0; strictly above counts.
-        max_det: at most so many stay, and the length of the result; None: n.
+        labels: [n] integers; boxes suppress each other within a label only. None: all have the same label.
+        iou: threshold, at least 0; only values above count.
+        max_det: how many boxes are kept at most, and the length of the result; None: n.
 
     Raises:
-        TypeError: boxes or scores that are no floating tensors, labels that are no integers.
+        TypeError: boxes or scores that are not floating-point tensors, labels that are not integers.
         ValueError: another shape, tensors on different devices, iou below 0, max_det below 0.
     """
     _check(boxes, scores, labels, iou, max_det)
-    number = None if labels is None else labels.detach().long().contiguous()
-    args = (
-        boxes.detach().float().contiguous(),
-        scores.detach().float().contiguous(),
-        number,
-        iou,
-        boxes.shape[0] if max_det is None else max_det,
+    return KeptBoxes(
+        *OPERATOR(
+            boxes.detach().float().contiguous(),
+            scores.detach().float().contiguous(),
+            None if labels is None else labels.detach().long().contiguous(),
+            iou,
+            boxes.shape[0] if max_det is None else max_det,
+        )
     )
-    return KeptBoxes(*select(OPERATOR, *args)(*args))
+
+
+def _check(boxes: Tensor, scores: Tensor, labels: Tensor | None, iou: float, max_det: int | None) -> None:
+    check_floating("boxes", boxes)
+    check_floating("scores", scores)
+    if boxes.dim() != 2 or boxes.shape[1] != 4:
+        raise ValueError(f"boxes: expected [n, 4], got {list(boxes.shape)}")
+    number = boxes.shape[0]
+    if scores.dim() != 1 or scores.shape[0] != number:
+        raise ValueError(f"scores: expected [{number}], got {list(scores.shape)}")
+    if labels is not None:
+        if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.is_complex():
+            got = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
+            raise TypeError(f"labels: expected an integer tensor, got {got}")
+        if labels.shape != scores.shape:
+            raise ValueError(f"labels: expected [{number}], got {list(labels.shape)}")
+    check_one_device(boxes=boxes, scores=scores, labels=labels)
+    if not iou >= 0:
+        raise ValueError(f"iou: expected at least 0, got {iou}")
+    if max_det is not None and max_det < 0:
+        raise ValueError(f"max_det: expected at least 0, got {max_det}")
 
 
 @torch.no_grad()
@@ -64,58 +88,40 @@ def nms_boxes_reference(
     return index, torch.tensor(len(kept), device=boxes.device)
 
 
-def _check(boxes: Tensor, scores: Tensor, labels: Tensor | None, iou: float, max_det: int | None) -> None:
-    for name, tensor in (("boxes", boxes), ("scores", scores)):
-        if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
-            got = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
-            raise TypeError(f"nms_boxes: {name} must be a floating-point tensor, got {got}")
-    if boxes.dim() != 2 or boxes.shape[1] != 4:
-        raise ValueError(f"nms_boxes: boxes must have shape [n, 4], got {list(boxes.shape)}")
-    if scores.dim() != 1 or scores.shape[0] != boxes.shape[0]:
-        raise ValueError(f"nms_boxes: scores must have shape [{boxes.shape[0]}], got {list(scores.shape)}")
-    if labels is not None:
-        if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.is_complex():
-            got = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
-            raise TypeError(f"nms_boxes: labels must be an integer tensor, got {got}")
-        if labels.shape != scores.shape:
-            raise ValueError(f"nms_boxes: labels must have shape [{boxes.shape[0]}], got {list(labels.shape)}")
-    for other in (scores, labels):
-        if other is not None and other.device != boxes.device:
-            raise ValueError(f"nms_boxes: tensors must be on one device, got {boxes.device} and {other.device}")
-    if not iou >= 0:
-        raise ValueError(f"nms_boxes: iou must be at least 0, got {iou}")
-    if max_det is not None and max_det < 0:
-        raise ValueError(f"nms_boxes: max_det must be at least 0, got {max_det}")
+# ---- kernels
 
 
 def _fake(boxes: Tensor, scores: Tensor, labels: Tensor | None, iou: float, max_det: int) -> tuple[Tensor, Tensor]:
     return scores.new_empty((max_det,), dtype=torch.int64), scores.new_empty((), dtype=torch.int64)
 
 
-_ARGUMENTS = "Tensor boxes, Tensor scores, Tensor? labels, float iou, int max_det"
-_compiled = library.define(
-    f"nms_boxes({_ARGUMENTS}) -> (Tensor index, Tensor count)", fake=_fake, reference=nms_boxes_reference
+class _Kernels(NamedTuple):
+    forward: Callable[..., Any]
+
+
+KERNELS = _Kernels(
+    Kernel(
+        "nms_boxes(Tensor boxes, Tensor scores, Tensor? labels, float iou, int max_det) "
+        "-> (Tensor index, Tensor count)",
+        nms_boxes_reference,
+        _fake,
+    )
 )
 
 
-def _cannot(device: str, boxes: Tensor) -> str | None:
+# ---- backends
+
+
+def _supports(device: str, boxes: Tensor, *rest: Any) -> str | None:
     if boxes.shape[0] > _MAX_BOXES:
         return f"it takes at most {_MAX_BOXES} boxes, got {boxes.shape[0]}"
     return not_on(device, boxes)
 
 
-OPERATOR = register(
-    Operator(
-        "nms_boxes",
-        "non-maximum suppression among given boxes",
-        {
-            "eager": Implementation(nms_boxes_reference),
-            "cpu": Implementation(
-                _compiled, library.missing("nms_boxes", "cpu"), lambda boxes, *args: _cannot("cpu", boxes)
-            ),
-            "cuda": Implementation(
-                _compiled, library.missing("nms_boxes", "cuda"), lambda boxes, *args: _cannot("cuda", boxes)
-            ),
-        },
-    )
+OPERATOR = Operator(
+    "nms_boxes",
+    "non-maximum suppression among given boxes",
+    reference=nms_boxes_reference,
+    kernels=KERNELS,
+    backends={device: Compiled(functools.partial(_supports, device)) for device in ("cpu", "cuda")},
 )

@@ -6,18 +6,29 @@ vectors each.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from yolov9_fast._layout import empty_map
 from yolov9_fast.ops import _batch_norm as bn
-from yolov9_fast.ops import _library as library
-from yolov9_fast.ops._backend import Implementation, Operator, not_on, register, select
-from yolov9_fast.ops._batch_norm import Branch, Norm, Raw
-from yolov9_fast.ops._bn_silu import STATS
-from yolov9_fast.ops._interpreted import runs_triton, triton_missing
+from yolov9_fast.ops import _bn_silu
+from yolov9_fast.ops._batch_norm import Branch, Norm
+from yolov9_fast.ops._checks import check_like, check_map, check_out, check_vector
+from yolov9_fast.ops._concat import placed, returned
+from yolov9_fast.ops._operator import (
+    AutogradFunction,
+    Compiled,
+    Kernel,
+    Operator,
+    Python,
+    not_for_triton,
+    not_on,
+    once_differentiable,
+)
+from yolov9_fast.ops._sync_statistics import means_of, synchronised
 
 
 def rep_bn_silu(
@@ -40,22 +51,22 @@ def rep_bn_silu(
     each [C] or None; momentum and eps serve both. All else as in `bn_silu`. Raises `ValueError` or `TypeError` that
     names the argument.
     """
-    bn.check_map("rep_bn_silu", "x1", x1)
-    bn.check_map("rep_bn_silu", "x2", x2)
-    bn.check_like("rep_bn_silu", "x2", x2, x1)
+    check_map("x1", x1)
+    check_map("x2", x2)
+    check_like("x2", x2, x1.shape, x1.device)
     if x1.dtype != x2.dtype:
-        raise TypeError(f"rep_bn_silu: x2 must have the dtype of x1, {x1.dtype}, got {x2.dtype}")
+        raise TypeError(f"x2: expected {x1.dtype} as x1, got {x2.dtype}")
     for number, norm in (("1", norm1), ("2", norm2)):
         for name, vector in zip(Norm._fields, norm, strict=True):
-            bn.check_vector("rep_bn_silu", name + number, vector, x1)
-        bn.check_statistics("rep_bn_silu", x1, training, norm[2], norm[3], group is None)
+            check_vector(f"norm{number}.{name}", vector, x1)
+        bn.check_statistics(x1, training, norm[2], norm[3], group is None)
     if residual is not None:
-        bn.check_like("rep_bn_silu", "residual", residual, x1)
+        check_like("residual", residual, x1.shape, x1.device)
         residual = residual if residual.dtype == x1.dtype else residual.to(x1.dtype)
     if out is not None:
-        bn.check_out("rep_bn_silu", out, x1)
-    run = select(OPERATOR, x1, norm1, norm2)
-    return run(x1, norm1, x2, norm2, training, momentum, eps, residual, out, activation, group)  # type: ignore[no-any-return]
+        check_out("out", out, x1.shape, x1)
+    z: Tensor = OPERATOR(x1, norm1, x2, norm2, training, momentum, eps, residual, out, activation, group)
+    return z
 
 
 def rep_bn_silu_reference(
@@ -73,17 +84,18 @@ def rep_bn_silu_reference(
 ) -> Tensor:
     """The definition by torch's own functions; with a group, by the formulas of `ops/_batch_norm.py`."""
     if training and group is not None:
-        return _run(_REFERENCE, x1, norm1, x2, norm2, training, momentum, eps, residual, out, activation, group)
+        args = (x1, norm1, x2, norm2, training, momentum, eps, residual, out, activation, group)
+        return _run(OPERATOR.references, *args)
     y = sum(
         F.batch_norm(x, norm[2], norm[3], norm[0], norm[1], training, momentum, eps)
         for x, norm in ((x1, norm1), (x2, norm2))
     )
     assert isinstance(y, Tensor)
     z = F.silu(y) if activation else y
-    return bn.into(out, z if residual is None else z + residual)
+    return placed(z if residual is None else z + residual, out)
 
 
-# ---- raw operators
+# ---- kernels
 
 
 def _branches(given: tuple[Any, ...]) -> list[Branch]:
@@ -141,51 +153,56 @@ def _numbered(text: str) -> str:
 
 
 _GIVEN = _numbered("Tensor x@, Tensor? weight@, Tensor? bias@, Tensor mean@, Tensor rstd@")
-_forward_ops = bn.define(
-    "rep_bn_silu_forward(Tensor x1, Tensor? weight1, Tensor? bias1, Tensor(a!)? running_mean1, Tensor(b!)? "
-    "running_var1, Tensor x2, Tensor? weight2, Tensor? bias2, Tensor(c!)? running_mean2, Tensor(d!)? running_var2, "
-    "float momentum, float eps, Tensor? residual, Tensor(e!) out, bool silu) "
-    "-> (Tensor mean1, Tensor rstd1, Tensor mean2, Tensor rstd2)",
-    lambda x1, *others: tuple(bn.fake_vector(x1) for _ in range(4)),
-    _forward,
-    "rep_bn_silu",
-)
-_backward_ops = bn.define(
-    f"rep_bn_silu_backward(Tensor dz, {_GIVEN}, bool silu) -> (Tensor dx1, Tensor dx2, Tensor dweight1, Tensor dbias1, "
-    "Tensor dweight2, Tensor dbias2)",
-    lambda dz, x1, *others: (bn.empty_dense(x1), bn.empty_dense(x1), *(bn.fake_vector(x1) for _ in range(4))),
-    _backward,
-    "rep_bn_silu",
-)
-_apply_ops = bn.define(
-    f"rep_bn_silu_apply({_GIVEN}, Tensor? residual, Tensor(a!) out, bool silu) -> ()",
-    lambda *others: None,
-    _apply,
-    "rep_bn_silu",
-)
-_sums_ops = bn.define(
-    f"rep_bn_silu_backward_sums(Tensor dz, {_GIVEN}, bool silu) -> Tensor",
-    lambda dz, x1, *others: x1.new_empty((3, x1.shape[1]), dtype=bn.computed_in(x1.dtype)),
-    _backward_sums,
-    "rep_bn_silu",
-)
-_input_ops = bn.define(
-    f"rep_bn_silu_backward_apply(Tensor dz, {_GIVEN}, Tensor mean_dy, Tensor mean_dy_xhat1, Tensor mean_dy_xhat2, "
-    "bool silu) -> (Tensor dx1, Tensor dx2)",
-    lambda dz, x1, *others: (bn.empty_dense(x1), bn.empty_dense(x1)),
-    _backward_apply,
-    "rep_bn_silu",
-)
-_COMPILED, _TRITON = (
-    Raw(*ops) for ops in zip(_forward_ops, _backward_ops, STATS, _apply_ops, _sums_ops, _input_ops, strict=True)
-)
-_REFERENCE = Raw(_forward, _backward, bn.statistics, _apply, _backward_sums, _backward_apply)
 
 
-# ---- autograd
+class _Kernels(NamedTuple):
+    forward: Callable[..., Any]
+    backward: Callable[..., Any]
+    stats: Callable[..., Any]
+    apply: Callable[..., Any]
+    backward_sums: Callable[..., Any]
+    backward_apply: Callable[..., Any]
 
 
-class _OfBatch(torch.autograd.Function):
+KERNELS = _Kernels(
+    forward=Kernel(
+        "rep_bn_silu_forward(Tensor x1, Tensor? weight1, Tensor? bias1, Tensor(a!)? running_mean1, Tensor(b!)? "
+        "running_var1, Tensor x2, Tensor? weight2, Tensor? bias2, Tensor(c!)? running_mean2, Tensor(d!)? running_var2, "
+        "float momentum, float eps, Tensor? residual, Tensor(e!) out, bool silu) "
+        "-> (Tensor mean1, Tensor rstd1, Tensor mean2, Tensor rstd2)",
+        _forward,
+        lambda x1, *others: tuple(bn.empty_vector(x1) for _ in range(4)),
+    ),
+    backward=Kernel(
+        f"rep_bn_silu_backward(Tensor dz, {_GIVEN}, bool silu) -> (Tensor dx1, Tensor dx2, Tensor dweight1, "
+        "Tensor dbias1, Tensor dweight2, Tensor dbias2)",
+        _backward,
+        lambda dz, x1, *others: (empty_map(x1), empty_map(x1), *(bn.empty_vector(x1) for _ in range(4))),
+    ),
+    stats=_bn_silu.KERNELS.stats,
+    apply=Kernel(
+        f"rep_bn_silu_apply({_GIVEN}, Tensor? residual, Tensor(a!) out, bool silu) -> ()",
+        _apply,
+        lambda *others: None,
+    ),
+    backward_sums=Kernel(
+        f"rep_bn_silu_backward_sums(Tensor dz, {_GIVEN}, bool silu) -> Tensor",
+        _backward_sums,
+        lambda dz, x1, *others: x1.new_empty((3, x1.shape[1]), dtype=bn.computed_in(x1.dtype)),
+    ),
+    backward_apply=Kernel(
+        f"rep_bn_silu_backward_apply(Tensor dz, {_GIVEN}, Tensor mean_dy, Tensor mean_dy_xhat1, Tensor mean_dy_xhat2, "
+        "bool silu) -> (Tensor dx1, Tensor dx2)",
+        _backward_apply,
+        lambda dz, x1, *others: (empty_map(x1), empty_map(x1)),
+    ),
+)
+
+
+# ---- gradient
+
+
+class _OfBatch(AutogradFunction):
     """Statistics of this batch."""
 
     @staticmethod
@@ -203,25 +220,25 @@ class _OfBatch(torch.autograd.Function):
         eps: float,
         out: Tensor | None,
         silu: bool,
-        raw: Raw,
+        kernels: _Kernels,
     ) -> Tensor:
-        target = bn.empty_output(x1) if out is None else out
-        mean1, rstd1, mean2, rstd2 = raw.forward(
+        target = empty_map(x1) if out is None else out
+        mean1, rstd1, mean2, rstd2 = kernels.forward(
             x1, weight1, bias1, *running[:2], x2, weight2, bias2, *running[2:], momentum, eps, residual, target, silu
         )
         ctx.save_for_backward(x1, weight1, bias1, mean1, rstd1, x2, weight2, bias2, mean2, rstd2)
-        ctx.silu, ctx.raw = silu, raw
-        return target if out is None else bn.returned(out)
+        ctx.silu, ctx.kernels = silu, kernels
+        return target if out is None else returned(out)
 
     @staticmethod
-    @bn.once_differentiable
+    @once_differentiable
     def backward(ctx: Any, dz: Tensor) -> tuple[Tensor | None, ...]:
-        dx1, dx2, dweight1, dbias1, dweight2, dbias2 = ctx.raw.backward(dz, *ctx.saved_tensors, ctx.silu)
+        dx1, dx2, dweight1, dbias1, dweight2, dbias2 = ctx.kernels.backward(dz, *ctx.saved_tensors, ctx.silu)
         gradients = (dx1, dweight1, dbias1, dx2, dweight2, dbias2, dz)
         return (*_needed(ctx, gradients), None, None, None, None, None, None)
 
 
-class _Given(torch.autograd.Function):
+class _Given(AutogradFunction):
     """Statistics given: running ones (total and group None), or those of all processes, through which dx flows too."""
 
     @staticmethod
@@ -242,22 +259,22 @@ class _Given(torch.autograd.Function):
         group: Any,
         out: Tensor | None,
         silu: bool,
-        raw: Raw,
+        kernels: _Kernels,
     ) -> Tensor:
-        target = bn.empty_output(x1) if out is None else out
+        target = empty_map(x1) if out is None else out
         given = (x1, weight1, bias1, mean1, rstd1, x2, weight2, bias2, mean2, rstd2)
-        raw.apply(*given, residual, target, silu)
+        kernels.apply(*given, residual, target, silu)
         ctx.save_for_backward(*given, total)
-        ctx.silu, ctx.raw, ctx.group = silu, raw, group
-        return target if out is None else bn.returned(out)
+        ctx.silu, ctx.kernels, ctx.group = silu, kernels, group
+        return target if out is None else returned(out)
 
     @staticmethod
-    @bn.once_differentiable
+    @once_differentiable
     def backward(ctx: Any, dz: Tensor) -> tuple[Tensor | None, ...]:
         *given, total = ctx.saved_tensors
-        sums = ctx.raw.backward_sums(dz, *given, ctx.silu)
-        means = bn.means_of(sums, total, ctx.group)
-        dx1, dx2 = ctx.raw.backward_apply(dz, *given, means[0], means[1], means[2], ctx.silu)
+        sums = ctx.kernels.backward_sums(dz, *given, ctx.silu)
+        means = means_of(sums, total, ctx.group)
+        dx1, dx2 = ctx.kernels.backward_apply(dz, *given, means[0], means[1], means[2], ctx.silu)
         # Each bias owns its gradient: autograd keeps what it is given, and later adds to it in place.
         gradients = (dx1, sums[1], sums[0], dx2, sums[2], sums[0].clone(), dz)
         return (*_needed(ctx, gradients), *(None,) * 9)
@@ -268,7 +285,7 @@ def _needed(ctx: Any, gradients: tuple[Tensor, ...]) -> list[Tensor | None]:
 
 
 def _run(
-    raw: Raw,
+    kernels: _Kernels,
     x1: Tensor,
     norm1: Norm,
     x2: Tensor,
@@ -286,49 +303,55 @@ def _run(
     second = (x2, bn.parameter(norm2[0], dtype), bn.parameter(norm2[1], dtype))
     if training and group is None:
         running = (norm1[2], norm1[3], norm2[2], norm2[3])
-        return _OfBatch.apply(*first, *second, residual, running, momentum, eps, out, activation, raw)  # type: ignore[no-any-return]
+        z: Tensor = _OfBatch.apply(*first, *second, residual, running, momentum, eps, out, activation, kernels)
+        return z
     total, statistics = None, []
     for x, norm in ((x1, norm1), (x2, norm2)):
         if training:
-            mean, rstd, total = bn.synchronised(x, raw, norm[2:], momentum, eps, group)
+            mean, rstd, total = synchronised(x, kernels.stats, norm[2:], momentum, eps, group)
         else:
             assert norm[2] is not None
             assert norm[3] is not None
             mean, rstd = norm[2], (norm[3] + eps).rsqrt()
         statistics += [mean, rstd]
-    return _Given.apply(*first, *second, residual, *statistics, total, group, out, activation, raw)  # type: ignore[no-any-return]
+    z = _Given.apply(*first, *second, residual, *statistics, total, group, out, activation, kernels)
+    return z
 
 
-def _compiled(*args: Any) -> Tensor:
-    return _run(_COMPILED, *args)
+# ---- backends
 
 
-def _triton(*args: Any) -> Tensor:
-    return _run(_TRITON, *args)
+def _supports_cpu(x1: Tensor, norm1: Norm, x2: Tensor, norm2: Norm, *rest: Any) -> str | None:
+    return (None if x1.is_cpu else not_on("cpu", x1)) or _not_for_kernels(x1, norm1, norm2)
 
 
-def _why_not_kernel(x: Tensor, norm1: Norm, norm2: Norm) -> str | None:
-    return bn.why_not_kernel(x, norm1[2]) or bn.why_not_kernel(x, norm2[2])
+def _supports_triton(x1: Tensor, norm1: Norm, x2: Tensor, norm2: Norm, *rest: Any) -> str | None:
+    return not_for_triton("rep_bn_silu", x1) or _not_for_kernels(x1, norm1, norm2)
 
 
-OPERATOR = register(
-    Operator(
-        "rep_bn_silu",
-        "RepConv in training: the sum of two BatchNorms, SiLU and residual in one pass",
-        {
-            "eager": Implementation(rep_bn_silu_reference),
-            "cpu": Implementation(
-                _compiled,
-                library.missing("rep_bn_silu_forward", "cpu"),
-                lambda x, norm1, norm2: (None if x.is_cpu else not_on("cpu", x)) or _why_not_kernel(x, norm1, norm2),
-            ),
-            "triton": Implementation(
-                _triton,
-                triton_missing(),
-                lambda x, norm1, norm2: runs_triton("rep_bn_silu", x) or _why_not_kernel(x, norm1, norm2),
-            ),
-        },
-        # The compiled kernels before interpreted Triton.
-        ("cpu", "triton", "eager"),
+def _not_for_kernels(x: Tensor, norm1: Norm, norm2: Norm) -> str | None:
+    return bn.not_for_kernels(x, norm1[2]) or bn.not_for_kernels(x, norm2[2])
+
+
+def _triton() -> _Kernels:
+    from yolov9_fast.kernels import rep_bn_silu as launchers
+    from yolov9_fast.kernels.batch_norm import bn_stats
+
+    return _Kernels(
+        launchers.rep_bn_silu_forward,
+        launchers.rep_bn_silu_backward,
+        bn_stats,
+        launchers.rep_bn_silu_apply,
+        launchers.rep_bn_silu_backward_sums,
+        launchers.rep_bn_silu_backward_apply,
     )
+
+
+OPERATOR = Operator(
+    "rep_bn_silu",
+    "RepConv in training: the sum of two BatchNorms, SiLU and residual in one pass",
+    reference=rep_bn_silu_reference,
+    kernels=KERNELS,
+    run=_run,
+    backends={"cpu": Compiled(_supports_cpu), "triton": Python(_triton, _supports_triton)},
 )

@@ -1,0 +1,413 @@
+"""How an operator is declared, registered with PyTorch, and dispatched to a backend.
+
+Every operator module has the same five parts, in this order:
+
+1. the public function: contract and checks, then `OPERATOR(...)`;
+2. the reference: the definition in eager PyTorch, backend "eager";
+3. its kernels: each with a schema, a reference and a fake, registered as `torch.ops.yolov9_fast.NAME`;
+4. `run`: the operator on one backend's kernels, with an `autograd.Function` where it has a gradient;
+5. `OPERATOR = Operator(...)`: all of this, and for each backend which arguments it supports.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import itertools
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable as _once_differentiable
+
+from yolov9_fast.ops import _backend, _library
+from yolov9_fast.ops._backend import BackendUnavailable, UnknownBackend, add_operator_name, chosen, register_backend
+from yolov9_fast.ops._backend import settings as _settings
+
+Function = Callable[..., Any]
+Kernels = TypeVar("Kernels", bound=tuple[Any, ...])
+"""A NamedTuple with one callable for each kernel of an operator."""
+
+
+def supports_anything(*args: Any) -> str | None:
+    """`supports` of an implementation that takes all arguments of the operator."""
+    return None
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One kernel of an operator.
+
+    Its schema, as `box_iou(Tensor a, Tensor b) -> Tensor`; its definition in eager PyTorch; and `fake`, which returns
+    empty tensors of the right shape, stride, dtype and device.
+
+    Calling it runs the definition.
+    """
+
+    schema: str
+    reference: Function
+    fake: Function
+
+    def __call__(self, *args: Any) -> Any:
+        return self.reference(*args)
+
+    @property
+    def name(self) -> str:
+        return self.schema.split("(", 1)[0]
+
+    def registered(self, suffix: str = "", function: Function | None = None) -> Function:
+        """`torch.ops.yolov9_fast.NAMEsuffix`, run by `function`; by default by compiled code or the reference."""
+        schema = self.schema.replace(self.name, self.name + suffix, 1)
+        return _library.define(schema, fake=self.fake, reference=function or self.reference)
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """Kernels in `_C_cpu.so` or `_C_cuda.so`. `supports`: why they cannot take the operator's arguments, or None."""
+
+    supports: Callable[..., str | None] = supports_anything
+
+
+@dataclass(frozen=True)
+class Python(Generic[Kernels]):
+    """Kernels that Python functions launch. `load` imports and returns them; it is called once, when they first run.
+
+    `traced`: the functions are made of PyTorch's own operators, so that torch.compile traces them and they run wherever
+    PyTorch does; otherwise they are registered operators with the kernels' fakes.
+    """
+
+    load: Callable[[], Kernels]
+    supports: Callable[..., str | None] = supports_anything
+    traced: bool = False
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """One backend of an operator.
+
+    `call` takes the operator's arguments. `unavailable`: why it cannot run on this machine, None when it can.
+    `supports(*args)`: why it cannot take these arguments, None when it can; plain Python that torch.compile can trace.
+    """
+
+    call: Function
+    unavailable: str | None = None
+    supports: Callable[..., str | None] = supports_anything
+
+
+operators: dict[str, Operator[Any]] = {}
+
+
+class Operator(Generic[Kernels]):
+    """An operator: what it computes in one line, its reference, its kernels, and its implementations by backend.
+
+    Args:
+        name: as in `set_backend(..., op=name)`.
+        summary: what it computes, for `yolov9-fast info`.
+        reference: the definition; backend "eager". Takes the arguments that all implementations take.
+        kernels: a NamedTuple of `Kernel`.
+        run: `run(kernels, *args)`, the operator by `kernels`, a NamedTuple of callables. Default: the first kernel.
+        backends: `Compiled` or `Python` by the backend's name.
+
+    Calling it runs the backend that is set for it; under "auto" the first that supports the arguments. Raises
+    `BackendUnavailable` with the reason if a backend set by name cannot run.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        summary: str,
+        *,
+        reference: Function,
+        kernels: Kernels | tuple[()] = (),
+        run: Function | None = None,
+        backends: Mapping[str, Compiled | Python[Kernels]] | None = None,
+    ) -> None:
+        self.name, self.summary = name, summary
+        self._declared: tuple[Any, ...] = kernels
+        self._run = run
+        self._compiled = _named(kernels, [kernel.registered() for kernel in kernels])
+        self.references = _named(kernels, [kernel.reference for kernel in kernels])
+        self.implementations: dict[str, Implementation] = {"eager": Implementation(reference)}
+        self._automatic: tuple[Implementation, ...] = ()
+        for backend, declared in (backends or {}).items():
+            self.add(backend, self._implementation(backend, declared))
+        if name in operators:
+            raise ValueError(f"name: expected a new operator, got {name!r}")
+        operators[name] = self
+        add_operator_name(name)
+
+    def __call__(self, *args: Any) -> Any:
+        # As `select`, without its calls: an operator runs hundreds of times in a training step.
+        if not _settings:
+            for implementation in self._automatic:
+                if implementation.supports(*args) is None:
+                    return implementation.call(*args)
+        return self.select(*args)(*args)
+
+    def select(self, *args: Any) -> Function:
+        """The callable that runs these arguments."""
+        name = _settings.get(self.name) or _settings.get("") or "auto"
+        if name == "auto":
+            for implementation in self._automatic:
+                if implementation.supports(*args) is None:
+                    return implementation.call
+            return self.implementations["eager"].call
+        found = self.implementations.get(name)
+        if found is not None and found.unavailable is None and found.supports(*args) is None:
+            return found.call
+        _backend.check_setting(self.name)
+        raise BackendUnavailable(f"{self.name}: backend {name!r} is set and cannot run: {self.why_not(name, *args)}")
+
+    def why_not(self, backend: str, *args: Any) -> str | None:
+        """Why `backend` cannot run (with these arguments, if there are any); None when it can."""
+        if backend not in _backend.backends:
+            raise UnknownBackend(f"backend: expected one of {', '.join(_backend.backends)}, got {backend!r}")
+        implementation = self.implementations.get(backend)
+        if implementation is None:
+            return f"the operator has no such implementation, only {', '.join(self.implementations)}"
+        if implementation.unavailable is not None:
+            return implementation.unavailable
+        return implementation.supports(*args) if args else None
+
+    def first(self, device: str) -> str:
+        """The backend that "auto" tries first on tensors of this device type."""
+        for name, backend in _backend.backends.items():
+            implementation = self.implementations.get(name)
+            if implementation is not None and implementation.unavailable is None and device in backend.devices:
+                return name
+        return "eager"
+
+    def has_kernels(self, device: str) -> bool:
+        """Whether the backend in force is another than "eager" on tensors of this device type.
+
+        Under "auto" torch.compile gets the eager form, which it fuses itself.
+        """
+        name = chosen(self.name)
+        if name != "auto":
+            return name != "eager"
+        return not torch.compiler.is_compiling() and self.first(device) != "eager"
+
+    def add(self, backend: str, implementation: Implementation) -> None:
+        """Add an implementation, or replace the backend's own."""
+        if backend not in _backend.backends:
+            raise UnknownBackend(f"backend: expected one of {', '.join(_backend.backends)}, got {backend!r}")
+        self.implementations[backend] = implementation
+        self._order()
+
+    def remove(self, backend: str) -> None:
+        """Remove the implementation of `backend`."""
+        del self.implementations[backend]
+        self._order()
+
+    def from_kernels(self, backend: str, declared: Python[Kernels], suffix: str) -> Implementation:
+        """The implementation that runs Python kernels, with the operator's own gradient.
+
+        `suffix`: of the names under which the kernels are registered; operators share kernels of one name.
+        """
+        load = functools.cache(declared.load)
+        kernels = [
+            _launch(load, index) if declared.traced else kernel.registered(suffix, _launch(load, index))
+            for index, kernel in enumerate(self._declared)
+        ]
+        unavailable = None if declared.traced else _backend.backends[backend].why_not()
+        return Implementation(self._bound(_named(self._declared, kernels)), unavailable, declared.supports)
+
+    def _implementation(self, backend: str, declared: Compiled | Python[Kernels]) -> Implementation:
+        if isinstance(declared, Python):
+            return self.from_kernels(backend, declared, f"_{backend}")
+        unavailable = _library.why_not_compiled(self._declared[0].name, backend)
+        return Implementation(self._bound(self._compiled), unavailable, declared.supports)
+
+    def _bound(self, kernels: tuple[Any, ...]) -> Function:
+        return kernels[0] if self._run is None else functools.partial(self._run, kernels)
+
+    def _order(self) -> None:
+        self._automatic = tuple(
+            self.implementations[name]
+            for name in _backend.backends
+            if name != "eager" and name in self.implementations and self.implementations[name].unavailable is None
+        )
+        _backend.changed()
+
+
+def _named(declared: tuple[Any, ...], functions: list[Function]) -> Any:
+    """`functions` in the NamedTuple type of the declared kernels."""
+    make: Callable[[list[Function]], Any] = getattr(declared, "_make", tuple)
+    return make(functions)
+
+
+def _launch(load: Callable[[], tuple[Function, ...]], index: int) -> Function:
+    def launch(*args: Any) -> Any:
+        return load()[index](*args)
+
+    return launch
+
+
+# ---- what `supports` functions ask
+
+
+def not_on(device: str, *tensors: Tensor) -> str | None:
+    """The reason when a tensor is on another type of device than `device` ("cpu", "cuda")."""
+    for tensor in tensors:
+        if tensor.device.type != device:
+            return f"it needs tensors on {device}, got one on {tensor.device.type}"
+    return None
+
+
+def needs_gradient(*tensors: Tensor) -> str | None:
+    """For an implementation without a backward: the reason when autograd would record the call."""
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        return "it has no gradient, and an argument requires one"
+    return None
+
+
+def not_for_triton(op: str, *tensors: Tensor) -> str | None:
+    """The reason when the tensors are float64, or neither on CUDA nor to be interpreted (`TRITON_INTERPRET=1`)."""
+    if any(tensor.dtype == torch.float64 for tensor in tensors):
+        return "it computes in float32, got float64"
+    devices = {tensor.device.type for tensor in tensors}
+    if devices == {"cuda"}:
+        return None
+    if devices != {"cpu"}:
+        return f"it needs tensors on cuda, got {', '.join(sorted(devices))}"
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        return "it needs tensors on cuda; on the cpu it is only interpreted, with TRITON_INTERPRET=1"
+    # Interpreted kernels are thousands of times slower: they check the arithmetic and never run under "auto".
+    return None if chosen(op) == "triton" else "interpreted Triton runs only when selected by name"
+
+
+# ---- what `autograd.Function`s share
+
+
+if TYPE_CHECKING:
+
+    class AutogradFunction(torch.autograd.Function):
+        """`torch.autograd.Function`, whose `apply` has no annotations."""
+
+        @classmethod
+        def apply(cls, *args: Any) -> Any: ...
+
+else:
+    AutogradFunction = torch.autograd.Function
+
+
+def once_differentiable(backward: Function) -> Function:
+    """As torch's decorator of that name, without its overhead where no graph of the backward is recorded."""
+    checked = _once_differentiable(backward)
+
+    @functools.wraps(backward)
+    def wrapper(ctx: Any, *gradients: Any) -> Any:
+        return checked(ctx, *gradients) if torch.is_grad_enabled() else backward(ctx, *gradients)
+
+    return wrapper
+
+
+# ---- from outside the package
+
+_registrations = itertools.count(1)
+
+
+def register_implementation(
+    op: str,
+    backend: str,
+    function: Function | None = None,
+    *,
+    kernels: Mapping[str, Function] | None = None,
+    supports: Callable[..., str | None] = supports_anything,
+    why_not: Callable[[], str | None] | None = None,
+) -> None:
+    """Give operator `op` an implementation for `backend`, which `register_backend` added or which is built in.
+
+    Args:
+        op: an operator's name.
+        backend: a backend's name; an implementation that it has already is replaced.
+        function: takes the arguments of the operator's reference and returns what it returns, with its own gradient.
+        kernels: instead of `function`, one function for each of the operator's kernels, by the kernel's field name
+            ("forward", "backward", ...); the operator's gradient and fakes are used.
+        supports: called with the same arguments as `function`; why it cannot take them, or None.
+        why_not: why it cannot run on this machine, or None; default: what the backend says.
+
+    Raises `ValueError` for an unknown operator or backend, or kernels that are not the operator's.
+    """
+    operator = _operator(op)
+    if backend not in _backend.backends:
+        raise UnknownBackend(f"backend: expected one of {', '.join(_backend.backends)}, got {backend!r}")
+    unavailable = (why_not or _backend.backends[backend].why_not)()
+    if (function is None) == (kernels is None):
+        raise ValueError("function: expected either a function or kernels, got both or neither")
+    if function is not None:
+        operator.add(backend, Implementation(function, unavailable, supports))
+        return
+    assert kernels is not None
+    fields = getattr(operator.references, "_fields", ())
+    if set(kernels) != set(fields):
+        raise ValueError(f"kernels: expected {', '.join(fields) or 'none'}, got {', '.join(kernels)}")
+    launchers = _named(operator.references, [kernels[field] for field in fields])
+    made = operator.from_kernels(backend, Python(lambda: launchers), f"_{backend}_{next(_registrations)}")
+    operator.add(backend, Implementation(made.call, unavailable, supports))
+
+
+def unregister_implementation(op: str, backend: str) -> None:
+    """Remove the implementation that `register_implementation` added."""
+    _operator(op).remove(backend)
+
+
+@contextmanager
+def implementation(op: str, backend: str, function: Function | None = None, **options: Any) -> Iterator[None]:
+    """`register_implementation` inside a `with` block; the backend's previous implementation is restored at its end."""
+    operator = _operator(op)
+    before = operator.implementations.get(backend)
+    register_implementation(op, backend, function, **options)
+    try:
+        yield
+    finally:
+        if before is None:
+            operator.remove(backend)
+        else:
+            operator.add(backend, before)
+
+
+def register_operator(name: str, summary: str, reference: Function) -> Operator[Any]:
+    """Add an operator, defined by `reference`, to which backends get implementations by `register_implementation`.
+
+    Returns the operator: calling it runs the backend that is set, or the fastest that supports the arguments.
+    """
+    return Operator(name, summary, reference=reference)
+
+
+def list_backends() -> list[str]:
+    """The names of all backends, in the order in which "auto" tries them."""
+    return list(_backend.backends)
+
+
+def list_operators() -> list[str]:
+    """The names of all operators."""
+    return sorted(operators)
+
+
+def reference(op: str) -> Function:
+    """The definition of operator `op` in eager PyTorch; it takes the arguments that all implementations take."""
+    return _operator(op).implementations["eager"].call
+
+
+def _operator(op: str) -> Operator[Any]:
+    if op not in operators:
+        raise UnknownBackend(f"op: expected one of {', '.join(sorted(operators))}, got {op!r}")
+    return operators[op]
+
+
+# ---- the built-in backends, slowest first: each is put before the last
+
+
+def _no_triton() -> str | None:
+    return None if importlib.util.find_spec("triton") else "triton is not installed: pip install triton"
+
+
+register_backend("eager", devices=("cpu", "cuda"))
+register_backend("cuda", devices=("cuda",), before="eager", why_not=lambda: _library.loaded["cuda"])
+register_backend("triton", devices=("cuda",), before="cuda", why_not=_no_triton)
+register_backend("cpu", devices=("cpu",), before="triton", why_not=lambda: _library.loaded["cpu"])

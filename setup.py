@@ -1,4 +1,4 @@
-"""Installs the package and compiles `csrc/` by the recipe in `csrc/build.py`, or goes without where that cannot be."""
+"""Installs the package and compiles `csrc/` by the recipe in `csrc/build.py`; installs without it where that fails."""
 
 from __future__ import annotations
 
@@ -35,11 +35,10 @@ class BuildOperators(build_ext):
     def run(self) -> None:
         in_place = self.inplace or self.editable_mode
         package = (ROOT if in_place else Path(self.build_lib).resolve()) / "yolov9_fast"
-        # pip's own folder goes after each call; a kept one makes the next `make install` compile only what changed.
+        # pip deletes its own folder after each call; with this one the next `make install` compiles only what changed.
         scratch = ROOT / "build" / "operators" if in_place else Path(self.build_temp).resolve()
         package.mkdir(parents=True, exist_ok=True)
-        self.written = load_recipe().build(ROOT / "csrc", package, scratch)
-        type(self).written = self.written
+        type(self).written = load_recipe().build(ROOT / "csrc", package, scratch)
 
     def get_source_files(self) -> list[str]:
         return [path.relative_to(ROOT).as_posix() for path in sorted((ROOT / "csrc").rglob("*.[ch]*"))]

@@ -1,12 +1,12 @@
 """The one build recipe of the compiled operators: sources, flags, CUDA architectures, jobs.
 
 `_C_cpu.so` and `_C_cuda.so` are plain shared libraries against PyTorch's stable ABI: they link no Python and serve
-every torch from 2.10 on. A missing tool is no error; the reason goes into `_build_info.json` beside the libraries.
+every torch from 2.10 on. A missing tool is no error; the reason is written to `_build_info.json` next to the libraries.
 
     YOLOV9_FAST_SKIP_EXT=1      compile nothing
     YOLOV9_FAST_SKIP_CUDA=1     compile the CPU part only
     YOLOV9_FAST_FORCE_CUDA=1    compile CUDA although torch was built for another CUDA major version
-    YOLOV9_FAST_PORTABLE=1      for any CPU of this architecture, not only those with this one's vector units
+    YOLOV9_FAST_PORTABLE=1      for any CPU of this architecture, not only those with the vector units of this one
     YOLOV9_FAST_SANITIZE        such as "address,undefined": instrument the CPU part, as csrc/sanitize.py does
     YOLOV9_FAST_CUDA_ARCHS      such as "8.0;9.0+PTX"; default: what nvcc knows of DEFAULT_ARCHS, PTX of the newest
     MAX_JOBS                    compilers at a time; default min(cores / 2, free memory / 5 GB)
@@ -49,7 +49,7 @@ class Unbuildable(Exception):
 
 @dataclass
 class Part:
-    """What became of one library: its file name when built, else the reason."""
+    """One library: its file name if it was built, else the reason."""
 
     file: str | None = None
     reason: str | None = None
@@ -57,7 +57,7 @@ class Part:
     flags: list[str] = field(default_factory=list)
     log: str = ""
     kernels: list[dict[str, str | int]] = field(default_factory=list)
-    """Of a CUDA part: what ptxas says of each kernel and architecture, as `kernel_report` returns it."""
+    """Of a CUDA part: the report of ptxas for each kernel and architecture, as `kernel_report` returns it."""
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ def build_part(
     output: Path,
     scratch: Path,
 ) -> Part:
-    """Compile `csrc/NAME/PATTERN` and link `_C_NAME.so` into `output`, or say why not."""
+    """Compile `csrc/NAME/PATTERN` and link `_C_NAME.so` into `output`, or give the reason why not."""
     try:
         recipe = find_recipe(torch)
         sources = sorted((source / name).glob(pattern))
@@ -154,7 +154,7 @@ def compile_and_link(
 ) -> dict[str, str]:
     """Compile what changed since the last call (by content) and link, replacing `library` in one step.
 
-    Returns what the compiler said of each source file, kept beside its object.
+    Returns the compiler's messages by source file; they are stored next to the objects.
     """
     scratch.mkdir(parents=True, exist_ok=True)
     settings = repr((recipe, version_line(recipe.compiler), torch.version)).encode()
@@ -227,7 +227,7 @@ def cpu_recipe(torch: Torch) -> Recipe:
 
 
 def sanitizer_flags(names: str) -> list[str]:
-    """For YOLOV9_FAST_SANITIZE: the first finding ends the process, with line numbers; -O1 so that these stay true."""
+    """For YOLOV9_FAST_SANITIZE: the first finding ends the process, with line numbers, which need -O1."""
     if not names.strip():
         return []
     if not re.fullmatch(r"[a-z-]+(,[a-z-]+)*", names.strip()):
@@ -236,7 +236,7 @@ def sanitizer_flags(names: str) -> list[str]:
 
 
 def cuda_recipe(torch: Torch) -> Recipe:
-    """Flags for csrc/cuda/*.cu: against any torch, a CPU one too; static cudart, so that no CUDA is needed to load."""
+    """Flags for csrc/cuda/*.cu: for any torch, even one for CPUs; static cudart, so that loading needs no CUDA."""
     if flag("YOLOV9_FAST_SKIP_CUDA"):
         raise Unbuildable("YOLOV9_FAST_SKIP_CUDA=1")
     nvcc = find_nvcc()
@@ -244,7 +244,7 @@ def cuda_recipe(torch: Torch) -> Recipe:
     major = match.group(1) if match else "unknown"
     if torch.cuda and torch.cuda.split(".")[0] != major and not flag("YOLOV9_FAST_FORCE_CUDA"):
         raise Unbuildable(
-            f"nvcc is of CUDA {major}, torch of CUDA {torch.cuda}; YOLOV9_FAST_FORCE_CUDA=1 compiles all the same"
+            f"nvcc is of CUDA {major}, torch of CUDA {torch.cuda}; YOLOV9_FAST_FORCE_CUDA=1 compiles anyway"
         )
     archs = architecture_flags(nvcc)
     include = [f"-isystem={folder}" for folder in torch.include]
@@ -256,7 +256,7 @@ def cuda_recipe(torch: Torch) -> Recipe:
 
 
 def link_flags(torch: Torch, prefix: str) -> list[str]:
-    """libtorch.so is kept though nothing of it is named: in a CUDA torch it brings libtorch_cuda into reach."""
+    """libtorch.so is linked although no symbol of it is used: in a CUDA torch it loads libtorch_cuda."""
     if sys.platform == "darwin":
         return ["-undefined", "dynamic_lookup"]
     keep = f"{prefix}--no-as-needed" if prefix else "-Wl,--no-as-needed"
@@ -317,7 +317,7 @@ def find_nvcc() -> str:
 
 
 def run(command: list[str], what: str, with_messages: bool = False) -> str:
-    """Standard output (and error) of `command`; a failure is an `Unbuildable` that carries the compiler's words."""
+    """Standard output (and error) of `command`; a failure is an `Unbuildable` with the compiler's messages."""
     try:
         done = subprocess.run(command, capture_output=True, text=True)
     except OSError as error:
@@ -336,7 +336,7 @@ def version_line(compiler: list[str]) -> str:
 
 
 def public_flags(flags: Sequence[str]) -> list[str]:
-    """The flags that say something about the result: no include folders."""
+    """The flags that decide the result: all but the include folders."""
     return [text for text in flags if not text.startswith("-isystem")]
 
 
@@ -358,7 +358,7 @@ def max_jobs() -> int:
 
 
 def cpu_features() -> list[str]:
-    """Vector extensions of this machine, which `-march=native` may use and whoever loads the result must have."""
+    """Vector extensions of this machine, which `-march=native` may use and a machine that loads the result needs."""
     path = Path("/proc/cpuinfo")
     if not path.exists():
         return []

@@ -67,16 +67,16 @@ YF_HOST_DEVICE float intersection(const Box& a, const Box& b) {
 
 // max(CIoU, 0). Coordinates that are not finite make an area, the diagonal or the distance so, and the overlap 0,
 // whatever a minimum made of them: no care for NaN in the steps. Without an intersection CIoU is not positive.
-YF_HOST_DEVICE float overlap(const Shape& truth, const Shape& predicted) {
-  const Box &a = truth.box, &b = predicted.box;
+YF_HOST_DEVICE float overlap(const Shape& gt, const Shape& predicted) {
+  const Box &a = gt.box, &b = predicted.box;
   const float inter = intersection(a, b);
-  const float iou = inter / (truth.area + predicted.area - inter + kEps);
+  const float iou = inter / (gt.area + predicted.area - inter + kEps);
   const float width = upper(a.x2, b.x2) - lower(a.x1, b.x1);
   const float height = upper(a.y2, b.y2) - lower(a.y1, b.y1);
   const float diagonal = width * width + height * height + kEps;
   const float dx = b.x1 + b.x2 - (a.x1 + a.x2), dy = b.y1 + b.y2 - (a.y1 + a.y2);
   const float distance = (dx * dx + dy * dy) * 0.25f;
-  const float turn = predicted.aspect - truth.aspect;
+  const float turn = predicted.aspect - gt.aspect;
   const float v = 0.4052847345693511f * (turn * turn);
   const float alpha = v / (v - iou + 1.0000001f);
   return finite_positive(iou - (distance / diagonal + v * alpha));
@@ -147,8 +147,8 @@ YF_HOST_DEVICE uint64_t key_of(float value, int64_t index) {
 }
 YF_HOST_DEVICE int64_t index_of(uint64_t key) { return static_cast<int64_t>(~static_cast<uint32_t>(key)); }
 
-// An anchor's claims in one word: the highest key of overlap and ground truth, and in the sign's place, which such keys
-// never use, whether there was more than one. 0: no claim. The word does not depend on the order of the claims.
+// An anchor's claims in one word: the highest key of overlap and ground truth, and in the sign bit, which keys never
+// use, whether there was more than one. 0: no claim. The word does not depend on the order of the claims.
 constexpr uint64_t kContested = uint64_t{1} << 63;
 YF_HOST_DEVICE uint64_t with_claim(uint64_t word, uint64_t key) {
   if (word == 0) return key;

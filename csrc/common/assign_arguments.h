@@ -16,20 +16,20 @@ constexpr char kOp[] = "assign";
 
 // Contiguous copies live here while the kernels run.
 struct Arguments {
-  Tensor scores, boxes, points, labels, truths, mask;
+  Tensor scores, boxes, points, labels, gt_boxes, mask;
   std::optional<Tensor> strides;
   Tensor gt_index, weight;
   double alpha, beta;
   int64_t topk, rule;
 
   Arguments(const Tensor& scores_, const Tensor& boxes_, const Tensor& points_, const Tensor& labels_,
-            const Tensor& truths_, const Tensor& mask_, const std::optional<Tensor>& strides_, int64_t topk_,
+            const Tensor& gt_boxes_, const Tensor& mask_, const std::optional<Tensor>& strides_, int64_t topk_,
             double alpha_, double beta_, int64_t rule_)
       : scores(scores_),
         boxes(boxes_),
         points(torch::stable::contiguous(points_)),
         labels(torch::stable::contiguous(labels_)),
-        truths(torch::stable::contiguous(truths_)),
+        gt_boxes(torch::stable::contiguous(gt_boxes_)),
         mask(torch::stable::contiguous(mask_)),
         strides(strides_),
         gt_index(torch::stable::new_empty(boxes_, {boxes_.size(0), boxes_.size(1)}, ScalarType::Long)),
@@ -39,19 +39,19 @@ struct Arguments {
         topk(topk_),
         rule(rule_) {
     STD_TORCH_CHECK(scores.dim() == 3 && scores.size(2) > 0, kOp, ": scores: expected [B, A, nc]");
-    const int64_t batch = scores.size(0), anchors = scores.size(1), count = truths.size(1);
+    const int64_t batch = scores.size(0), anchors = scores.size(1), count = gt_boxes.size(1);
     STD_TORCH_CHECK(boxes.dim() == 3 && boxes.size(0) == batch && boxes.size(1) == anchors && boxes.size(2) == 4, kOp,
                     ": boxes: expected [B, A, 4]");
     STD_TORCH_CHECK(points.dim() == 2 && points.size(0) == anchors && points.size(1) == 2, kOp,
                     ": anchor_points: expected [A, 2]");
-    STD_TORCH_CHECK(truths.dim() == 3 && truths.size(0) == batch && truths.size(2) == 4, kOp,
+    STD_TORCH_CHECK(gt_boxes.dim() == 3 && gt_boxes.size(0) == batch && gt_boxes.size(2) == 4, kOp,
                     ": gt_boxes: expected [B, N, 4]");
     STD_TORCH_CHECK(labels.dim() == 2 && labels.size(0) == batch && labels.size(1) == count, kOp,
                     ": gt_labels: expected [B, N]");
     STD_TORCH_CHECK(mask.dim() == 2 && mask.size(0) == batch && mask.size(1) == count, kOp,
                     ": gt_mask: expected [B, N]");
     STD_TORCH_CHECK(boxes.scalar_type() == ScalarType::Float && points.scalar_type() == ScalarType::Float &&
-                        truths.scalar_type() == ScalarType::Float,
+                        gt_boxes.scalar_type() == ScalarType::Float,
                     kOp, ": boxes, anchor_points, gt_boxes: expected float32");
     STD_TORCH_CHECK(labels.scalar_type() == ScalarType::Long && mask.scalar_type() == ScalarType::Bool, kOp,
                     ": gt_labels, gt_mask: expected int64 and bool");
@@ -68,7 +68,7 @@ struct Arguments {
                     kOp, ": strides: expected float32 [A]");
   }
 
-  bool nothing_to_do() const { return boxes.size(0) == 0 || boxes.size(1) == 0 || truths.size(1) == 0; }
+  bool nothing_to_do() const { return boxes.size(0) == 0 || boxes.size(1) == 0 || gt_boxes.size(1) == 0; }
 
   std::tuple<Tensor, Tensor> all_background() const {
     torch::stable::fill_(gt_index, -1.0);
@@ -87,9 +87,9 @@ struct Arguments {
     p.points = static_cast<const float*>(points.const_data_ptr());
     p.strides = strides.has_value() ? static_cast<const float*>(strides->const_data_ptr()) : nullptr;
     p.labels = static_cast<const int64_t*>(labels.const_data_ptr());
-    p.truths = static_cast<const float*>(truths.const_data_ptr());
+    p.gt_boxes = static_cast<const float*>(gt_boxes.const_data_ptr());
     p.mask = static_cast<const bool*>(mask.const_data_ptr());
-    p.batch = boxes.size(0), p.anchors = boxes.size(1), p.count = truths.size(1), p.classes = scores.size(2);
+    p.batch = boxes.size(0), p.anchors = boxes.size(1), p.count = gt_boxes.size(1), p.classes = scores.size(2);
     p.alpha = Exponent::of(alpha), p.beta = Exponent::of(beta);
     p.topk = static_cast<int>(std::min(topk, p.anchors)), p.rule = rule;
     p.words = static_cast<uint64_t*>(gt_index.mutable_data_ptr());

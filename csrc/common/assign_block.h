@@ -1,10 +1,10 @@
 // Task-aligned assignment on the GPU, as phases between barriers that also run on the host. Four launches:
 //   prepare   the bounding box of every 32 consecutive anchor points; outputs and maxima to zero
-//   claim     a block per ground truth: its topk anchors, kept in shared memory, enter a word per anchor
+//   claim     a block per ground truth: its topk anchors, in shared memory, are entered in a word per anchor
 //   resolve   a thread per anchor: contested anchors choose; maxima per ground truth
 //   weigh     a thread per anchor: the weight
-// Between the launches the words lie in the memory of gt_index and the metrics in that of weight: nothing else is
-// O(B·A). Atomics are on integers and maxima or appends to lists whose order has no consequence.
+// Between the launches gt_index stores the words and weight the metrics: no other memory is O(B·A). Atomics are on
+// integers and maxima or appends to lists whose order has no consequence.
 #pragma once
 
 #include "common/assign.h"
@@ -27,7 +27,7 @@ struct Problem {
   const float* points;    // [A, 2] dense
   const float* strides;   // [A] dense, or null
   const int64_t* labels;  // [B, N] dense
-  const float* truths;    // [B, N, 4] dense
+  const float* gt_boxes;  // [B, N, 4] dense
   const bool* mask;       // [B, N] dense
   int64_t batch, anchors, count, classes;
   Exponent alpha, beta;
@@ -42,8 +42,8 @@ struct Problem {
 
   YF_HOST_DEVICE int64_t chunk_count() const { return (anchors + kChunk - 1) / kChunk; }
 
-  YF_HOST_DEVICE Shape truth(int64_t row) const {
-    const float* side = truths + 4 * row;
+  YF_HOST_DEVICE Shape gt(int64_t row) const {
+    const float* side = gt_boxes + 4 * row;
     return shape_of({side[0], side[1], side[2], side[3]});
   }
 
@@ -57,9 +57,9 @@ struct Problem {
     return static_cast<float>(scores[image * scores_image + anchor * scores_anchor + label * scores_class]);
   }
 
-  YF_HOST_DEVICE bool may_learn(int64_t anchor, const Box& truth) const {
+  YF_HOST_DEVICE bool may_learn(int64_t anchor, const Box& gt) const {
     const float x = points[2 * anchor], y = points[2 * anchor + 1];
-    return rule == kMit ? within_reach(x, y, truth, kReach * strides[anchor]) : strictly_inside(x, y, truth);
+    return rule == kMit ? within_reach(x, y, gt, kReach * strides[anchor]) : strictly_inside(x, y, gt);
   }
 
   YF_HOST_DEVICE float metric_of(int64_t image, int64_t anchor, int64_t label, float overlap) const {
@@ -94,7 +94,7 @@ inline void enter(uint64_t* word, uint64_t key) { *word = with_claim(*word, key)
 template <class Score>
 YF_HOST_DEVICE void prepare(const Problem<Score>& p, int64_t i) {
   if (i < p.chunk_count()) {
-    // Without comparisons that NaN wins: a point that is no number lies in no box.
+    // Comparisons that NaN loses: a NaN point is in no box.
     float least_x = INFINITY, least_y = INFINITY, greatest_x = -INFINITY, greatest_y = -INFINITY;
     const int64_t end = (i + 1) * kChunk < p.anchors ? (i + 1) * kChunk : p.anchors;
     for (int64_t a = i * kChunk; a < end; ++a) {
@@ -123,7 +123,7 @@ template <class Block, class Score>
 YF_BLOCK void claim(const Block& block, ClaimShared& shared, const Problem<Score>& p, int64_t row) {
   if (!p.mask[row]) return;
   const int64_t image = row / p.count, index = row % p.count, label = p.labels[row];
-  const Shape truth = p.truth(row);
+  const Shape gt = p.gt(row);
   const int threads = block.threads();
   // A value that decides which phases follow is read after one barrier and may change only after another.
   const auto settled = [&](const int& value) {
@@ -132,7 +132,7 @@ YF_BLOCK void claim(const Block& block, ClaimShared& shared, const Problem<Score
     return copy;
   };
   const auto take = [&](int64_t anchor) {
-    enter(p.words + image * p.anchors + anchor, key_of(overlap(truth, p.predicted(image, anchor)), index));
+    enter(p.words + image * p.anchors + anchor, key_of(overlap(gt, p.predicted(image, anchor)), index));
   };
 
   block.phase([&](int t) {
@@ -143,7 +143,7 @@ YF_BLOCK void claim(const Block& block, ClaimShared& shared, const Problem<Score
       const int64_t end = first_chunk + kListedChunks < p.chunk_count() ? first_chunk + kListedChunks : p.chunk_count();
       for (int64_t c = first_chunk + t; c < end; c += threads) {
         const float* chunk = p.chunks + 4 * c;
-        const Box& box = truth.box;
+        const Box& box = gt.box;
         if (chunk[2] >= box.x1 && chunk[0] <= box.x2 && chunk[3] >= box.y1 && chunk[1] <= box.y2) {
           shared.chunks[append(&shared.count_chunks)] = static_cast<int>(c);
         }
@@ -155,8 +155,8 @@ YF_BLOCK void claim(const Block& block, ClaimShared& shared, const Problem<Score
         if (t == 0) shared.count_chunks = 0;
         if (first + t >= candidates) return;
         const int64_t a = int64_t{kChunk} * shared.chunks[(first + t) / kChunk] + (first + t) % kChunk;
-        if (a >= p.anchors || !p.may_learn(a, truth.box)) return;
-        const float both = overlap(truth, p.predicted(image, a));
+        if (a >= p.anchors || !p.may_learn(a, gt.box)) return;
+        const float both = overlap(gt, p.predicted(image, a));
         const float value = p.metric_of(image, a, label, both);
         if (!(value > 0.0f)) return;
         const uint64_t key = key_of(value, a);
@@ -196,14 +196,14 @@ YF_BLOCK void claim(const Block& block, ClaimShared& shared, const Problem<Score
         before -= positive < a;
         listed = listed || positive == a;
       }
-      if (!listed && before < p.topk - kept && p.may_learn(a, truth.box)) take(a);
+      if (!listed && before < p.topk - kept && p.may_learn(a, gt.box)) take(a);
     }
   });
   if (p.rule != kMit || kept > 0) return;
   block.phase([&](int t) {
     uint64_t best = 0;
     for (int64_t a = t; a < p.anchors; a += threads) {
-      const float value = p.metric_of(image, a, label, overlap(truth, p.predicted(image, a)));
+      const float value = p.metric_of(image, a, label, overlap(gt, p.predicted(image, a)));
       const uint64_t key = value > 0.0f ? key_of(value, a) : 0;
       best = key > best ? key : best;
     }
@@ -223,7 +223,7 @@ struct ResolveShared {
 // Anchors [first, first + threads) of the flat B·A by one block: words become ground truths, metrics go into weights.
 template <class Block, class Score>
 YF_BLOCK void resolve(const Block& block, ResolveShared& shared, const Problem<Score>& p, int64_t first) {
-  constexpr int kTogether = 32;  // threads that look through the ground truths of one anchor
+  constexpr int kTogether = 32;  // threads that search the ground truths of one anchor
   const int threads = block.threads();
   const int64_t all = p.batch * p.anchors;
   PerThread<int, Block> slot(block);
@@ -246,7 +246,7 @@ YF_BLOCK void resolve(const Block& block, ResolveShared& shared, const Problem<S
       uint64_t best = 0;
       for (int64_t g = pair % kTogether; g < p.count; g += kTogether) {
         const int64_t row = image * p.count + g;
-        const float* side = p.truths + 4 * row;
+        const float* side = p.gt_boxes + 4 * row;
         const Box box{side[0], side[1], side[2], side[3]};
         float both = 0.0f;
         if (intersection(box, predicted.box) > 0.0f &&
@@ -270,10 +270,10 @@ YF_BLOCK void resolve(const Block& block, ResolveShared& shared, const Problem<S
     const int64_t image = (first + t) / p.anchors, anchor = (first + t) % p.anchors;
     const int64_t index = index_of(slot[t] >= 0 ? shared.best[slot[t]] : word), row = image * p.count + index;
     p.words[first + t] = static_cast<uint64_t>(index);
-    const Shape truth = p.truth(row);
+    const Shape gt = p.gt(row);
     // Rule "ultralytics" knows no overlap outside a box or with padding, the others' winners need no look.
-    if (p.rule == kUltralytics && !(p.mask[row] && p.may_learn(anchor, truth.box))) return;
-    const float both = overlap(truth, p.predicted(image, anchor));
+    if (p.rule == kUltralytics && !(p.mask[row] && p.may_learn(anchor, gt.box))) return;
+    const float both = overlap(gt, p.predicted(image, anchor));
     const float value = p.metric_of(image, anchor, p.labels[row], both);
     p.weights[first + t] = value;
     raise(p.best_metric + row, bits_of(value));

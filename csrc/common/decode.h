@@ -9,7 +9,7 @@ constexpr int kBins = 16;
 constexpr int kSides = 4;
 constexpr int kBoxChannels = kSides * kBins;
 
-// Mean of a side's distribution; logit k of the side lies at bins[k * step].
+// Mean of a side's distribution; logit k of the side is at bins[k * step].
 template <class Real>
 YF_HOST_DEVICE Real expected_side(const Real* bins, int step) {
   Real greatest = bins[0];

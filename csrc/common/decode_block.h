@@ -1,5 +1,5 @@
-// decode on the GPU, as phases between barriers that also run on the host: a block turns a tile of 64 anchors through
-// shared memory, so that it reads in the order of the map, whatever its layout, and writes in the order of the result.
+// decode on the GPU, as phases between barriers that also run on the host: a block transposes a tile of 64 anchors
+// in shared memory, so that it reads in the order of the map, in either layout, and writes in the order of the result.
 #pragma once
 
 #include "common/block.h"
@@ -10,7 +10,7 @@ namespace yolov9_fast::decoding {
 
 constexpr int kTile = 64;          // anchors
 constexpr int kChannels = 64;      // at a time: the bins, then the classes
-constexpr int kPitch = kTile + 1;  // apart from the banks' period, so that a turn meets no conflicts
+constexpr int kPitch = kTile + 1;  // no multiple of the number of banks, so that transposing has no conflicts
 
 template <class T, class Real>
 struct Problem {

@@ -136,7 +136,7 @@ struct AnchorTerms {
   Real box, dfl;
 };
 
-// What the gradients of the two terms are multiplied with.
+// The factors of the gradients of the two terms.
 template <class Real>
 struct AnchorScales {
   Real box, dfl;

@@ -19,11 +19,11 @@ struct Targets {
   const Real* weight;
   const int64_t* labels;
   const Real* boxes;
-  int64_t truths, classes;
+  int64_t gt_count, classes;
   ClassOptions<Real> options;
 };
 
-// What the gradients of the terms are multiplied with.
+// The factors of the gradients of the terms.
 template <class Real>
 struct Scales {
   Real cls;
@@ -96,18 +96,18 @@ struct Arguments {
   template <class Real>
   Targets<Real> targets(int64_t batch, int64_t channels, int64_t anchors) const {
     STD_TORCH_CHECK(gt_labels.dim() == 2, kOp, ": gt_labels: expected [B, N], got ", gt_labels.dim(), " dimensions");
-    const int64_t truths = gt_labels.size(1);
+    const int64_t gt_count = gt_labels.size(1);
     check_dense(gt_index, ScalarType::Long, batch * anchors, "gt_index");
     check_dense(weight, kScalarType<Real>, batch * anchors, "weight");
-    check_dense(gt_labels, ScalarType::Long, batch * truths, "gt_labels");
-    check_dense(gt_boxes, kScalarType<Real>, batch * truths * 4, "gt_boxes");
+    check_dense(gt_labels, ScalarType::Long, batch * gt_count, "gt_labels");
+    check_dense(gt_boxes, kScalarType<Real>, batch * gt_count * 4, "gt_boxes");
     check_dense(normaliser, kScalarType<Real>, 1, "normaliser");
     STD_TORCH_CHECK(gains.size() == 3, kOp, ": gains: expected 3 values, got ", gains.size());
     return {static_cast<const int64_t*>(gt_index.const_data_ptr()),
             static_cast<const Real*>(weight.const_data_ptr()),
             static_cast<const int64_t*>(gt_labels.const_data_ptr()),
             static_cast<const Real*>(gt_boxes.const_data_ptr()),
-            truths,
+            gt_count,
             channels - kBoxChannels,
             {static_cast<Real>(pos_weight), static_cast<Real>(label_smoothing), static_cast<Real>(focal_gamma)}};
   }

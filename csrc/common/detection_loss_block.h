@@ -136,11 +136,11 @@ YF_BLOCK void anchors(const Block& block, SumShared<Real>& shared, const Problem
   block.phase([&](int t) {
     Sums<Real> sums{Real(0), Real(0), Real(0)};
     const int64_t i = index * p.threads + t;
-    const int64_t truth = i < p.maps.batch * p.maps.anchors ? p.targets.gt_index[i] : -1;
-    if (truth >= 0) {
+    const int64_t gt = i < p.maps.batch * p.maps.anchors ? p.targets.gt_index[i] : -1;
+    if (gt >= 0) {
       const int64_t image = i / p.maps.anchors, anchor = i % p.maps.anchors;
-      const int64_t row = image * p.targets.truths + truth;
-      const int64_t label = truth < p.targets.truths ? p.targets.labels[row] : -1;
+      const int64_t row = image * p.targets.gt_count + gt;
+      const int64_t label = gt < p.targets.gt_count ? p.targets.labels[row] : -1;
       if (label >= 0 && label < p.targets.classes) {
         int l = 0;
         while (l + 1 < p.maps.count && anchor >= p.maps.level[l + 1].first_anchor) ++l;

@@ -1,5 +1,5 @@
-// Sigmoid, log-sigmoid and exp of what is not positive: branch-free in float, so that loops over them vectorise, and
-// the same bits on a GPU and on a CPU with FMA.
+// Sigmoid, log-sigmoid and exp of values that are not positive: branch-free in float, so that loops over them
+// vectorise, and the same bits on a GPU and on a CPU with FMA.
 #pragma once
 
 #include <cmath>
@@ -8,7 +8,7 @@
 
 #include "common/host_device.h"
 
-// A call left standing in a loop would keep it from vectorising.
+// A call in a loop would prevent vectorisation.
 #ifdef __CUDACC__
 #define YF_ELEMENTWISE YF_HOST_DEVICE
 #else

@@ -1,9 +1,10 @@
-// The GPU's suppression as phases of a block of threads (common/block.h): one block an image, early exit at max_det.
+// The GPU's suppression as phases of a block of threads (common/block.h): one block per image, early exit at max_det.
 //
-// The candidates lie in no order as 64-bit keys, the larger the better, none twice. In rounds the block finds the best
-// `sorted` of those left by radix selection, sorts them, and takes them tile by tile: all candidates of a tile meet the
-// survivors so far at once (chains by label), then one another as a matrix of bits, which repeating "survives unless a
-// survivor removes it" settles. What threads add to or append to has an order that varies; no result depends on it.
+// The candidates are 64-bit keys in any order, the larger the better, all different. In rounds the block finds the best
+// `sorted` of those left by radix selection, sorts them, and takes them tile by tile: all candidates of a tile are
+// compared with the survivors so far (chains by label), then with one another as a matrix of bits, which is resolved by
+// repeating "survives unless a survivor removes it". Threads add and append in an order that varies; no result depends
+// on it.
 #pragma once
 
 #include <cstdint>
@@ -77,7 +78,7 @@ template <class S>
 struct FindShared {
   static constexpr int kParts = S::kBuckets < 64 ? S::kBuckets : 64;
   uint32_t part[kParts];
-  int bucket;        // from the top, where the `need`-th key lies
+  int bucket;        // that of the `need`-th key from the top
   uint32_t greater;  // keys in the buckets above it
   uint32_t total;
 };
@@ -206,7 +207,7 @@ YF_BLOCK void sort(const Block& block, Shared<S>& shared, int count) {
 // Which of the tile's `count` candidates survive, as bits in shared.surviving.
 template <class S, class Block>
 YF_BLOCK void resolve(const Block& block, Shared<S>& shared, int count, float iou) {
-  // Lanes of a warp have one word and neighbouring candidates: what they read is the same or side by side.
+  // Lanes of a warp have one word and neighbouring candidates: they read the same or adjacent memory.
   block.phase([&](int t) {
     for (int item = t; item < S::kWords * S::kTile; item += block.threads()) {
       const int i = item % S::kTile, first = item / S::kTile * 32;

@@ -1,5 +1,5 @@
 // The GPU's choice of candidates among all scores of a prediction, as phases of blocks of threads: count by digits of
-// the key, find where the best max_candidates end, store those that may be among them.
+// the key, find the key of the last of the best max_candidates, store the keys that may be among them.
 #pragma once
 
 #include <cfloat>
@@ -9,7 +9,7 @@
 
 namespace yolov9_fast::suppression {
 
-// Classes that may be detected, by bit; travels in the kernel's arguments, which hold 4 KB.
+// Classes that may be detected, by bit; a kernel argument, of which there are at most 4 KB.
 struct Wanted {
   static constexpr int64_t kMost = 24576;
   uint32_t words[kMost / 32];
@@ -23,7 +23,7 @@ constexpr int64_t kClassesPerBlock = 40;
 
 struct Prediction {
   const float* data;
-  int64_t image, channel;  // strides in elements; anchors lie side by side
+  int64_t image, channel;  // strides in elements; anchors are adjacent
   int64_t images, classes, anchors;
   float conf;
   bool multi_label, agnostic;

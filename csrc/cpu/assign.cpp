@@ -1,7 +1,7 @@
-// assign on the CPU. 16 anchors at a time with their boxes in columns; a ground truth visits those sixteens whose
-// bounding box meets it, whatever the arrangement of the points. Threads take ground truths, then anchors, as they
-// come: what they share is maxima of integers, so the result has the same bits for any number of them. 24 bytes of
-// scratch per anchor.
+// assign on the CPU. Anchors are processed in groups of 16 with their boxes as a structure of arrays; a ground truth
+// visits the groups whose bounding box overlaps it, for any arrangement of the points. Threads share ground truths,
+// then anchors; they exchange maxima of integers only, so any number of them gives the same bits. 24 bytes of scratch
+// per anchor.
 #include <torch/csrc/stable/library.h>
 
 #include <atomic>
@@ -61,7 +61,7 @@ void share_out(int64_t tasks, const Body& body) {
 // Loops over sixteen lanes that are functions of their own: inlined into their callers they are no longer made vectors.
 #define YF_LANES __attribute__((noinline))
 
-// x1, y1, x2, y2, area, aspect in columns `next` apart from 16 x1, 16 y1, 16 x2, 16 y2.
+// From 16 x1, 16 y1, 16 x2, 16 y2: columns of x1, y1, x2, y2, area and aspect at distance `next`.
 YF_LANES void write_shapes(const float* __restrict corners, float* to, int64_t next) {
   const float *x1 = corners, *y1 = x1 + kLanes, *x2 = y1 + kLanes, *y2 = x2 + kLanes;
   float* __restrict area = to + 4 * next, * __restrict aspect = to + 5 * next;
@@ -76,7 +76,7 @@ YF_LANES void published_metrics(const float* score, const float* both, float* __
   for (int j = 0; j < kLanes; ++j) value[j] = published_metric(score[j], both[j]);
 }
 
-// Boxes in columns, padded to whole sixteens.
+// Boxes as columns, padded to full groups of 16.
 struct Columns {
   explicit Columns(int64_t count_) : count(padded(count_)), data(std::make_unique_for_overwrite<float[]>(6 * count)) {}
 
@@ -140,7 +140,7 @@ class Assigner {
         depth_(padded(p_.count)),
         chunks_(padded(width_ / kLanes)),
         predicted_(p_.batch * width_),
-        truths_(p_.batch * depth_),
+        gt_boxes_(p_.batch * depth_),
         x_(width_, kNan),
         y_(width_, kNan),
         reach_(p_.rule == kMit ? width_ : 0),
@@ -159,8 +159,8 @@ class Assigner {
     for_anchors([&](int64_t image, int64_t begin, int64_t end) { prepare_boxes(image, begin, end); });
     std::vector<int64_t> rows;
     for (int64_t image = 0; image < p_.batch; ++image) {
-      const float* truths = p_.truths + 4 * image * p_.count;
-      for (int64_t g = 0; g < depth_; g += kLanes) set(truths_, image * depth_ + g, truths, 4, 1, g, p_.count);
+      const float* gt_boxes = p_.gt_boxes + 4 * image * p_.count;
+      for (int64_t g = 0; g < depth_; g += kLanes) set(gt_boxes_, image * depth_ + g, gt_boxes, 4, 1, g, p_.count);
       for (int64_t row = image * p_.count; row < (image + 1) * p_.count; ++row) {
         if (p_.mask[row]) rows.push_back(row);
       }
@@ -216,12 +216,12 @@ class Assigner {
     columns.set(at, corners);
   }
 
-  // Overlaps of 16 anchors with `truth`, 0 for those that may not learn it.
+  // Overlaps of 16 anchors with `gt`, 0 for those that may not learn it.
   template <int64_t rule>
-  void overlaps(int64_t base, int64_t first, const Shape& truth, float* __restrict both) const {
+  void overlaps(int64_t base, int64_t first, const Shape& gt, float* __restrict both) const {
     const float *x = x_.data() + first, *y = y_.data() + first, *reach = reach_.data() + (rule == kMit ? first : 0);
     const Columns::Lanes predicted(predicted_, base + first);
-    const Shape target = truth;
+    const Shape target = gt;
     for (int j = 0; j < kLanes; ++j) {
       const bool inside = rule == kMit ? within_reach(x[j], y[j], target.box, reach[rule == kMit ? j : 0])
                                        : strictly_inside(x[j], y[j], target.box);
@@ -256,48 +256,48 @@ class Assigner {
 
   void claim(int64_t row) const {
     const int64_t image = row / p_.count, index = row % p_.count, base = image * width_, label = p_.labels[row];
-    const Shape truth = truths_[image * depth_ + index];
+    const Shape gt = gt_boxes_[image * depth_ + index];
     Top top(p_.topk);
     alignas(64) float both[kLanes];
     const float* sides = chunk_sides_.data();
     for (int64_t c = 0; c < chunks_; c += kLanes) {
-      uint32_t meeting = lanes_where<Compare::kGreaterEqual>(sides + c, -truth.box.x2) &
-                         lanes_where<Compare::kGreaterEqual>(sides + chunks_ + c, -truth.box.y2) &
-                         lanes_where<Compare::kGreaterEqual>(sides + 2 * chunks_ + c, truth.box.x1) &
-                         lanes_where<Compare::kGreaterEqual>(sides + 3 * chunks_ + c, truth.box.y1);
+      uint32_t meeting = lanes_where<Compare::kGreaterEqual>(sides + c, -gt.box.x2) &
+                         lanes_where<Compare::kGreaterEqual>(sides + chunks_ + c, -gt.box.y2) &
+                         lanes_where<Compare::kGreaterEqual>(sides + 2 * chunks_ + c, gt.box.x1) &
+                         lanes_where<Compare::kGreaterEqual>(sides + 3 * chunks_ + c, gt.box.y1);
       for (; meeting != 0; meeting &= meeting - 1) {
         const int64_t first = (c + __builtin_ctz(meeting)) * kLanes;
         if (first >= width_) break;
-        p_.rule == kMit ? overlaps<kMit>(base, first, truth, both) : overlaps<kYolov9>(base, first, truth, both);
+        p_.rule == kMit ? overlaps<kMit>(base, first, gt, both) : overlaps<kYolov9>(base, first, gt, both);
         gather(image, first, label, both, top);
       }
     }
     for (const Claim& each : top) take(image, index, each.anchor, each.overlap);
     if (p_.rule != kMit) {
-      claim_without_metric(image, index, truth, top);
+      claim_without_metric(image, index, gt, top);
     } else if (top.kept() == 0) {
-      claim_the_best(image, index, label, truth);
+      claim_the_best(image, index, label, gt);
     }
   }
 
   // What is left of topk goes to the first anchors without a metric, of which those inside count.
-  void claim_without_metric(int64_t image, int64_t index, const Shape& truth, const Top& top) const {
+  void claim_without_metric(int64_t image, int64_t index, const Shape& gt, const Top& top) const {
     int left = p_.topk - top.kept();
     for (int64_t a = 0; left > 0 && a < p_.topk; ++a) {
       const bool positive = std::any_of(top.begin(), top.end(), [&](const Claim& each) { return each.anchor == a; });
       if (positive) continue;
       --left;
-      if (p_.may_learn(a, truth.box)) take(image, index, a, overlap(truth, predicted_[image * width_ + a]));
+      if (p_.may_learn(a, gt.box)) take(image, index, a, overlap(gt, predicted_[image * width_ + a]));
     }
   }
 
-  // Rule "mit": a ground truth without a positive gets its best anchor, wherever it lies.
-  void claim_the_best(int64_t image, int64_t index, int64_t label, const Shape& truth) const {
+  // Rule "mit": a ground truth without a positive gets its best anchor, even one outside.
+  void claim_the_best(int64_t image, int64_t index, int64_t label, const Shape& gt) const {
     Top best(1);
     alignas(64) float both[kLanes];
     for (int64_t first = 0; first < width_; first += kLanes) {
       const Columns::Lanes predicted(predicted_, image * width_ + first);
-      for (int j = 0; j < kLanes; ++j) both[j] = overlap(truth, predicted[j]);
+      for (int j = 0; j < kLanes; ++j) both[j] = overlap(gt, predicted[j]);
       for (int64_t a = p_.anchors; a < first + kLanes; ++a) both[a - first] = 0.0f;
       gather(image, first, label, both, best);
     }
@@ -332,9 +332,9 @@ class Assigner {
     const int64_t index = choose ? highest_overlap(image, anchor, predicted) : index_of(word);
     const int64_t row = image * p_.count + index;
     p_.words[i] = static_cast<uint64_t>(index);
-    const Shape truth = truths_[image * depth_ + index];
-    if (p_.rule == kUltralytics && !(p_.mask[row] && p_.may_learn(anchor, truth.box))) return;
-    const float both = overlap(truth, predicted);
+    const Shape gt = gt_boxes_[image * depth_ + index];
+    if (p_.rule == kUltralytics && !(p_.mask[row] && p_.may_learn(anchor, gt.box))) return;
+    const float both = overlap(gt, predicted);
     const float score = p_.score(image, anchor, p_.labels[row]);
     const float value = kPublished ? published_metric(score, both) : metric(score, both, p_.alpha, p_.beta);
     p_.weights[i] = value;
@@ -347,14 +347,14 @@ class Assigner {
     float highest = 0.0f;
     alignas(64) float both[kLanes];
     for (int64_t g = 0; g < depth_; g += kLanes) {
-      const Columns::Lanes truths(truths_, image * depth_ + g);
-      for (int j = 0; j < kLanes; ++j) both[j] = intersection(truths.box(j), predicted.box);
+      const Columns::Lanes gt_boxes(gt_boxes_, image * depth_ + g);
+      for (int j = 0; j < kLanes; ++j) both[j] = intersection(gt_boxes.box(j), predicted.box);
       if (positive_lanes(both) == 0) continue;
-      for (int j = 0; j < kLanes; ++j) both[j] = overlap(truths[j], predicted);
+      for (int j = 0; j < kLanes; ++j) both[j] = overlap(gt_boxes[j], predicted);
       for (uint32_t lanes = lanes_where<Compare::kGreater>(both, highest); lanes != 0; lanes &= lanes - 1) {
         const int64_t j = __builtin_ctz(lanes), row = image * p_.count + g + j;
         if (!(both[j] > highest)) continue;
-        if (p_.rule == kUltralytics && !(p_.mask[row] && p_.may_learn(anchor, truths.box(j)))) continue;
+        if (p_.rule == kUltralytics && !(p_.mask[row] && p_.may_learn(anchor, gt_boxes.box(j)))) continue;
         highest = both[j];
         best = g + j;
       }
@@ -363,15 +363,15 @@ class Assigner {
   }
 
   Problem<Score> p_;
-  int64_t width_, depth_, chunks_;  // padded: anchors and ground truths of an image, sixteens of anchors
-  Columns predicted_, truths_;
+  int64_t width_, depth_, chunks_;  // padded: anchors and ground truths of an image; groups of 16 anchors
+  Columns predicted_, gt_boxes_;
   std::vector<float> x_, y_, reach_, chunk_sides_;
 };
 
 std::tuple<Tensor, Tensor> assign(const Tensor& scores, const Tensor& boxes, const Tensor& points, const Tensor& labels,
-                                  const Tensor& truths, const Tensor& mask, const std::optional<Tensor>& strides,
+                                  const Tensor& gt_boxes, const Tensor& mask, const std::optional<Tensor>& strides,
                                   int64_t topk, double alpha, double beta, int64_t rule) {
-  const Arguments given(scores, boxes, points, labels, truths, mask, strides, topk, alpha, beta, rule);
+  const Arguments given(scores, boxes, points, labels, gt_boxes, mask, strides, topk, alpha, beta, rule);
   if (given.nothing_to_do()) return given.all_background();
   dispatch(given.scores.scalar_type(), kOp, "scores", [&](auto score) {
     using Score = decltype(score);

@@ -24,7 +24,7 @@ struct Norm {
   const A* bias;
 };
 
-// Per-channel factors of the loops, repeated for folded rows and filled up to whole registers.
+// Per-channel factors of the loops, repeated for folded rows and padded to full registers.
 template <typename A, int B>
 struct Factors {
   Factors(const std::array<Norm<A>, B>& norms, const Tiling& tiling) {
@@ -69,7 +69,7 @@ V mean_of_8(const V (&x)[8]) {
 }
 
 // Mean and sum of squared deviations [C] of x. Each tile sums x - centre and its square, the centre being the mean of a
-// few of its own values, so nothing cancels however far the mean lies from zero; tiles are combined in float64.
+// few of its own values: no cancellation for a mean far from zero. Tiles are combined in float64.
 template <typename T>
 struct Statistics {
   using A = Compute<T>;
@@ -348,7 +348,7 @@ void gradient_sums(const FeatureMap& dz, const FeatureMaps<B>& x, const std::arr
   }
 }
 
-// dx_b = scale_b (dy - mean(dy) - x̂_b mean(dy x̂_b)); means: [1 + B, C]. With Kept, `dz` holds dy already.
+// dx_b = scale_b (dy - mean(dy) - x̂_b mean(dy x̂_b)); means: [1 + B, C]. With Kept, `dz` is already dy.
 template <typename T, int B, bool Silu, bool Kept>
 void input_gradient(const FeatureMap& dz, const FeatureMaps<B>& x, const std::array<Norm<Compute<T>>, B>& norms,
                     const Compute<T>* means, const FeatureMaps<B>& dx) {

@@ -13,7 +13,7 @@ namespace {
 
 using torch::stable::Tensor;
 
-// Columns apart (structure of arrays): the inner loop then loads whole vectors.
+// A structure of arrays: the inner loop then loads full vectors.
 struct Columns {
   explicit Columns(const Tensor& boxes) : count(boxes.size(0)), data(5 * count) {
     const float* source = static_cast<const float*>(boxes.const_data_ptr());
@@ -36,8 +36,8 @@ struct Columns {
 };
 
 void check(const Tensor& boxes, const char* name) {
-  STD_TORCH_CHECK(boxes.dim() == 2 && boxes.size(1) == 4, "box_iou: ", name, " must be [n, 4]");
-  STD_TORCH_CHECK(boxes.scalar_type() == torch::headeronly::ScalarType::Float, "box_iou: ", name, " must be float32");
+  STD_TORCH_CHECK(boxes.dim() == 2 && boxes.size(1) == 4, "box_iou: ", name, ": expected [n, 4]");
+  STD_TORCH_CHECK(boxes.scalar_type() == torch::headeronly::ScalarType::Float, "box_iou: ", name, ": expected float32");
 }
 
 Tensor box_iou(const Tensor& a, const Tensor& b) {

@@ -1,4 +1,5 @@
-// tap_backward on the CPU: whole + part at the channels start ..., reads and writes each element once.
+// tap_backward on the CPU: `whole` with `part` added to the channels from `start`, the gradient of a map and a channel
+// slice of it that were both used. Reads and writes each element once.
 #include "cpu/feature_map.h"
 
 namespace {

@@ -227,7 +227,7 @@ template <class T>
 struct Runs {
   const Maps& dy;
   const Maps& inputs;
-  int64_t inputs_padded;  // columns of a share: every map's channels padded to whole panels
+  int64_t inputs_padded;  // columns of a share: the channels of every map padded to full panels
 
   int64_t per_image() const { return (dy.first().pixels() + kRun - 1) / kRun; }
   int64_t count() const {

@@ -1,5 +1,5 @@
-// decode on the CPU: reads the maps once, writes every result once. Tiles of 64 anchors are turned so that anchors lie
-// side by side, whatever the map's layout; all arithmetic then runs over whole vectors of anchors.
+// decode on the CPU: reads the maps once, writes every result once. Tiles of 64 anchors are transposed so that
+// anchors are adjacent in either layout of the map; all arithmetic then runs over full vectors of anchors.
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
@@ -38,7 +38,7 @@ std::vector<Tile> tiles_of(const Levels<T>& maps) {
   return tiles;
 }
 
-// Channels [from, to) of a tile, anchors side by side: channel c at tile[(c - from) * kTile].
+// Channels [from, to) of a tile with adjacent anchors: channel c at out[(c - from) * kTile].
 template <class T, class Real>
 void load_tile(const Level<T>& level, const Tile& tile, int64_t from, int64_t to, Real* out) {
   const T* source = level.data + tile.image * level.at.image + tile.first * level.at.pixel + from * level.at.channel;
@@ -55,7 +55,7 @@ void load_tile(const Level<T>& level, const Tile& tile, int64_t from, int64_t to
   }
 }
 
-// Means of the four sides; all kTile lanes are computed, whatever lies in those beyond the count.
+// Means of the four sides of all kTile lanes; those after the tile's last anchor are not used.
 template <class Real>
 void expected_sides(const Real* bins, Real* sides) {
   for (int side = 0; side < kSides; ++side) {
@@ -99,7 +99,7 @@ void sigmoid_run(const Real* logits, Real* out, int count) {
   for (int i = 0; i < count; ++i) out[i] = sigmoid(logits[i]);
 }
 
-// Bins of a tile to its four means. Lanes beyond the count keep zeros: no stray value traps or slows them.
+// The four means of a tile. Lanes after the last anchor are zero: no denormal or NaN slows them down.
 template <class T, class Real>
 void sides_of_tile(const Level<T>& level, const Tile& tile, Real* sides) {
   Real bins[kBoxChannels * kTile];
@@ -162,8 +162,8 @@ void assignment_tile(const Levels<T>& maps, const Tile& tile, const int64_t* lab
   const T* source = level.data + tile.image * level.at.image + tile.first * level.at.pixel;
   for (int64_t n = 0; n < rows; ++n) {
     const int64_t label = labels == nullptr ? n : labels[tile.image * rows + n];
-    STD_TORCH_CHECK(label >= 0 && label < maps.channels - kBoxChannels, kOp, ": labels hold ", label,
-                    ", beyond the classes");
+    STD_TORCH_CHECK(label >= 0 && label < maps.channels - kBoxChannels, kOp, ": labels: expected values in [0, ",
+                    maps.channels - kBoxChannels, "), got ", label);
     load_run(source + (kBoxChannels + label) * level.at.channel, level.at.pixel, logits, tile.count);
     sigmoid_run(logits, scores + (tile.image * rows + n) * maps.anchors + anchor, tile.count);
   }

@@ -1,4 +1,4 @@
-// detection_loss on the CPU, in two sweeps: all class logits as background, vectorised where the map lies dense (reads
+// detection_loss on the CPU, in two sweeps: all class logits as background, vectorised where the map is dense (reads
 // the maps' class channels once, writes the gradients once); then the few assigned anchors, whose terms are put in
 // place. Sums run over pieces of fixed size and are added up in their order, so that threads change no bit.
 #include <torch/csrc/stable/library.h>
@@ -21,13 +21,13 @@ constexpr int64_t kRun = 512;            // logits at a time: a few KiB of buffe
 constexpr int64_t kPiece = 16384;        // logits of a task, about 10 us
 constexpr int64_t kAnchorsOfTask = 512;  // anchors looked through by a task of the second sweep
 
-// A part of one image of one level: whole rows, which are planes of a channel or the channels of a pixel.
+// Rows of one image of one level; a row is the plane of a channel or the channels of a pixel.
 struct Piece {
   int level;
   int64_t image, begin, end;
 };
 
-// Vectorises as written: sixteen sums side by side, added up at the end.
+// Sixteen sums that vectorise, added at the end.
 template <class Real>
 double sum_of(const Real* values, int64_t count) {
   constexpr int kLanes = 16;
@@ -75,7 +75,7 @@ void zero_run(T* target, int64_t step, int64_t count) {
   }
 }
 
-// Few classes make short rows: then a strided walk over the pixels is the lesser evil.
+// With few classes rows are short: then strided reads over the pixels are faster.
 template <class T>
 bool rows_are_pixels(const Level<T>& level, int64_t classes) {
   return level.at.channel == 1 && level.at.pixel != 1 && classes >= 16;
@@ -114,14 +114,15 @@ double background(const Level<T>& level, const Piece& piece, const Targets<Real>
   return sum;
 }
 
-// Out of line: the scan over the anchors, nearly all background, stays small.
+// Not inlined, so that the scan over the anchors, nearly all background, stays small.
 template <class T, class Real, bool kGradient>
-__attribute__((noinline)) void add_assigned(const Level<T>& level, int64_t image, int64_t pixel, int64_t truth, Real w,
+__attribute__((noinline)) void add_assigned(const Level<T>& level, int64_t image, int64_t pixel, int64_t gt, Real w,
                                             const Targets<Real>& targets, const Scales<Real>& scales,
                                             Sums<double>& sums) {
-  STD_TORCH_CHECK(truth < targets.truths, kOp, ": gt_index holds ", truth, ", beyond the ground truths");
-  const int64_t row = image * targets.truths + truth, label = targets.labels[row];
-  STD_TORCH_CHECK(label >= 0 && label < targets.classes, kOp, ": gt_labels holds ", label, ", beyond the classes");
+  STD_TORCH_CHECK(gt < targets.gt_count, kOp, ": gt_index: expected less than ", targets.gt_count, ", got ", gt);
+  const int64_t row = image * targets.gt_count + gt, label = targets.labels[row];
+  STD_TORCH_CHECK(label >= 0 && label < targets.classes, kOp, ": gt_labels: expected values in [0, ", targets.classes,
+                  "), got ", label);
   const Sums<Real> own = assigned_anchor<T, Real, kGradient>(level, image, pixel, row, label, w, targets, scales);
   sums.box += static_cast<double>(own.box);
   sums.cls += static_cast<double>(own.cls);
@@ -160,10 +161,10 @@ Sums<double> sweep(const Levels<T>& maps, const Targets<Real>& targets, const Sc
       const Level<T>& level = maps.level[piece.level];
       const int64_t offset = piece.image * maps.anchors + level.first_anchor;
       for (int64_t pixel = piece.begin; pixel < piece.end; ++pixel) {
-        const int64_t truth = targets.gt_index[offset + pixel];
-        if (truth < 0) continue;
-        add_assigned<T, Real, kGradient>(level, piece.image, pixel, truth, targets.weight[offset + pixel], targets,
-                                         scales, anchor_sums[i]);
+        const int64_t gt = targets.gt_index[offset + pixel];
+        if (gt < 0) continue;
+        add_assigned<T, Real, kGradient>(level, piece.image, pixel, gt, targets.weight[offset + pixel], targets, scales,
+                                         anchor_sums[i]);
       }
     }
   });
@@ -210,7 +211,8 @@ std::tuple<Tensor, std::vector<Tensor>> detection_loss_forward(const std::vector
   dispatch_maps(maps, kOp, [&](auto element, auto real) {
     using T = decltype(element);
     using Real = decltype(real);
-    STD_TORCH_CHECK(items.scalar_type() == kScalarType<Real>, kOp, ": normaliser must be of the computation's dtype");
+    STD_TORCH_CHECK(items.scalar_type() == kScalarType<Real>, kOp,
+                    ": normaliser: expected the dtype of the computation");
     run<T, Real>(given, gradients, nullptr, static_cast<Real*>(items.mutable_data_ptr()));
   });
   return {items, gradients};

@@ -1,5 +1,5 @@
 // The matrix product of the 1×1 convolution: one register tile, C[R × columns] (+)= A[R × L] · B[L × columns], written
-// with vector types of the compiler. A is read element by element (any strides), B in whole vectors (rows of any
+// with vector types of the compiler. A is read element by element (any strides), B in full vectors (rows of any
 // distance).
 #pragma once
 
@@ -63,7 +63,7 @@ inline Vector<T> broadcast(T value) {
   return value - Vector<T>{};
 }
 
-// The build keeps a·b + c apart (assign and nms need it); here the fused form is asked for by name.
+// The compiler may not contract a·b + c (assign and nms need that); here the fused form is an explicit call.
 inline Vector<float> multiply_add(Vector<float> a, Vector<float> b, Vector<float> c) {
 #if defined(__AVX512F__)
   return _mm512_fmadd_ps(a, b, c);

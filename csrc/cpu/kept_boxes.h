@@ -1,4 +1,4 @@
-// The boxes that survived so far, by label, laid out so that one candidate meets sixteen of them at a time.
+// The boxes kept so far, by label, stored so that a candidate is compared with sixteen of them at a time.
 #pragma once
 
 #include <cfloat>
@@ -11,7 +11,7 @@ namespace yolov9_fast {
 
 class KeptBoxes {
  public:
-  // Labels are in [0, labels). `capacity`: how many boxes may come; memory grows with those that do.
+  // Labels are in [0, labels).
   KeptBoxes(int64_t labels, float iou) : iou_(iou), newest_(labels, kNone), used_(labels, kLanes) {}
 
   bool suppress(int64_t label, const Corners& box, float area) const {
@@ -42,7 +42,7 @@ class KeptBoxes {
   static constexpr int32_t kNone = -1;
 
   struct Group {
-    // Free lanes hold a box that meets none.
+    // Free lanes have a box that overlaps none.
     Group() {
       for (int lane = 0; lane < kLanes; ++lane) {
         x1[lane] = y1[lane] = FLT_MAX;

@@ -1,13 +1,10 @@
 // nms on the CPU: images in parallel. Per image one pass over the scores keeps the candidates and counts them by the
-// leading bits of their score; a second pass only where more than max_candidates came, with the threshold raised to
-// what may stay. Candidates then lie in buckets of falling score that are sorted one by one, as far as max_det needs
-// them. Reads 4·(4 + nc)·A bytes an image, twice where it cuts.
+// leading bits of their score; a second pass follows only if they are more than max_candidates, with a threshold that
+// drops the rest. The candidates are then in buckets of descending score, which are sorted one by one, as far as
+// max_det needs them. Reads 4·(4 + nc)·A bytes an image, twice where it cuts.
 #include "common/nms.h"
 
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
 
 #include <algorithm>
 #include <cfloat>
@@ -17,6 +14,7 @@
 #include <tuple>
 #include <vector>
 
+#include "common/nms_arguments.h"
 #include "cpu/kept_boxes.h"
 #include "cpu/sort_keys.h"
 
@@ -26,7 +24,6 @@
 
 namespace {
 
-using torch::stable::Tensor;
 using namespace yolov9_fast;
 
 struct Options {
@@ -69,7 +66,7 @@ int64_t scan(const float* scores, const float* limits, int64_t count, uint32_t* 
 #ifdef __AVX512F__
   const __m512 largest = _mm512_set1_ps(FLT_MAX);
   __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-  // A whole vector is stored each time: found ≤ i, so it stays inside.
+  // Each store writes a full vector: it stays inside because found ≤ i.
   for (; i + 16 <= count; i += 16) {
     const __m512 score = _mm512_loadu_ps(scores + i);
     __mmask16 good = _mm512_cmp_ps_mask(score, _mm512_loadu_ps(limits + i), _CMP_GT_OQ);
@@ -119,7 +116,7 @@ class Search {
     const float *x = image_.row(0), *y = image_.row(1), *width = image_.row(2), *height = image_.row(3);
     for (int64_t i = 0; i < image_.anchors; ++i) {
       corners_[i] = corners(x[i], y[i], width[i], height[i]);
-      // No score is above infinity: so anchors whose box is not finite drop out of the scan.
+      // No score is above infinity, so the scan skips anchors whose box is not finite.
       limits_[i] = is_finite(corners_[i]) ? options_.conf : std::numeric_limits<float>::infinity();
     }
     lowest_ = bits_of(options_.conf + 0.0f) >> kBucketShift;
@@ -206,7 +203,7 @@ class Search {
     visit([&](const uint32_t* bits, const uint32_t* indices, int64_t count) { store(bits, indices, count); });
   }
 
-  // Keys by bucket, falling; within a bucket in no order yet.
+  // Keys by bucket, descending; unordered within a bucket.
   void arrange() {
     keys_.resize(bits_.size());
     starts_.resize(buckets_.size());
@@ -266,14 +263,8 @@ class Search {
 std::tuple<Tensor, Tensor, Tensor, Tensor> nms(const Tensor& prediction, double conf, double iou, bool multi_label,
                                                bool agnostic, std::optional<std::vector<int64_t>> classes,
                                                int64_t max_det, int64_t max_candidates) {
-  using torch::headeronly::ScalarType;
-  STD_TORCH_CHECK(prediction.dim() == 3 && prediction.size(1) > 4, "nms: prediction must be [B, 4 + nc, A]");
-  STD_TORCH_CHECK(prediction.scalar_type() == ScalarType::Float, "nms: prediction must be float32");
-  STD_TORCH_CHECK(prediction.size(2) <= 1 || prediction.stride(2) == 1, "nms: anchors must lie side by side");
-  STD_TORCH_CHECK(conf >= 0 && iou >= 0, "nms: conf and iou must not be negative");
-  STD_TORCH_CHECK(max_det > 0 && max_candidates > 0, "nms: max_det and max_candidates must be positive");
+  check_nms(prediction, conf, iou, max_det, max_candidates);
   const int64_t images = prediction.size(0), labels = prediction.size(1) - 4, anchors = prediction.size(2);
-  STD_TORCH_CHECK(labels * anchors < int64_t{1} << 32, "nms: more than 2^32 pairs of anchor and class");
   Options options{static_cast<float>(conf),
                   static_cast<float>(iou),
                   multi_label,
@@ -283,7 +274,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> nms(const Tensor& prediction, double 
                   max_candidates};
   if (classes) {
     for (const int64_t label : *classes) {
-      STD_TORCH_CHECK(label >= 0 && label < labels, "nms: class ", label, " of ", labels);
+      STD_TORCH_CHECK(label >= 0 && label < labels, "nms: classes: expected values in [0, ", labels, "), got ", label);
       options.wanted[label] = 1;
     }
   }

@@ -1,8 +1,6 @@
-// nms_boxes on the CPU: one sort of all candidates, then each meets the survivors of its label, sixteen at a time.
+// nms_boxes on the CPU: one sort of all candidates; then each is compared with the kept boxes of its label,
+// sixteen at a time.
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
 
 #include <algorithm>
 #include <cstdint>
@@ -12,13 +10,12 @@
 #include <vector>
 
 #include "common/nms.h"
+#include "common/nms_arguments.h"
 #include "cpu/kept_boxes.h"
 #include "cpu/sort_keys.h"
 
 namespace {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 using namespace yolov9_fast;
 
 // Labels as given, which may be any integers, to 0, 1, 2 …; returns how many there are.
@@ -33,17 +30,8 @@ int64_t number_labels(const int64_t* labels, int64_t count, std::vector<int32_t>
 
 std::tuple<Tensor, Tensor> nms_boxes(const Tensor& boxes, const Tensor& scores, std::optional<Tensor> labels,
                                      double iou, int64_t max_det) {
-  STD_TORCH_CHECK(boxes.dim() == 2 && boxes.size(1) == 4 && boxes.is_contiguous(), "nms_boxes: boxes must be [n, 4]");
-  STD_TORCH_CHECK(boxes.scalar_type() == ScalarType::Float, "nms_boxes: boxes must be float32");
+  check_nms_boxes(boxes, scores, labels, iou, max_det);
   const int64_t total = boxes.size(0);
-  STD_TORCH_CHECK(scores.dim() == 1 && scores.size(0) == total && scores.is_contiguous() &&
-                      scores.scalar_type() == ScalarType::Float,
-                  "nms_boxes: scores must be float32 [n]");
-  STD_TORCH_CHECK(!labels || (labels->dim() == 1 && labels->size(0) == total && labels->is_contiguous() &&
-                              labels->scalar_type() == ScalarType::Long),
-                  "nms_boxes: labels must be int64 [n]");
-  STD_TORCH_CHECK(total < int64_t{1} << 31, "nms_boxes: more than 2^31 boxes");
-  STD_TORCH_CHECK(iou >= 0 && max_det >= 0, "nms_boxes: iou and max_det must not be negative");
   Tensor index = torch::stable::new_empty(scores, {max_det}, ScalarType::Long);
   Tensor count = torch::stable::new_zeros(scores, {}, ScalarType::Long);
   int64_t* kept_index = static_cast<int64_t*>(index.mutable_data_ptr());

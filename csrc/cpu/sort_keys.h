@@ -1,5 +1,4 @@
-// Falling order of 64-bit keys: comparison sort where there are few, radix sort from the lowest byte where there are
-// many.
+// Sorts 64-bit keys in descending order: few by comparisons, many by a radix sort from the lowest byte.
 #pragma once
 
 #include <algorithm>

@@ -78,7 +78,7 @@ inline Floats load(const BFloat16* source, AllLanes) {
 
 inline HalfBits to_bfloat16(Floats values) {
   const Bits bits = (Bits)values;
-  // Round to nearest even; a NaN keeps its upper half, made quiet, lest rounding carries it to infinity.
+  // Round to nearest even; a NaN keeps its upper half and becomes quiet, as rounding could make it an infinity.
   const Bits rounded = bits + 0x7fff + ((bits >> 16) & 1);
   const Bits chosen = values == values ? rounded : bits | 0x400000;
   return __builtin_convertvector(chosen >> 16, HalfBits);
@@ -165,7 +165,7 @@ inline Floats inverse_exponential(Floats x) {
   x = x > upper ? upper : x;
   x = x < lower ? lower : x;
 #endif
-  // Adding 1.5 * 2^23 rounds to an integer, which then stands in the lowest bits.
+  // Adding 1.5 * 2^23 rounds to an integer, which is then in the lowest bits.
   const Floats shifter = broadcast(12582912.0f);
   const Floats shifted = multiply_add(x, broadcast(-1.44269504f), shifter);
   const Floats n = shifted - shifter;

@@ -1,8 +1,10 @@
-// assign on the GPU: the four launches of common/assign_block.h. Reads of the boxes and scores the anchors inside a
-// ground truth only, 4 to 36 bytes each; writes 12 bytes per anchor; waits for nothing and allocates O(A + B·N) beside
-// its outputs.
+// assign on the GPU: the four launches of common/assign_block.h. Of the boxes and scores it reads only the
+// anchors inside a ground truth, 4 to 36 bytes each; it writes 12 bytes per anchor, never waits for the host, and
+// allocates O(A + B·N) next to its outputs.
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
+
+#include <utility>
 
 #include "common/assign_arguments.h"
 #include "cuda/stream.cuh"
@@ -12,9 +14,10 @@ namespace {
 using namespace yolov9_fast;
 using namespace yolov9_fast::tal;
 
-constexpr int kThreads =
-    128;  // four chunks of anchors at a time: a ground truth of median size needs two or three rounds
-constexpr int kResolveThreads = 64;  // contested anchors lie together: small blocks spread them
+// Four chunks of anchors at a time: a ground truth of median size needs two or three rounds.
+constexpr int kThreads = 128;
+// Contested anchors are neighbours: small blocks spread them.
+constexpr int kResolveThreads = 64;
 
 template <class Score>
 __global__ void prepare_kernel(Problem<Score> p) {
@@ -42,23 +45,26 @@ __global__ void weigh_kernel(Problem<Score> p) {
 unsigned blocks(int64_t items, int threads) { return static_cast<unsigned>((items + threads - 1) / threads); }
 
 std::tuple<Tensor, Tensor> assign(const Tensor& scores, const Tensor& boxes, const Tensor& points, const Tensor& labels,
-                                  const Tensor& truths, const Tensor& mask, const std::optional<Tensor>& strides,
+                                  const Tensor& gt_boxes, const Tensor& mask, const std::optional<Tensor>& strides,
                                   int64_t topk, double alpha, double beta, int64_t rule) {
   const int32_t device = boxes.get_device_index();
   const torch::stable::accelerator::DeviceGuard guard(device);
-  const Arguments given(scores, boxes, points, labels, truths, mask, strides, topk, alpha, beta, rule);
-  for (const Tensor* each : {&scores, &points, &labels, &truths, &mask}) {
-    STD_TORCH_CHECK(each->is_cuda() && each->get_device_index() == device, "assign: all tensors must be on one device");
-  }
-  STD_TORCH_CHECK(!strides.has_value() || (strides->is_cuda() && strides->get_device_index() == device),
-                  "assign: all tensors must be on one device");
+  const Arguments given(scores, boxes, points, labels, gt_boxes, mask, strides, topk, alpha, beta, rule);
+  const std::pair<const Tensor*, const char*> others[] = {{&scores, "scores"},
+                                                          {&points, "anchor_points"},
+                                                          {&labels, "gt_labels"},
+                                                          {&gt_boxes, "gt_boxes"},
+                                                          {&mask, "gt_mask"}};
+  for (const auto& [tensor, name] : others) check_device(*tensor, device, kOp, name);
+  if (strides.has_value()) check_device(*strides, device, kOp, "strides");
   if (given.nothing_to_do()) return given.all_background();
-  const int64_t all = boxes.size(0) * boxes.size(1), rows = boxes.size(0) * truths.size(1);
-  STD_TORCH_CHECK(all < INT32_MAX && rows < INT32_MAX, "assign: too many anchors or ground truths in the batch");
+  const int64_t all = boxes.size(0) * boxes.size(1), rows = boxes.size(0) * gt_boxes.size(1);
+  STD_TORCH_CHECK(all < INT32_MAX && rows < INT32_MAX, kOp,
+                  ": boxes, gt_boxes: expected fewer than 2^31 anchors and ground truths in the batch");
   const int64_t chunks = (boxes.size(1) + kChunk - 1) / kChunk;
   const Tensor boxes_of_chunks = torch::stable::new_empty(boxes, {4 * chunks});
   const Tensor best = torch::stable::new_empty(boxes, {2 * rows}, ScalarType::Int);
-  const cudaStream_t stream = yolov9_fast::current_stream(device);
+  const cudaStream_t stream = current_stream(device);
   dispatch(given.scores.scalar_type(), kOp, "scores", [&](auto score) {
     auto p = given.problem<decltype(score)>();
     p.chunks = static_cast<float*>(boxes_of_chunks.mutable_data_ptr());

@@ -39,14 +39,14 @@ __global__ void box_iou_kernel(Boxes a, Boxes b, int64_t rows, int64_t columns, 
 }
 
 Boxes view(const Tensor& boxes, const char* name) {
-  STD_TORCH_CHECK(boxes.dim() == 2 && boxes.size(1) == 4, "box_iou: ", name, " must be [n, 4]");
-  STD_TORCH_CHECK(boxes.scalar_type() == torch::headeronly::ScalarType::Float, "box_iou: ", name, " must be float32");
+  STD_TORCH_CHECK(boxes.dim() == 2 && boxes.size(1) == 4, "box_iou: ", name, ": expected [n, 4]");
+  STD_TORCH_CHECK(boxes.scalar_type() == torch::headeronly::ScalarType::Float, "box_iou: ", name, ": expected float32");
   return {static_cast<const float*>(boxes.const_data_ptr()), boxes.stride(0), boxes.stride(1)};
 }
 
 Tensor box_iou(const Tensor& a, const Tensor& b) {
   const Boxes left = view(a, "a"), right = view(b, "b");
-  STD_TORCH_CHECK(a.get_device_index() == b.get_device_index(), "box_iou: a and b must be on the same device");
+  yolov9_fast::check_device(b, a.get_device_index(), "box_iou", "b");
   const torch::stable::accelerator::DeviceGuard guard(a.get_device_index());
   const int64_t rows = a.size(0), columns = b.size(0);
   Tensor out = torch::stable::new_empty(a, {rows, columns});

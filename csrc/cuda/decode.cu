@@ -31,11 +31,8 @@ __global__ void __launch_bounds__(kThreads, 1) assignment_kernel(const __grid_co
 }
 
 int32_t device_of(const std::vector<Tensor>& maps) {
-  STD_TORCH_CHECK(!maps.empty(), kOp, ": no maps");
-  for (const Tensor& map : maps) {
-    STD_TORCH_CHECK(map.is_cuda() && map.get_device_index() == maps[0].get_device_index(), kOp,
-                    ": all maps must be on one device");
-  }
+  STD_TORCH_CHECK(!maps.empty(), kOp, ": maps: expected at least one, got none");
+  for (const Tensor& map : maps) check_device(map, maps[0].get_device_index(), kOp, "maps");
   return maps[0].get_device_index();
 }
 
@@ -68,8 +65,7 @@ std::tuple<Tensor, Tensor, Tensor> decode_for_assignment(const std::vector<Tenso
                                                          const std::vector<int64_t>& strides) {
   const int32_t device = device_of(maps);
   const torch::stable::accelerator::DeviceGuard guard(device);
-  STD_TORCH_CHECK(!labels.has_value() || (labels->is_cuda() && labels->get_device_index() == device), kOp,
-                  ": labels must be on the maps' device");
+  if (labels.has_value()) check_device(*labels, device, kOp, "labels");
   std::tuple<Tensor, Tensor, Tensor> results;
   dispatch_maps(maps, kOp, [&](auto element, auto real) {
     using T = decltype(element);

@@ -1,12 +1,9 @@
-// nms and nms_boxes on the GPU: the phases of common/nms_filter.h and common/nms_block.h. nms reads 4·(4 + nc)·A bytes
-// an image twice (count, store), a third time where there are more than max_candidates. Nothing waits for the host and
-// no size depends on the data, so a CUDA graph can hold it. Grids: an image along y and parts of its scores along x;
-// then a block an image.
+// nms and nms_boxes on the GPU: the block algorithms of common/nms_filter.h and common/nms_block.h. nms reads 4·(4 +
+// nc)·A bytes an image twice (count, store), a third time if there are more than max_candidates. Nothing waits for the
+// host and no size depends on the data, so a CUDA graph can capture it. Grids: images along y and parts of their scores
+// along x; then one block per image.
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
 
 #include <algorithm>
 #include <cstdint>
@@ -14,19 +11,18 @@
 #include <tuple>
 #include <vector>
 
+#include "common/nms_arguments.h"
 #include "common/nms_filter.h"
 #include "cuda/stream.cuh"
 
 namespace {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 using namespace yolov9_fast;
 using namespace yolov9_fast::suppression;
 
 using S = FullSizes;
 constexpr int kScan = 256;  // threads over scores
-// Threads of the one block an image: enough to hide the latency of walking through the keys.
+// Threads of an image's block: enough to hide the latency of reading the keys.
 constexpr int kGreedy = 512;
 constexpr int64_t kMaxImagesOfGrid = 65535;
 
@@ -100,14 +96,10 @@ Tensor words(const Tensor& like, int64_t bytes) {
 std::tuple<Tensor, Tensor, Tensor, Tensor> nms(const Tensor& prediction, double conf, double iou, bool multi_label,
                                                bool agnostic, std::optional<std::vector<int64_t>> classes,
                                                int64_t max_det, int64_t max_candidates) {
-  STD_TORCH_CHECK(prediction.dim() == 3 && prediction.size(1) > 4, "nms: prediction must be [B, 4 + nc, A]");
-  STD_TORCH_CHECK(prediction.scalar_type() == ScalarType::Float, "nms: prediction must be float32");
-  STD_TORCH_CHECK(prediction.size(2) <= 1 || prediction.stride(2) == 1, "nms: anchors must lie side by side");
-  STD_TORCH_CHECK(conf >= 0 && iou >= 0, "nms: conf and iou must not be negative");
-  STD_TORCH_CHECK(max_det > 0 && max_candidates > 0, "nms: max_det and max_candidates must be positive");
+  check_nms(prediction, conf, iou, max_det, max_candidates);
   const int64_t images = prediction.size(0), labels = prediction.size(1) - 4, anchors = prediction.size(2);
-  STD_TORCH_CHECK(labels * anchors < int64_t{1} << 32, "nms: more than 2^32 pairs of anchor and class");
-  STD_TORCH_CHECK(images <= kMaxImagesOfGrid, "nms: more than ", kMaxImagesOfGrid, " images");
+  STD_TORCH_CHECK(images <= kMaxImagesOfGrid, "nms: prediction: expected at most ", kMaxImagesOfGrid, " images, got ",
+                  images);
   const torch::stable::accelerator::DeviceGuard guard(prediction.get_device_index());
   const Prediction view{static_cast<const float*>(prediction.const_data_ptr()),
                         prediction.stride(0),
@@ -121,7 +113,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> nms(const Tensor& prediction, double 
   Wanted wanted{};
   wanted.all = !classes.has_value();
   for (const int64_t label : classes.value_or(std::vector<int64_t>{})) {
-    STD_TORCH_CHECK(label >= 0 && label < labels && label < Wanted::kMost, "nms: class ", label, " of ", labels);
+    STD_TORCH_CHECK(label >= 0 && label < labels && label < Wanted::kMost, "nms: classes: expected values in [0, ",
+                    std::min(labels, Wanted::kMost), "), got ", label);
     wanted.words[label / 32] |= 1u << label % 32;
   }
   Tensor boxes = torch::stable::new_empty(prediction, {images, max_det, 6});
@@ -130,7 +123,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> nms(const Tensor& prediction, double 
   Tensor anchor = torch::stable::new_empty(prediction, {images, max_det}, ScalarType::Long);
   if (images == 0) return {boxes, count, candidates, anchor};
 
-  // More candidates than pairs there are none; the result is the same and the workspace smaller.
+  // There are no more candidates than pairs: a lower limit gives the same result with a smaller workspace.
   const int64_t limit = std::min(max_candidates, std::max<int64_t>(labels * anchors, 1));
   const int64_t capacity = std::min(limit + S::kSlack, labels * anchors);
   constexpr int64_t kCutWords = sizeof(Cut) / 8, kHistogramWords = S::kBuckets / 2;
@@ -161,20 +154,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> nms(const Tensor& prediction, double 
 
 std::tuple<Tensor, Tensor> nms_boxes(const Tensor& boxes, const Tensor& scores, std::optional<Tensor> labels,
                                      double iou, int64_t max_det) {
-  STD_TORCH_CHECK(boxes.dim() == 2 && boxes.size(1) == 4 && boxes.is_contiguous(), "nms_boxes: boxes must be [n, 4]");
-  STD_TORCH_CHECK(boxes.scalar_type() == ScalarType::Float, "nms_boxes: boxes must be float32");
+  check_nms_boxes(boxes, scores, labels, iou, max_det);
+  check_device(scores, boxes.get_device_index(), "nms_boxes", "scores");
+  if (labels) check_device(*labels, boxes.get_device_index(), "nms_boxes", "labels");
   const int64_t total = boxes.size(0);
-  STD_TORCH_CHECK(scores.dim() == 1 && scores.size(0) == total && scores.is_contiguous() &&
-                      scores.scalar_type() == ScalarType::Float,
-                  "nms_boxes: scores must be float32 [n]");
-  STD_TORCH_CHECK(!labels || (labels->dim() == 1 && labels->size(0) == total && labels->is_contiguous() &&
-                              labels->scalar_type() == ScalarType::Long),
-                  "nms_boxes: labels must be int64 [n]");
-  STD_TORCH_CHECK(boxes.get_device_index() == scores.get_device_index() &&
-                      (!labels || labels->get_device_index() == boxes.get_device_index()),
-                  "nms_boxes: all tensors must be on the same device");
-  STD_TORCH_CHECK(total < int64_t{1} << 31, "nms_boxes: more than 2^31 boxes");
-  STD_TORCH_CHECK(iou >= 0 && max_det >= 0, "nms_boxes: iou and max_det must not be negative");
   const torch::stable::accelerator::DeviceGuard guard(boxes.get_device_index());
   Tensor index = torch::stable::new_empty(scores, {max_det}, ScalarType::Long);
   Tensor count = torch::stable::new_empty(scores, {}, ScalarType::Long);

@@ -1,13 +1,14 @@
-// The caller's CUDA stream and error checks, without linking libtorch_cuda.
+// The current CUDA stream and the checks of devices and launches, without linking libtorch_cuda.
 #pragma once
 
 #include <cuda_runtime.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/util/Exception.h>
 
 #include <cstdint>
 
-// These live in libtorch_cuda. Declared as the shim does, but weak: the library then loads beside a CPU torch too.
+// Defined in libtorch_cuda. Declared as in the shim, but weak, so that the library also loads with a torch for CPUs.
 extern "C" AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** ret_stream);
 #pragma weak aoti_torch_get_current_cuda_stream
 
@@ -19,6 +20,11 @@ inline cudaStream_t current_stream(int32_t device) {
   const AOTITorchError error = aoti_torch_get_current_cuda_stream(device, &stream);
   STD_TORCH_CHECK(error == 0, "no current CUDA stream on device ", device);
   return static_cast<cudaStream_t>(stream);
+}
+
+inline void check_device(const torch::stable::Tensor& tensor, int32_t device, const char* op, const char* name) {
+  STD_TORCH_CHECK(tensor.is_cuda() && tensor.get_device_index() == device, op, ": ", name,
+                  ": expected a tensor on CUDA device ", device);
 }
 
 inline void check_launch(const char* what) {

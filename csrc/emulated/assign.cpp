@@ -13,10 +13,10 @@ using namespace yolov9_fast::tal;
 using namespace yolov9_fast;
 
 std::tuple<Tensor, Tensor> assign(const Tensor& scores, const Tensor& boxes, const Tensor& points, const Tensor& labels,
-                                  const Tensor& truths, const Tensor& mask, const std::optional<Tensor>& strides,
+                                  const Tensor& gt_boxes, const Tensor& mask, const std::optional<Tensor>& strides,
                                   int64_t topk, double alpha, double beta, int64_t rule, int64_t threads,
                                   int64_t seed) {
-  const Arguments given(scores, boxes, points, labels, truths, mask, strides, topk, alpha, beta, rule);
+  const Arguments given(scores, boxes, points, labels, gt_boxes, mask, strides, topk, alpha, beta, rule);
   const HostBlock block(threads, seed, kMaxThreads);
   if (given.nothing_to_do()) return given.all_background();
   dispatch(given.scores.scalar_type(), kOp, "scores", [&](auto score) {

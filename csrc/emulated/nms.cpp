@@ -1,9 +1,6 @@
 // nms and nms_boxes on the host by the block algorithms of common/nms_filter.h and common/nms_block.h: for tests, which
 // vary the number of threads and the order of threads and blocks. `small`: buffers that a few candidates fill.
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
 
 #include <algorithm>
 #include <cstdint>
@@ -12,13 +9,12 @@
 #include <tuple>
 #include <vector>
 
+#include "common/nms_arguments.h"
 #include "common/nms_filter.h"
 #include "emulated/host_block.h"
 
 namespace {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 using namespace yolov9_fast;
 using namespace yolov9_fast::suppression;
 
@@ -55,10 +51,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> nms(const Tensor& prediction, double 
                                                bool agnostic, std::optional<std::vector<int64_t>> classes,
                                                int64_t max_det, int64_t max_candidates, int64_t threads, int64_t seed,
                                                bool small) {
-  STD_TORCH_CHECK(prediction.dim() == 3 && prediction.size(1) > 4 && prediction.scalar_type() == ScalarType::Float &&
-                      (prediction.size(2) <= 1 || prediction.stride(2) == 1),
-                  "nms: prediction: expected float32 [B, 4 + nc, A] with adjacent anchors");
-  STD_TORCH_CHECK(max_det > 0 && max_candidates > 0, "nms: max_det, max_candidates: expected at least 1");
+  check_nms(prediction, conf, iou, max_det, max_candidates);
   const Prediction view{static_cast<const float*>(prediction.const_data_ptr()),
                         prediction.stride(0),
                         prediction.stride(1),
@@ -102,13 +95,8 @@ void run_boxes(const BoxSource& source, const std::vector<uint64_t>& keys, int64
 
 std::tuple<Tensor, Tensor> nms_boxes(const Tensor& boxes, const Tensor& scores, std::optional<Tensor> labels,
                                      double iou, int64_t max_det, int64_t threads, int64_t seed, bool small) {
+  check_nms_boxes(boxes, scores, labels, iou, max_det);
   const int64_t total = boxes.size(0);
-  STD_TORCH_CHECK(boxes.is_contiguous() && boxes.scalar_type() == ScalarType::Float && scores.size(0) == total &&
-                      scores.is_contiguous() && scores.scalar_type() == ScalarType::Float &&
-                      (!labels || (labels->size(0) == total && labels->is_contiguous() &&
-                                   labels->scalar_type() == ScalarType::Long)),
-                  "nms_boxes: expected contiguous float32 boxes [n, 4] and scores [n], int64 labels [n]");
-  STD_TORCH_CHECK(max_det >= 0, "nms_boxes: max_det: expected at least 0, got ", max_det);
   Tensor index = torch::stable::new_empty(scores, {max_det}, ScalarType::Long);
   Tensor count = torch::stable::new_empty(scores, {}, ScalarType::Long);
   std::vector<uint64_t> keys(total);

@@ -204,7 +204,7 @@ def sample(candidate: Candidate, phased: bool, device: torch.device, flush: Tens
     if device.type == "cuda":
         if flush is not None:
             flush.zero_()  # the L2 cache holds nothing of the case when it starts
-        begin, finish = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        begin, finish = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         synchronise(device)
         begin.record()
         start = time.perf_counter()

@@ -296,7 +296,7 @@ def open_problem(
 
 
 def _own_runner(
-    operator: Operator,
+    operator: Operator[Any],
     one: str,
     layout: str,
     function: Callable[..., Any],

@@ -19,14 +19,17 @@ if TYPE_CHECKING:
         restore,
         restore_loss,
     )
-    from yolov9_fast.engine.predictor import Predictor
+    from yolov9_fast.engine import Callback, Predictor, TrainConfig, Trainer, train
     from yolov9_fast.models import create_model, fuse, load_checkpoint, to_deploy, unfuse
     from yolov9_fast.nn import DetectionOutput
-    from yolov9_fast.ops._backend import backend, get_backend, set_backend
+    from yolov9_fast.ops import backend, get_backend, set_backend
 
 __all__ = [
+    "Callback",
     "DetectionOutput",
     "Predictor",
+    "TrainConfig",
+    "Trainer",
     "__version__",
     "accelerate",
     "accelerate_loss",
@@ -47,16 +50,17 @@ __all__ = [
     "restore_loss",
     "set_backend",
     "to_deploy",
+    "train",
     "unfuse",
     "viz",
 ]
 
 _MODULE_OF = {
     **dict.fromkeys(("accelerate", "accelerate_loss", "accelerate_nms", "restore", "restore_loss"), "_accelerate"),
-    "Predictor": "engine.predictor",
+    **dict.fromkeys(("Callback", "Predictor", "TrainConfig", "Trainer", "train"), "engine"),
     **dict.fromkeys(("create_model", "fuse", "load_checkpoint", "to_deploy", "unfuse"), "models"),
     "DetectionOutput": "nn",
-    **dict.fromkeys(("backend", "get_backend", "set_backend"), "ops._backend"),
+    **dict.fromkeys(("backend", "get_backend", "set_backend"), "ops"),
 }
 """The module that holds each public name; all other names of `__all__` are subpackages."""
 

@@ -63,7 +63,7 @@ class TrainStep:
             loss = self.criterion(output, targets, (images.shape[2], images.shape[3]))
             clock.end("loss")
             # DistributedDataParallel averages gradients; the published loss sums over the images of all processes.
-            self.state.scaler.scale(loss.total * self.processes).backward()  # type: ignore[no-untyped-call]
+            self.state.scaler.scale(loss.total * self.processes).backward()
         clock.end("backward")
         skipped = update and not self.update()
         return loss.items.double(), skipped

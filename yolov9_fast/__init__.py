@@ -20,7 +20,7 @@ if TYPE_CHECKING:
         restore_loss,
     )
     from yolov9_fast.engine import Callback, Predictor, TrainConfig, Trainer, train
-    from yolov9_fast.models import create_model, fuse, load_checkpoint, to_deploy, unfuse
+    from yolov9_fast.models import create_model, fuse, list_models, load_checkpoint, to_deploy, unfuse
     from yolov9_fast.nn import DetectionOutput
     from yolov9_fast.ops import backend, get_backend, set_backend
 
@@ -40,6 +40,7 @@ __all__ = [
     "engine",
     "fuse",
     "get_backend",
+    "list_models",
     "load_checkpoint",
     "losses",
     "metrics",
@@ -58,7 +59,7 @@ __all__ = [
 _MODULE_OF = {
     **dict.fromkeys(("accelerate", "accelerate_loss", "accelerate_nms", "restore", "restore_loss"), "_accelerate"),
     **dict.fromkeys(("Callback", "Predictor", "TrainConfig", "Trainer", "train"), "engine"),
-    **dict.fromkeys(("create_model", "fuse", "load_checkpoint", "to_deploy", "unfuse"), "models"),
+    **dict.fromkeys(("create_model", "fuse", "list_models", "load_checkpoint", "to_deploy", "unfuse"), "models"),
     "DetectionOutput": "nn",
     **dict.fromkeys(("backend", "get_backend", "set_backend"), "ops"),
 }

@@ -26,7 +26,7 @@ from yolov9_fast.errors import CheckpointError
 from yolov9_fast.models.checkpoint import load_checkpoint, read_checkpoint
 from yolov9_fast.models.foreign import identify, read_state_dict
 from yolov9_fast.models.foreign_keys import official_keys
-from yolov9_fast.models.graph import graph_names
+from yolov9_fast.models.graph import list_models
 from yolov9_fast.models.model import DetectionModel, create_model
 from yolov9_fast.models.reparameterize import fuse, to_deploy
 
@@ -91,8 +91,8 @@ def test_an_ultralytics_module_has_dense_box_towers(tmp_path: Path) -> None:
     source = small_model("gelan-t", class_tower=80, box_groups=1)
     save_pickled_module(tmp_path / "x.pt", source, ULTRALYTICS_PATHS)
     content = read_checkpoint(tmp_path / "x.pt")
-    assert (content.layout.source, content.layout.graph_name) == ("ultralytics", "gelan-t")
-    assert (content.layout.class_tower, content.layout.box_groups) == (80, 1)
+    assert (content.architecture.source, content.architecture.graph_name) == ("ultralytics", "gelan-t")
+    assert (content.architecture.class_tower, content.architecture.box_groups) == (80, 1)
     assert content.metadata["class_path"] == "ultralytics.nn.tasks.DetectionModel"
     assert same_outputs(content.build(), source)
 
@@ -110,7 +110,7 @@ def test_a_mit_state_dict_gives_the_same_network(tmp_path: Path) -> None:
     name = "yolov9-t"
     source = small_model(name, 3)
     content = read_checkpoint(save(tmp_path / "x.pt", mit_state_dict(source)))
-    assert (content.layout.source, content.layout.graph_name) == ("mit", name)
+    assert (content.architecture.source, content.architecture.graph_name) == ("mit", name)
     assert content.state.keys() == source.state_dict().keys()
     assert all(torch.equal(content.state[k], v) for k, v in source.state_dict().items())
 
@@ -195,7 +195,7 @@ def test_foreign_safetensors_are_read(deployed: DetectionModel, tmp_path: Path) 
     assert same_outputs(load_checkpoint(tmp_path / "x.safetensors"), deployed)
 
 
-@pytest.mark.parametrize("name", graph_names())
+@pytest.mark.parametrize("name", list_models())
 def test_every_network_is_recognised_from_keys_and_shapes(name: str) -> None:
     with torch.device("meta"):
         model = create_model(name, 7)
@@ -219,7 +219,7 @@ def test_weights_of_something_else_name_their_first_key() -> None:
 
 
 def test_the_file_name_says_nothing(deployed: DetectionModel, tmp_path: Path) -> None:
-    assert read_checkpoint(save(tmp_path / "yolov9-c.pt", deployed.state_dict())).layout.graph_name == "gelan-t"
+    assert read_checkpoint(save(tmp_path / "yolov9-c.pt", deployed.state_dict())).architecture.graph_name == "gelan-t"
 
 
 def without(state: dict[str, Tensor], key: str) -> dict[str, Tensor]:

@@ -191,7 +191,7 @@ def test_wrong_branches_are_named() -> None:
         attach(graph, "x")
     with pytest.raises(ValueError, match="neck: with a branch on the backbone it must be 'icn'"):
         attach(graph, "fpn", neck="pan")
-    with pytest.raises(GraphError, match="whose head is DDetect"):
+    with pytest.raises(GraphError, match="head: expected DDetect for an auxiliary branch, got DualDDetect"):
         attach(load_graph("yolov9-t"), "fpn")
     with pytest.raises(GraphError, match="levels: expected strides"):
         attach(graph, "fpn", levels=(4, 4, 8))

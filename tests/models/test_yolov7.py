@@ -93,7 +93,7 @@ def test_a_graph_says_how_many_groups_its_box_branch_has() -> None:
 
 
 def test_an_anchor_based_network_takes_no_auxiliary_branch() -> None:
-    with pytest.raises(GraphError, match="needs a graph whose head is DDetect, not AnchorDetect"):
+    with pytest.raises(GraphError, match="expected DDetect for an auxiliary branch, got AnchorDetect"):
         create_model("yolov7", auxiliary="fpn")
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from yolov9_fast.cli.main import main
 from yolov9_fast.models import load_checkpoint, pgi
-from yolov9_fast.nn import gelan
+from yolov9_fast.nn import registry
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "paper.md"
 SHORT = [
@@ -40,7 +40,7 @@ def example(name: str) -> str:
 @pytest.fixture
 def examples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """The page's modules in the working folder."""
-    monkeypatch.setattr(gelan, "_registered", dict(gelan._registered))
+    monkeypatch.setattr(registry, "_specs", dict(registry._specs))
     monkeypatch.setattr(pgi, "_branches", dict(pgi._branches))
     for name in ("my_blocks", "my_branches"):
         (tmp_path / f"{name}.py").write_text(example(name), encoding="utf-8")

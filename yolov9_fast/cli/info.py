@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Iterable
 
 from yolov9_fast.errors import UserError
-from yolov9_fast.models import Cost, graph_names, network_costs
+from yolov9_fast.models import Cost, list_models, network_costs
 
 _EPILOG = """examples:
   yolov9-fast info                              versions, compiled operators, what is missing and what that costs
@@ -32,7 +32,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.weights:
         print(describe_weights(arguments.weights))
     elif arguments.model:
-        names = sorted(graph_names(), key=_by_size) if arguments.model == "all" else [arguments.model]
+        names = sorted(list_models(), key=_by_size) if arguments.model == "all" else [arguments.model]
         print(cost_table(_costs(names, arguments)))
         print(
             f"{arguments.num_classes} classes; GFLOPs: 2 x multiply-adds of the convolutions for one image of "
@@ -90,8 +90,8 @@ def describe_weights(path: str) -> str:
     content = read_checkpoint(path)
     numbers = sum(value.numel() for value in content.state.values())
     lines = [
-        f"{path}: {content.layout}",
-        f"origin      {content.layout.source}",
+        f"{path}: {content.architecture}",
+        f"origin      {content.architecture.source}",
         f"tensors     {len(content.state)}, {numbers:,} numbers",
     ]
     if content.names:

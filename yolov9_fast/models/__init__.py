@@ -1,7 +1,7 @@
 """Network graphs, their builder, reparameterisation, and checkpoints."""
 
 from yolov9_fast.models.checkpoint import convert, load_checkpoint, save_weights, suggest_architecture
-from yolov9_fast.models.graph import Graph, GraphError, graph_names, load_graph
+from yolov9_fast.models.graph import Graph, GraphError, list_models, load_graph
 from yolov9_fast.models.model import DetectionModel, create_model
 from yolov9_fast.models.pgi import BranchBuilder, attach, backbone_levels, branch_names, register_branch
 from yolov9_fast.models.profile import Cost, graph_cost, network_costs
@@ -25,7 +25,7 @@ __all__ = [
     "create_model",
     "fuse",
     "graph_cost",
-    "graph_names",
+    "list_models",
     "load_checkpoint",
     "load_graph",
     "load_pretrained",

@@ -17,7 +17,7 @@ from yolov9_fast._lazy import require
 from yolov9_fast.atomic import atomic_write
 from yolov9_fast.errors import CheckpointError, UserError
 from yolov9_fast.models import reparameterize
-from yolov9_fast.models.foreign import Layout, first_difference, identify, official_state, parse_names, read_file
+from yolov9_fast.models.foreign import Architecture, first_difference, identify, official_state, parse_names, read_file
 from yolov9_fast.models.graph import Graph, GraphError, graph_from_dict
 from yolov9_fast.models.model import DetectionModel
 
@@ -50,13 +50,13 @@ def load_checkpoint(path: str | Path, *, device: str | torch.device = "cpu") -> 
     return model.to(device).eval()
 
 
-def suggest_architecture(path: str | Path) -> Layout:
+def suggest_architecture(path: str | Path) -> Architecture:
     """The network in a file, for building one that its weights fit: graph, class count, tower width, box groups.
 
     Raises:
         CheckpointError: as `load_checkpoint`.
     """
-    return read_checkpoint(path).layout
+    return read_checkpoint(path).architecture
 
 
 def save_weights(model: DetectionModel, path: str | Path, *, metadata: Mapping[str, Any] | None = None) -> Path:
@@ -119,19 +119,19 @@ class CheckpointContent:
 
     Attributes:
         state: official key → tensor on the CPU.
-        layout: the network.
+        architecture: the network.
         names: class index → name, where the file has one for every class.
         metadata: of our own files what `save_weights` was given; of foreign ones `names`, `nc`, `yaml`, ….
     """
 
     state: dict[str, Tensor]
-    layout: Layout
+    architecture: Architecture
     names: dict[int, str] | None
     metadata: dict[str, Any]
 
     def build(self) -> DetectionModel:
         """The network with these weights, on the CPU; it shares no memory with `state`'s larger storages."""
-        model = self.layout.build()
+        model = self.architecture.build()
         model.load_state_dict({key: _owned(value) for key, value in self.state.items()}, strict=True, assign=True)
         if self.names is not None:
             model.names = dict(self.names)
@@ -159,8 +159,10 @@ def read_checkpoint(path: str | Path, *, graphs: tuple[Graph, ...] = ()) -> Chec
     if _METADATA_KEY in metadata:
         return _own(path, state, metadata[_METADATA_KEY])
     state, source = official_state(state)
-    layout = identify(state, source=source, graphs=graphs, origin=str(path))
-    return CheckpointContent(state, layout, parse_names(metadata.get("names"), layout.num_classes), metadata)
+    architecture = identify(state, source=source, graphs=graphs, origin=str(path))
+    return CheckpointContent(
+        state, architecture, parse_names(metadata.get("names"), architecture.num_classes), metadata
+    )
 
 
 def _count(value: Any) -> int | None:
@@ -173,7 +175,7 @@ def _own(path: Path, state: dict[str, Tensor], text: str) -> CheckpointContent:
         version = header["format_version"]
         if version > FORMAT_VERSION:
             raise CheckpointError(f"{path} has format version {version}; this yolov9_fast reads up to {FORMAT_VERSION}")
-        layout = Layout(
+        architecture = Architecture(
             source="yolov9_fast",
             graph=graph_from_dict(header["graph"], str(path)),
             num_classes=int(header["num_classes"]),
@@ -181,12 +183,14 @@ def _own(path: Path, state: dict[str, Tensor], text: str) -> CheckpointContent:
             box_groups=_count(header["box_groups"]),
             fused=bool(header["fused"]),
         )
-        wanted = {key: tuple(value.shape) for key, value in layout.build().state_dict().items()}
+        wanted = {key: tuple(value.shape) for key, value in architecture.build().state_dict().items()}
         metadata = dict(header.get("metadata") or {})
-        names = parse_names(header.get("names"), layout.num_classes)
+        names = parse_names(header.get("names"), architecture.num_classes)
     except (ValueError, KeyError, TypeError, GraphError) as error:
         raise CheckpointError(f"{path}: its description of the network cannot be read: {error!r}") from error
     found = {key: tuple(value.shape) for key, value in state.items()}
     if wanted != found:
-        raise CheckpointError(f"{path} does not fit the network it names, {layout}: {first_difference(wanted, found)}")
-    return CheckpointContent(state, layout, names, metadata)
+        raise CheckpointError(
+            f"{path} does not fit the network it names, {architecture}: {first_difference(wanted, found)}"
+        )
+    return CheckpointContent(state, architecture, names, metadata)

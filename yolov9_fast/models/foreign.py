@@ -24,13 +24,14 @@ from yolov9_fast._lazy import require
 from yolov9_fast.errors import CheckpointError
 from yolov9_fast.models.foreign_archive import restricted_load
 from yolov9_fast.models.foreign_keys import official_keys
-from yolov9_fast.models.graph import Graph, graph_names, load_graph
+from yolov9_fast.models.graph import Graph, list_models, load_graph
 from yolov9_fast.models.model import DetectionModel
 from yolov9_fast.models.reparameterize import fuse
 from yolov9_fast.models.restricted_pickle import Stub
-from yolov9_fast.nn.yolov7 import ANCHORS_PER_LEVEL
+from yolov9_fast.nn import Conv
+from yolov9_fast.nn.heads import HeadOptions, Shapes
 
-__all__ = ["Layout", "identify", "read_state_dict", "restricted_load"]
+__all__ = ["Architecture", "identify", "read_state_dict", "restricted_load"]
 
 _MAX_MODULE_DEPTH = 64
 _MAX_MODULES = 100_000
@@ -39,7 +40,7 @@ _METADATA = ("names", "nc", "yaml", "stride")
 
 
 @dataclass(frozen=True)
-class Layout:
+class Architecture:
     """The network that a state dict belongs to.
 
     Attributes:
@@ -68,8 +69,8 @@ class Layout:
 
     def __str__(self) -> str:
         form = "fused" if self.fused else "not fused"
-        if self.graph.head.block == "AnchorDetect":
-            return f"{self.graph_name} ({self.num_classes} classes, anchor-based, {form})"
+        if self.box_groups is None:
+            return f"{self.graph_name} ({self.num_classes} classes, {self.graph.head.block}, {form})"
         return (
             f"{self.graph_name} ({self.num_classes} classes, class tower {self.class_tower or 'as published'}, "
             f"box groups {self.box_groups}, {form})"
@@ -77,12 +78,15 @@ class Layout:
 
 
 @lru_cache(maxsize=16)
-def _template(layout: Layout) -> DetectionModel:
+def _template(architecture: Architecture) -> DetectionModel:
     with torch.device("meta"):
         model = DetectionModel(
-            layout.graph, layout.num_classes, class_tower=layout.class_tower, box_groups=layout.box_groups
+            architecture.graph,
+            architecture.num_classes,
+            class_tower=architecture.class_tower,
+            box_groups=architecture.box_groups,
         )
-        return fuse(model) if layout.fused else model
+        return fuse(model) if architecture.fused else model
 
 
 def read_state_dict(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -241,7 +245,7 @@ def identify(
     source: str = "official",
     graphs: Iterable[Graph] = (),
     origin: str = "the state dict",
-) -> Layout:
+) -> Architecture:
     """Recognise the network of a state dict in official spelling by its keys and shapes.
 
     Args:
@@ -259,16 +263,16 @@ def identify(
         raise CheckpointError(
             f"{origin} fits no known network: its first key is {first}, expected one such as model.0.conv.weight"
         )
-    best: tuple[int, Layout, str] | None = None
-    for layout in _candidates(shapes, source, graphs):
-        wanted = _shapes(layout)
+    best: tuple[int, Architecture, str] | None = None
+    for architecture in _candidates(shapes, source, graphs):
+        wanted = _shapes(architecture)
         if wanted is None:
             continue
         if wanted == shapes:
-            return layout
+            return architecture
         count = sum(shapes.get(k) != s for k, s in wanted.items()) + len(shapes.keys() - wanted.keys())
         if best is None or count < best[0]:
-            best = count, layout, first_difference(wanted, shapes)
+            best = count, architecture, first_difference(wanted, shapes)
     assert best is not None
     count, nearest, difference = best
     hint = ""
@@ -279,57 +283,40 @@ def identify(
     )
 
 
-def _candidates(shapes: Mapping[str, tuple[int, ...]], source: str, graphs: Iterable[Graph]) -> list[Layout]:
-    """A layout for every known graph, options read from the head's shapes, the likeliest first."""
-    known = [*graphs, *(load_graph(name) for name in graph_names())]
+def _candidates(shapes: Shapes, source: str, graphs: Iterable[Graph]) -> list[Architecture]:
+    """An architecture for every known graph, options read from the head's shapes, the likeliest first."""
+    known = [*graphs, *(load_graph(name) for name in list_models())]
     indices = [key.split(".")[1] for key in shapes if key.startswith("model.")]
     last = max((int(index) for index in indices if index.isdigit()), default=-1)
-    dual = any(k.startswith(f"model.{last}.cv5.") for k in shapes)
-    anchored = f"model.{last}.m.0.weight" in shapes
-    box, classes = (f"model.{last}.cv{n}.0" for n in ((4, 5) if dual else (2, 3)))
     fused = not any(key.endswith(".running_var") for key in shapes)
-    num_classes = _first(shapes.get(f"{classes}.2.weight")) or 80
-    tower = _first(shapes.get(f"{classes}.0.conv.weight")) or None
-    groups = 4
-    grouped = shapes.get(f"{box}.1.conv.weight", ())
-    if len(grouped) == 4 and grouped[1] and grouped[0] % grouped[1] == 0 and 64 % (grouped[0] // grouped[1]) == 0:
-        groups = grouped[0] // grouped[1]
+    heads = {graph: graph.head_class.read_options(shapes, f"model.{last}.") for graph in known}
 
-    def layout(graph: Graph) -> Layout:
-        if graph.head.block == "AnchorDetect":
-            outputs = _first(shapes.get(f"model.{last}.m.0.weight"))
-            return Layout(source, graph, max(outputs // ANCHORS_PER_LEVEL - 5, 1), None, None, fused)
-        other = source == "official" and groups == 1 and graph.head.arguments != (1,)
-        return Layout("ultralytics" if other else source, graph, num_classes, tower, groups, fused)
+    def with_options(graph: Graph) -> Architecture:
+        options = heads[graph] or HeadOptions(80, None, None)
+        dense = source == "official" and options.box_groups == 1 and graph.head.arguments != (1,)
+        return Architecture("ultralytics" if dense else source, graph, *options, fused)
 
-    def kind(graph: Graph) -> tuple[bool, bool, int]:
-        return graph.has_auxiliary, graph.head.block == "AnchorDetect", len(graph.layers)
-
-    # A head of another kind or in another place means other keys: such graphs can at most be the nearest of a bad lot.
-    likely = [graph for graph in known if kind(graph) == (dual, anchored, last + 1)]
+    # A head of another kind or at another index means other keys: such graphs are only named as the nearest one.
+    likely = [graph for graph in known if heads[graph] is not None and len(graph.layers) == last + 1]
     ordered = sorted(likely or known, key=lambda graph: _stem_differences(graph, shapes))
-    return [layout(graph) for graph in ordered]
+    return [with_options(graph) for graph in ordered]
 
 
-def _stem_differences(graph: Graph, shapes: Mapping[str, tuple[int, ...]]) -> int:
-    """Plain convolutions whose width is not the graph's: enough to try the right size first."""
-    convolutions = [(i, layer.arguments[0]) for i, layer in enumerate(graph.layers) if layer.block == "Conv"]
-    return sum(_first(shapes.get(f"model.{i}.conv.weight")) != width for i, width in convolutions)
+def _stem_differences(graph: Graph, shapes: Shapes) -> int:
+    """Number of plain convolutions whose width is not the graph's: enough to try the right size first."""
+    convolutions = [(i, layer.arguments[0]) for i, layer in enumerate(graph.layers) if layer.spec.make is Conv]
+    return sum(shapes.get(f"model.{i}.conv.weight", ())[:1] != (width,) for i, width in convolutions)
 
 
-def _first(shape: tuple[int, ...] | None) -> int:
-    return shape[0] if shape else 0
-
-
-def _shapes(layout: Layout) -> dict[str, tuple[int, ...]] | None:
-    """Keys and shapes of the layout's state dict; None where these options cannot be built."""
+def _shapes(architecture: Architecture) -> dict[str, tuple[int, ...]] | None:
+    """Keys and shapes of the architecture's state dict; None where these options cannot be built."""
     try:
-        return {key: tuple(value.shape) for key, value in _template(layout).state_dict().items()}
+        return {key: tuple(value.shape) for key, value in _template(architecture).state_dict().items()}
     except ValueError:
         return None
 
 
-def first_difference(wanted: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]) -> str:
+def first_difference(wanted: Shapes, found: Shapes) -> str:
     for key, shape in wanted.items():
         if key not in found:
             return f"{key} is missing (expected {list(shape)})"

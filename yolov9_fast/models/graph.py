@@ -1,37 +1,31 @@
 """Network graphs: read from YAML, checked, and cut down to the part that is deployed.
 
-A graph is a list of layers `[from, block, arguments]`; a layer's place in the list is its index in the state dict
-(`model.{i}.…`). The last layer is the head.
+A graph is a list of layers `[from, block, arguments]`; a layer's position in the list is its index in the state dict
+(`model.{i}.…`). The last layer is the head. Blocks are those of `nn.registry`.
 """
 
 from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from torch.nn import Module
 
-from yolov9_fast import nn as blocks
 from yolov9_fast._lazy import require
 from yolov9_fast.errors import UserError
+from yolov9_fast.nn import BlockSpec, Head, block_names, find_block, load_block
+from yolov9_fast.nn.registry import Channels, is_import_path
 
 GRAPH_FOLDER = Path(__file__).parent / "graphs"
 
-_SIZED = {
-    name: getattr(blocks, name)
-    for name in ("Conv", "RepConv", "ELAN", "CSPELAN", "GELAN", "AConv", "ADown", "MPDown", "SPPELAN", "SPPCSPC")
-}
-_UNSIZED = {name: getattr(blocks, name) for name in ("Concat", "Upsample", "Silence", "CBLinear", "CBFuse")}
-HEADS = {name: getattr(blocks, name) for name in ("DDetect", "DualDDetect", "AnchorDetect")}
-BLOCKS = {**_SIZED, **_UNSIZED, **HEADS}
-# Names that other implementations' graph files use for the same blocks.
 ALIASES = {"ELAN1": "ELAN", "RepNCSPELAN4": "CSPELAN", "nn.Upsample": "Upsample"}
-_MULTI_INPUT = ("Concat", "CBFuse", *HEADS)
+"""Names that other implementations' graph files use for the same blocks."""
 ATTACHED = "+"
-"""Between the name of a graph and the auxiliary branch attached to it: gelan-s+fpn, deployed as gelan-s."""
+"""Separates the name of a graph from the auxiliary branch attached to it: gelan-s+fpn, deployed as gelan-s."""
 
 
 class GraphError(UserError):
@@ -40,11 +34,23 @@ class GraphError(UserError):
 
 @dataclass(frozen=True)
 class Layer:
-    """One layer: absolute indices of its inputs (−1 is the image), the block's name and its arguments."""
+    """One layer: absolute indices of its inputs (−1 is the image), the block's name or import path, its arguments."""
 
     sources: tuple[int, ...]
     block: str
     arguments: tuple[Any, ...]
+
+    @property
+    def spec(self) -> BlockSpec:
+        """What is known of the block.
+
+        Raises:
+            ValueError: it is not registered, or its module is not loaded.
+        """
+        return find_block(self.block)
+
+    def __str__(self) -> str:
+        return f"{self.block}{list(self.arguments)}"
 
 
 @dataclass(frozen=True)
@@ -59,8 +65,12 @@ class Graph:
         return self.layers[-1]
 
     @property
+    def head_class(self) -> type[Head]:
+        return cast("type[Head]", self.head.spec.make)
+
+    @property
     def has_auxiliary(self) -> bool:
-        return self.head.block == "DualDDetect"
+        return self.head_class.deployed_form is not None
 
     @property
     def main_sources(self) -> tuple[int, ...]:
@@ -81,15 +91,16 @@ class Graph:
     def deploy(self) -> tuple[Graph, tuple[int, ...]]:
         """The graph without its auxiliary branch, and for each of its layers the index it had here.
 
-        What only the auxiliary head reads is dropped; a `Silence` that then only feeds the next layer goes too.
+        Layers that only the auxiliary head reads are dropped, and so is a `Silence` that then has a single reader.
         """
-        if not self.has_auxiliary:
+        deployed_head = self.head_class.deployed_form
+        if deployed_head is None:
             return self, tuple(range(len(self.layers)))
         kept = sorted(self.reachable(self.main_sources))
         redirect: dict[int, int] = {}
         for index in list(kept):
             readers = [k for k in kept if index in self.layers[k].sources]
-            if self.layers[index].block == "Silence" and len(readers) == 1 and index not in self.main_sources:
+            if self.layers[index].spec.role == "identity" and len(readers) == 1 and index not in self.main_sources:
                 redirect[index] = self.layers[index].sources[0]
                 kept.remove(index)
         new_index = {old: new for new, old in enumerate(kept)} | {-1: -1}
@@ -98,7 +109,7 @@ class Graph:
             return tuple(new_index[redirect.get(s, s)] for s in sources)
 
         layers = [Layer(moved(self.layers[k].sources), self.layers[k].block, self.layers[k].arguments) for k in kept]
-        layers.append(Layer(moved(self.main_sources), "DDetect", self.head.arguments))
+        layers.append(Layer(moved(self.main_sources), deployed_head, self.head.arguments))
         if self.name.startswith("yolov9"):
             name = self.name.replace("yolov9", "gelan")
         else:
@@ -112,7 +123,7 @@ class Graph:
         return {"name": self.name, "absolute": True, "layers": rows}
 
     def as_yaml(self) -> str:
-        """The text of a graph file, a layer a line, that `load_graph` reads back."""
+        """The text of a graph file, one layer per line, that `load_graph` reads back."""
         data = self.as_dict()
         rows = [f"  - {json.dumps(row)}  # {index}" for index, row in enumerate(data["layers"])]
         head = f"name: {json.dumps(self.name)}\nabsolute: true  # `from` counts from the first layer; -1 is the image"
@@ -127,8 +138,17 @@ def _frozen(value: Any) -> Any:
     return tuple(_frozen(v) for v in value) if isinstance(value, list | tuple) else value
 
 
-def graph_from_dict(data: Any, origin: str) -> Graph:
-    """Check plain data and make a `Graph` of it; `origin` names the file in errors."""
+def graph_from_dict(data: Any, origin: str, *, import_blocks: bool = False) -> Graph:
+    """Check plain data and make a `Graph` of it.
+
+    Args:
+        data: `name` and `layers`, as in a graph file.
+        origin: the file, for errors.
+        import_blocks: import the modules that layers and their arguments name by import path.
+
+    Raises:
+        GraphError: it describes no network.
+    """
     if not isinstance(data, dict) or not isinstance(data.get("layers"), list) or not data["layers"]:
         raise GraphError(f"{origin}: a graph needs a list `layers`")
     absolute = bool(data.get("absolute", False))
@@ -138,39 +158,39 @@ def graph_from_dict(data: Any, origin: str) -> Graph:
         if not isinstance(row, list) or len(row) != 3:
             raise GraphError(f"{where}: expected [from, block, arguments], got {row!r}")
         source, block, arguments = row
-        block = ALIASES.get(block, block)
-        if block not in BLOCKS:
-            raise GraphError(f"{where}: unknown block {block!r}; known are {', '.join(sorted(BLOCKS))}")
         sources = source if isinstance(source, list) else [source]
         if not all(isinstance(s, int) for s in sources) or not isinstance(arguments, list):
-            raise GraphError(f"{where}: `from` must be layer indices and arguments a list, got {row!r}")
+            raise GraphError(f"{where}: expected indices of layers and a list of arguments, got {row!r}")
+        block = ALIASES.get(str(block), str(block))
+        try:
+            if import_blocks:
+                for name in filter(is_import_path, [block, *arguments]):
+                    load_block(name)
+            spec = find_block(block)
+        except ValueError as error:
+            raise GraphError(f"{where}: {error}") from error
         resolved = tuple(s if absolute or s >= 0 else index + s for s in sources)
         if any(not -1 <= s < index for s in resolved):
             raise GraphError(f"{where}: reads layer {max(resolved)}, but only layers before it exist")
-        if block not in _MULTI_INPUT and len(resolved) != 1:
+        if spec.inputs == "one" and len(resolved) != 1:
             raise GraphError(f"{where}: {block} reads one layer, got {len(resolved)}")
-        if (block in HEADS) != (index == len(data["layers"]) - 1):
-            raise GraphError(f"{where}: the head ({' or '.join(HEADS)}) must be the last layer and no other")
+        if (spec.role == "head") != (index == len(data["layers"]) - 1):
+            heads = " or ".join(block_names("head"))
+            raise GraphError(f"{where}: the head ({heads}) must be the last layer and no other")
         layers.append(Layer(resolved, block, _frozen(arguments)))
     graph = Graph(str(data.get("name") or Path(origin).stem), tuple(layers))
-    expected = 6 if graph.has_auxiliary else 3
+    expected = graph.head_class.num_inputs
     if len(graph.head.sources) != expected:
         raise GraphError(f"{origin}: {graph.head.block} reads {expected} layers, got {len(graph.head.sources)}")
     return graph
 
 
-def build_layer(layer: Layer, inputs: list[Any], head_options: dict[str, Any]) -> tuple[Module, Any]:
-    """One layer over inputs of so many channels, and the channels it returns: a number, or a list for CBLinear."""
-    block: Any = BLOCKS[layer.block]
-    if layer.block in HEADS:
-        return block(inputs, **_head_options(block, layer.arguments, head_options)), None
-    if layer.block == "Concat":
-        return block(), sum(inputs)
-    if layer.block == "CBFuse":
-        return block(*layer.arguments), inputs[-1]
-    if layer.block in ("Upsample", "Silence"):
-        return block(*layer.arguments), inputs[0]
-    return block(inputs[0], *layer.arguments), _plain(layer.arguments[0])
+def build_layer(layer: Layer, inputs: list[Any], head_options: dict[str, Any]) -> tuple[Module, Channels | None]:
+    """One layer over inputs of so many channels, and the channels of its output; None for the head."""
+    spec = layer.spec
+    if spec.role != "head":
+        return spec.build(inputs, layer.arguments)
+    return spec.make(inputs, **_head_options(spec.make, layer.arguments, head_options)), None
 
 
 def _head_options(head: Any, arguments: tuple[Any, ...], given: dict[str, Any]) -> dict[str, Any]:
@@ -182,9 +202,13 @@ def _head_options(head: Any, arguments: tuple[Any, ...], given: dict[str, Any]) 
     return listed | {name: value for name, value in given.items() if value is not None}
 
 
-def graph_names() -> list[str]:
-    """Names of the networks that come with the package."""
-    return sorted(path.stem for path in GRAPH_FOLDER.glob("*.yaml"))
+def list_models(pattern: str = "*") -> list[str]:
+    """Names of the published networks that come with the package, as `create_model` takes them.
+
+    Args:
+        pattern: only names of this form, such as "yolov9-*".
+    """
+    return sorted(path.stem for path in GRAPH_FOLDER.glob("*.yaml") if fnmatchcase(path.stem, pattern))
 
 
 @lru_cache(maxsize=64)
@@ -194,29 +218,22 @@ def _read(path: Path, modified: float) -> Graph:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise GraphError(f"{path}: not a YAML file: {error}") from error
-    graph = graph_from_dict(data, str(path))
-    for index, layer in enumerate(graph.layers):
-        if layer.block == "GELAN" and len(layer.arguments) > 3:
-            try:
-                blocks.load_block(str(layer.arguments[3]))
-            except ValueError as error:
-                raise GraphError(f"{path}: layer {index}: {error}") from error
-    return graph
+    return graph_from_dict(data, str(path), import_blocks=True)
 
 
 def load_graph(name: str | Path) -> Graph:
-    """Graph by name (`yolov9-c`) or from a YAML file; modules that its GELAN layers name by import path are imported.
+    """Graph by name (`yolov9-c`) or from a YAML file; blocks that the file names by import path are imported.
 
     Raises:
         GraphError: unknown name, missing file, or a file that describes no network.
     """
     text = str(name)
     path = GRAPH_FOLDER / f"{text}.yaml"
-    if text not in graph_names():
+    if text not in list_models():
         path = Path(text)
         if path.suffix not in (".yaml", ".yml"):
             raise GraphError(
-                f"unknown network {text!r}; known are {', '.join(graph_names())}, or a path to a graph YAML"
+                f"unknown network {text!r}; known are {', '.join(list_models())}, or a path to a graph YAML"
             )
         if not path.is_file():
             raise GraphError(f"no graph file {text}")

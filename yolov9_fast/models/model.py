@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from yolov9_fast.models.graph import Graph, GraphError, build_layer, load_graph
 from yolov9_fast.models.pgi import with_auxiliary
-from yolov9_fast.nn import AnchorDetect, Conv, DDetect, DetectionOutput, DualDDetect, RepConv, Upsample
+from yolov9_fast.nn import Conv, DetectionOutput, Head, RepConv, Upsample
 from yolov9_fast.nn.convolution import Upsampled
 from yolov9_fast.nn.plan import fused, hooked
 
@@ -24,26 +24,23 @@ MAX_STRIDE = 32
 def _unjoined_layers(graph: Graph) -> frozenset[int]:
     """Concat layers that only ELAN blocks read, whose 1×1 convolution takes the parts as they are, and the Upsample
     layers that only those read. The last part of such a Concat is a map of the full size."""
-    readers: dict[int, list[int]] = {}
+    roles = [layer.spec.role for layer in graph.layers]
+    readers: dict[int, set[int]] = {}
     for index, layer in enumerate(graph.layers):
         for source in layer.sources:
-            readers.setdefault(source, []).append(index)
-
-    def blocks(index: int) -> set[str]:
-        return {graph.layers[reader].block for reader in readers.get(index, ())}
-
+            readers.setdefault(source, set()).add(index)
     concats = {
         index
         for index, layer in enumerate(graph.layers)
-        if layer.block == "Concat"
-        and blocks(index)
-        and blocks(index) <= {"CSPELAN", "ELAN", "GELAN"}
-        and graph.layers[layer.sources[-1]].block != "Upsample"
+        if roles[index] == "concat"
+        and index in readers
+        and all(roles[reader] == "elan" for reader in readers[index])
+        and roles[layer.sources[-1]] != "upsample"
     }
     upsamples = {
         index
-        for index, layer in enumerate(graph.layers)
-        if layer.block == "Upsample" and index in readers and set(readers[index]) <= concats
+        for index, role in enumerate(roles)
+        if role == "upsample" and index in readers and readers[index] <= concats
     }
     return frozenset(concats | upsamples)
 
@@ -75,26 +72,24 @@ class DetectionModel(nn.Module):
         options = {"num_classes": num_classes, "class_tower": class_tower, "box_groups": box_groups}
         layers: list[nn.Module] = []
         channels: list[Any] = []
-        for index in range(len(graph.layers)):
+        for index, layer in enumerate(graph.layers):
             try:
-                inputs = [3 if s < 0 else channels[s] for s in graph.layers[index].sources]
-                module, out_channels = build_layer(graph.layers[index], inputs, options)
-            except (TypeError, ValueError, RuntimeError) as error:
-                if index == len(graph.layers) - 1 and isinstance(error, ValueError):
+                inputs = [3 if s < 0 else channels[s] for s in layer.sources]
+                module, out_channels = build_layer(layer, inputs, options)
+            except (TypeError, ValueError, RuntimeError, IndexError) as error:
+                if layer is graph.head and isinstance(error, ValueError):
                     raise
-                layer = graph.layers[index]
-                raise GraphError(
-                    f"{graph.name}: layer {index}, {layer.block}{list(layer.arguments)}: {error}"
-                ) from error
+                raise GraphError(f"{graph.name}: layer {index}, {layer}: {error}") from error
             layers.append(module)
             channels.append(out_channels)
         self.model = nn.ModuleList(layers)
         self._main_layers = graph.reachable(graph.main_sources)
         self._unjoined = _unjoined_layers(graph)
+        self._many_inputs = frozenset(i for i, layer in enumerate(graph.layers) if layer.spec.inputs == "many")
 
     @property
-    def head(self) -> DDetect | DualDDetect | AnchorDetect:
-        return cast("DDetect | DualDDetect | AnchorDetect", self.model[-1])
+    def head(self) -> Head:
+        return cast(Head, self.model[-1])
 
     @property
     def graph_name(self) -> str:
@@ -148,13 +143,11 @@ class DetectionModel(nn.Module):
             inputs = [images if s < 0 else outputs[s] for s in layer.sources]
             module = self.model[index]
             if index in unjoined:
-                outputs.append(
-                    inputs if layer.block == "Concat" else Upsampled(inputs[0], cast(Upsample, module).factor)
-                )
+                outputs.append(Upsampled(inputs[0], module.factor) if isinstance(module, Upsample) else inputs)
                 continue
-            outputs.append(module(inputs) if layer.block in ("Concat", "CBFuse") else module(inputs[0]))
+            outputs.append(module(inputs if index in self._many_inputs else inputs[0]))
         sources = self.graph.head.sources if auxiliary else self.graph.main_sources
-        return self.model[-1]([outputs[s] for s in sources])
+        return cast(DetectionOutput, self.head([outputs[s] for s in sources]))
 
     def forward(self, images: Tensor) -> DetectionOutput | Tensor:
         if self.training:
@@ -177,8 +170,7 @@ def create_model(
     """Build a network with fresh weights.
 
     Args:
-        name: yolov9-{t,s,m,c,e}, gelan-{t,s,m,c,e}, yolov7, yolov7-af, yolov7-af-gelan, a path to a graph YAML, or a
-            graph.
+        name: of a published network (`list_models`), a path to a graph YAML, or a graph.
         num_classes: nc ≥ 1.
         class_tower: width of the class branch. None takes the published rule, max(channels, min(2·nc, 128)); weights of
             -t exist 80 and 128 wide.

@@ -23,12 +23,12 @@ import torch
 
 from yolov9_fast._lazy import import_callable
 from yolov9_fast.models.graph import ATTACHED, Graph, GraphError, Layer, build_layer, graph_from_dict
+from yolov9_fast.nn import SPPELAN
+from yolov9_fast.nn.registry import channels_of
 from yolov9_fast.ops._boxes import STRIDES
 
 _PROBE_SIZE = 128
 """Pixels of the image on which strides are found; nothing is computed, the tensors have no memory."""
-_NECK_BEGINS = ("Upsample", "CBLinear")
-_POOLING = ("SPPELAN", "SPPCSPC")
 
 
 class BranchBuilder:
@@ -92,14 +92,11 @@ def _outputs(graph: Graph) -> tuple[Any, ...]:
 def _output(name: str, layer: Layer, index: int, outputs: Sequence[Any]) -> Any:
     with torch.device("meta"):
         inputs = [outputs[s] if s >= 0 else torch.empty(1, 3, _PROBE_SIZE, _PROBE_SIZE) for s in layer.sources]
-        widths = [[m.shape[1] for m in x] if isinstance(x, list) else x.shape[1] for x in inputs]
         try:
-            module, _ = build_layer(layer, widths, {})
-            several = layer.block in ("Concat", "CBFuse")
-            return module.eval()(inputs if several else inputs[0])
+            module, _ = build_layer(layer, [channels_of(x) for x in inputs], {})
+            return module.eval()(inputs if layer.spec.inputs == "many" else inputs[0])
         except (TypeError, ValueError, RuntimeError, KeyError, AssertionError) as error:
-            where = f"layer {index}, {layer.block}{list(layer.arguments)}"
-            raise GraphError(f"{name}: {where}: {error}") from error
+            raise GraphError(f"{name}: layer {index}, {layer}: {error}") from error
 
 
 Branch = Callable[[BranchBuilder, Sequence[int]], Sequence[int]]
@@ -160,8 +157,9 @@ def backbone_levels(graph: Graph) -> tuple[int, int, int]:
 
 def _backbone_levels(builder: BranchBuilder) -> tuple[int, int, int]:
     layers = builder.main.layers[:-1]
-    end = next((i for i, layer in enumerate(layers) if layer.block in _NECK_BEGINS), len(layers))
-    found = {builder.stride(i): i for i in range(end) if layers[i].block not in _POOLING}
+    roles = [layer.spec.role for layer in layers]
+    end = next((i for i, role in enumerate(roles) if role in ("upsample", "route")), len(layers))
+    found = {builder.stride(i): i for i in range(end) if roles[i] != "pyramid"}
     missing = [stride for stride in STRIDES if stride not in found]
     if missing:
         raise GraphError(f"{builder.main.name}: its backbone has no level of stride {missing[0]}; name the levels")
@@ -186,10 +184,9 @@ def attach(graph: Graph, backbone: str = "none", *, neck: str = "none", levels: 
     """
     if (backbone, neck) == ("none", "none"):
         return graph
-    if graph.head.block != "DDetect":
-        raise GraphError(
-            f"{graph.name}: an auxiliary branch needs a graph whose head is DDetect, not {graph.head.block}"
-        )
+    auxiliary_head = graph.head_class.auxiliary_form
+    if auxiliary_head is None:
+        raise GraphError(f"{graph.name}: head: expected DDetect for an auxiliary branch, got {graph.head.block}")
     if "none" not in (backbone, neck) and neck != "icn":
         raise ValueError(f"neck: with a branch on the backbone it must be 'icn', got {neck!r}")
     builder = BranchBuilder(graph)
@@ -205,7 +202,7 @@ def attach(graph: Graph, backbone: str = "none", *, neck: str = "none", levels: 
     elif neck != "none":
         outputs = find_branch(neck)(builder, graph.main_sources)
         _check_levels(builder, outputs, f"branch {neck!r}")
-    head = Layer((*outputs, *graph.main_sources), "DualDDetect", graph.head.arguments)
+    head = Layer((*outputs, *graph.main_sources), auxiliary_head, graph.head.arguments)
     name = graph.name + ATTACHED + (backbone if neck == "none" else f"{backbone},{neck}")
     attached = Graph(name, (*builder.layers, head))
     return graph_from_dict(attached.as_dict(), name)
@@ -269,7 +266,7 @@ def _reversible(builder: BranchBuilder, links: Sequence[int], levels: Sequence[i
     copy = {-1: -1}
     for index in kept:
         layer = builder.main.layers[index]
-        if layer.block == "Silence":
+        if layer.spec.role == "identity":
             copy[index] = copy[layer.sources[0]]
             continue
         copy[index] = builder.add(layer.block, tuple(copy[s] for s in layer.sources), *layer.arguments)
@@ -292,7 +289,7 @@ def _like(builder: BranchBuilder, layer: Layer | int | tuple[str, tuple[Any, ...
 def _pooling(builder: BranchBuilder) -> Any:
     """The main graph's pooling pyramid; where it has none, a 1×1 to half of the deepest level."""
     for index, layer in enumerate(builder.main.layers[:-1]):
-        if layer.block == "SPPELAN" and builder.stride(index) == 32:
+        if layer.spec.make is SPPELAN and builder.stride(index) == 32:
             return index
     return "Conv", (builder.channels(builder.main.main_sources[-1]), 1, 1)
 
@@ -304,8 +301,8 @@ def _joining(builder: BranchBuilder, stride: int, *, upwards: bool = False) -> A
     end = builder.main.main_sources[STRIDES.index(stride)]
     for index in (end,) if upwards else range(len(layers)):
         layer = layers[index]
-        joined = layer.sources[0] >= 0 and layers[layer.sources[0]].block == "Concat"
-        if joined and layer.block in ("CSPELAN", "ELAN", "GELAN") and builder.stride(index) == stride:
+        joined = layer.sources[0] >= 0 and layers[layer.sources[0]].spec.role == "concat"
+        if joined and layer.spec.role == "elan" and builder.stride(index) == stride:
             return index
     width = builder.channels(end) // 4 * 4 or 4
     return "CSPELAN", (width, width, width // 2, 1)

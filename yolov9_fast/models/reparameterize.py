@@ -40,9 +40,9 @@ def to_deploy(model: DetectionModel) -> DetectionModel:
 def deployed_key_origin(model: DetectionModel, key: str, origin: tuple[int, ...]) -> str:
     """State-dict key in the training graph for a key of its deployed graph (`origin` from `Graph.deploy`)."""
     _, index, rest = key.split(".", 2)
-    if model.has_auxiliary and int(index) == len(origin) - 1:
+    if int(index) == len(origin) - 1:
         child, _, tail = rest.partition(".")
-        rest = {"cv2": "cv4", "cv3": "cv5", "dfl": "dfl2"}[child] + "." + tail
+        rest = f"{model.head.deployed_children.get(child, child)}.{tail}"
     return f"model.{origin[int(index)]}.{rest}"
 
 

@@ -6,7 +6,7 @@ import logging
 import re
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from yolov9_fast.errors import CheckpointError
 from yolov9_fast.models.checkpoint import CheckpointContent, read_checkpoint
-from yolov9_fast.models.foreign import Layout, identify
+from yolov9_fast.models.foreign import Architecture, identify
 from yolov9_fast.models.foreign_keys import official_keys
 from yolov9_fast.models.graph import Graph
 from yolov9_fast.models.model import DetectionModel
@@ -67,7 +67,7 @@ def load_pretrained(model: DetectionModel, path: str | Path) -> TransferReport:
     report = _transfer(model, content)
     report.origin = f"{path}, {report.origin}"
     if not report.loaded:
-        raise CheckpointError(f"{path} holds {content.layout}; none of its weights fits {model.graph_name}")
+        raise CheckpointError(f"{path} holds {content.architecture}; none of its weights fits {model.graph_name}")
     logger.info("%s", report.summary())
     return report
 
@@ -83,10 +83,10 @@ def transfer_weights(model: DetectionModel, state_dict: Mapping[str, Tensor]) ->
         CheckpointError: the state dict fits no known network, or has nothing for this one.
     """
     state, source = official_keys(state_dict)
-    layout = identify(state, source=source, graphs=_related(model.graph))
-    report = _transfer(model, CheckpointContent(state, layout, None, {}))
+    architecture = identify(state, source=source, graphs=_related(model.graph))
+    report = _transfer(model, CheckpointContent(state, architecture, None, {}))
     if not report.loaded:
-        raise CheckpointError(f"the weights are those of {layout}; none of them fits {model.graph_name}")
+        raise CheckpointError(f"the weights are those of {architecture}; none of them fits {model.graph_name}")
     return report
 
 
@@ -96,14 +96,14 @@ def _related(graph: Graph) -> tuple[Graph, ...]:
 
 @torch.no_grad()
 def _transfer(model: DetectionModel, content: CheckpointContent) -> TransferReport:
-    layout = content.layout
+    architecture = content.architecture
     source = _same_form(content, fused=model.is_fused)
-    names = key_map(layout, model)
+    names = key_map(architecture, model)
     target = model.state_dict()
-    report = TransferReport(str(layout))
+    report = TransferReport(str(architecture))
     matched = {names[key]: value for key, value in source.items() if names.get(key) in target}
     report.skipped = [(key, "the model has no such layer") for key in source if names.get(key) not in target]
-    reasons = {name: _misfit(name, value, target[name], layout, model) for name, value in matched.items()}
+    reasons = {name: _misfit(name, value, target[name], architecture, model) for name, value in matched.items()}
     for name, value in matched.items():
         # Statistics and biases belong to their convolution: beside fresh weights they fit nothing.
         owner = f"{name.partition('.bn.')[0]}.conv" if ".bn." in name else name.removesuffix(".bias")
@@ -120,29 +120,25 @@ def _transfer(model: DetectionModel, content: CheckpointContent) -> TransferRepo
 
 def _same_form(content: CheckpointContent, *, fused: bool) -> Mapping[str, Tensor]:
     """The weights with BatchNorm and RepConv folded or not, as the receiving network has them."""
-    if content.layout.fused == fused:
+    if content.architecture.fused == fused:
         return content.state
     model = content.build()
     return (fuse(model) if fused else unfuse(model)).state_dict()
 
 
-def key_map(layout: Layout, model: DetectionModel) -> dict[str, str]:
+def key_map(architecture: Architecture, model: DetectionModel) -> dict[str, str]:
     """Key of the file → key of the model."""
-    source = _form_of(layout, fused=model.is_fused)
+    source = replace(architecture, fused=model.is_fused).build()
     keys = source.state_dict().keys()
-    if layout.graph.layers == model.graph.layers:
+    if architecture.graph.layers == model.graph.layers:
         return {key: key for key in keys}
     deployed, origin = model.graph.deploy()
-    if deployed.layers == layout.graph.layers:
+    if deployed.layers == architecture.graph.layers:
         return {key: deployed_key_origin(model, key, origin) for key in keys}
-    deployed, origin = layout.graph.deploy()
+    deployed, origin = architecture.graph.deploy()
     if deployed.layers == model.graph.layers:
         return {deployed_key_origin(source, key, origin): key for key in model.state_dict()}
     return {key: key for key in keys}
-
-
-def _form_of(layout: Layout, *, fused: bool) -> DetectionModel:
-    return Layout(layout.source, layout.graph, layout.num_classes, layout.class_tower, layout.box_groups, fused).build()
 
 
 def _fit(name: str, value: Tensor, target: Tensor) -> Tensor:
@@ -168,22 +164,24 @@ def _block_diagonal(name: str, value: Tensor, target: Tensor) -> int:
     return groups if groups > 1 and not rest and not value.shape[0] % groups else 0
 
 
-def _misfit(name: str, value: Tensor, target: Tensor, layout: Layout, model: DetectionModel) -> str:
+def _misfit(name: str, value: Tensor, target: Tensor, architecture: Architecture, model: DetectionModel) -> str:
     """Why `value` cannot be `target`; empty where it can."""
     if _block_diagonal(name, value, target):
         return ""
     if _CLASS_TOWER.search(name) and name.startswith(f"model.{len(model.graph.layers) - 1}."):
         differences = []
-        if layout.num_classes != model.num_classes and name.rsplit(".", 2)[-2] == "2":
-            differences.append(f"{layout.num_classes} classes in the file, {model.num_classes} in the model")
-        if layout.class_tower != model.class_tower:
-            differences.append(f"class tower {layout.class_tower} wide in the file, {model.class_tower} in the model")
+        if architecture.num_classes != model.num_classes and name.rsplit(".", 2)[-2] == "2":
+            differences.append(f"{architecture.num_classes} classes in the file, {model.num_classes} in the model")
+        if architecture.class_tower != model.class_tower:
+            differences.append(
+                f"class tower {architecture.class_tower} wide in the file, {model.class_tower} in the model"
+            )
         if differences:
             return "; ".join(differences)
-    if _BOX_TOWER.search(name) and layout.box_groups != model.box_groups:
-        return f"box tower with {layout.box_groups} groups in the file, {model.box_groups} in the model"
-    if layout.graph_name != model.graph_name:
-        return f"other shape in {layout.graph_name} than in {model.graph_name}"
+    if _BOX_TOWER.search(name) and architecture.box_groups != model.box_groups:
+        return f"box tower with {architecture.box_groups} groups in the file, {model.box_groups} in the model"
+    if architecture.graph_name != model.graph_name:
+        return f"other shape in {architecture.graph_name} than in {model.graph_name}"
     return f"shape {list(value.shape)} in the file, {list(target.shape)} in the model"
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from yolov9_fast.models.graph import Graph, GraphError, Layer, load_graph
-from yolov9_fast.nn.gelan import load_block
+from yolov9_fast.nn import CSPELAN, GELAN, load_block
 
 _CSP = "csp"
 
@@ -15,7 +15,7 @@ def gelan(
 ) -> Graph:
     """The graph with every CSP-ELAN built of another block, or to other depths.
 
-    Widths stay; so do ELAN blocks of plain convolutions (the first one of -T and -S), as in the paper's tables.
+    Widths do not change; neither do ELAN blocks of plain convolutions (the first one of -T and -S), as in the paper.
 
     Args:
         graph: a name (`gelan-s`), a graph file, or a graph.
@@ -33,7 +33,7 @@ def gelan(
             raise ValueError(f"{name}: expected at least 1, got {value}")
     load_block(block)
     layers = tuple(_changed(layer, block, depth, elan_depth) for layer in graph.layers)
-    if not any(layer.block in ("CSPELAN", "GELAN") for layer in layers):
+    if not any(layer.spec.make in (CSPELAN, GELAN) for layer in layers):
         raise GraphError(f"{graph.name} has no CSP-ELAN whose block could be exchanged")
     if layers == graph.layers:
         return graph
@@ -43,9 +43,9 @@ def gelan(
 
 
 def _changed(layer: Layer, block: str, depth: int | None, elan_depth: int | None) -> Layer:
-    if layer.block == "CSPELAN":
+    if layer.spec.make is CSPELAN:
         (out, split, stage), rest = layer.arguments[:3], layer.arguments[3:]
-    elif layer.block == "GELAN":
+    elif layer.spec.make is GELAN:
         (out, split, stage), rest = layer.arguments[:3], layer.arguments[4:]
     else:
         return layer

@@ -16,10 +16,14 @@ from yolov9_fast.nn.blocks import (
     Silence,
     Upsample,
 )
-from yolov9_fast.nn.gelan import GELAN, block_names, load_block, register_block
-from yolov9_fast.nn.heads import DFL, DDetect, DualDDetect
+from yolov9_fast.nn.gelan import GELAN
+from yolov9_fast.nn.graph_blocks import register_own_blocks
+from yolov9_fast.nn.heads import DFL, DDetect, DualDDetect, Head
 from yolov9_fast.nn.output import DetectionOutput
+from yolov9_fast.nn.registry import BlockSpec, block_names, find_block, load_block, register_block
 from yolov9_fast.nn.yolov7 import SPPCSPC, AnchorDetect, MPDown
+
+register_own_blocks()
 
 __all__ = [
     "CSPELAN",
@@ -31,6 +35,7 @@ __all__ = [
     "AConv",
     "ADown",
     "AnchorDetect",
+    "BlockSpec",
     "CBFuse",
     "CBLinear",
     "Concat",
@@ -38,6 +43,7 @@ __all__ = [
     "DDetect",
     "DetectionOutput",
     "DualDDetect",
+    "Head",
     "MPDown",
     "RepBottleneck",
     "RepCSP",
@@ -45,6 +51,7 @@ __all__ = [
     "Silence",
     "Upsample",
     "block_names",
+    "find_block",
     "load_block",
     "register_block",
 ]

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from yolov9_fast.errors import UserError
 from yolov9_fast.nn.blocks import Conv
+from yolov9_fast.nn.heads import Head, HeadOptions, Shapes
 from yolov9_fast.nn.output import DetectionOutput
 from yolov9_fast.nn.plan import Planning, Slot, Step, planned
 from yolov9_fast.nn.steps import Parts, chain
@@ -110,7 +111,7 @@ class SPPCSPC(nn.Module):
         return z
 
 
-class AnchorDetect(nn.Module):
+class AnchorDetect(Head):
     """YOLOv7's head as deployed (its implicit knowledge folded in): for each anchor x, y, w, h, objectness, classes.
 
     It runs, but has no loss here: the assignment and the loss of this library are anchor-free.
@@ -132,17 +133,16 @@ class AnchorDetect(nn.Module):
         class_tower: int | None = None,
         box_groups: int | None = None,
     ) -> None:
-        super().__init__()
-        if num_classes < 1:
-            raise ValueError(f"num_classes must be at least 1, got {num_classes}")
+        super().__init__(num_classes)
         if class_tower is not None or box_groups is not None:
             raise ValueError("an anchor-based head has no class tower and no box groups; leave these options out")
         self.anchors = _checked_anchors(anchors)
-        self.num_classes = num_classes
-        self.class_tower = None
-        self.box_groups = None
-        self.strides = STRIDES
         self.m = nn.ModuleList(nn.Conv2d(c, ANCHORS_PER_LEVEL * (5 + num_classes), 1) for c in channels)
+
+    @classmethod
+    def read_options(cls, shapes: Shapes, prefix: str) -> HeadOptions | None:
+        outputs = shapes.get(f"{prefix}m.0.weight")
+        return HeadOptions(max(outputs[0] // ANCHORS_PER_LEVEL - 5, 1), None, None) if outputs else None
 
     def forward(self, features: Sequence[Tensor]) -> DetectionOutput:
         """Raw maps [B, 3·(5 + nc), H/s, W/s], anchor-major."""

@@ -30,4 +30,5 @@ def run(arguments: argparse.Namespace) -> int:
         raise UserError("kernels: TRITON_INTERPRET=1 interprets kernels instead of compiling them; unset it")
     from yolov9_fast.kernels import aot
 
-    return aot.run(arguments)
+    code: int = aot.run(arguments)
+    return code

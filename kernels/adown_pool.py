@@ -8,8 +8,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from yolov9_fast.kernels.batch_norm import strides
-from yolov9_fast.kernels.launch import View, as_stored, dense_like, kernel, views
+from yolov9_fast.kernels.launch import View, as_stored, data_of, dense_like, kernel, strides_of, views
 from yolov9_fast.kernels.spatial import at, dense, spatial, tile_of_batch, within
 
 
@@ -193,7 +192,7 @@ def adown_pool_backward(d_first: Tensor | None, d_second: Tensor | None, x: Tens
         grid, vector, constants = spatial(target, (n, size[0], h, w), gradient)
         extent = (n, h, w, target.channels // vector)
         adown_average_gradient_kernel(
-            grid, gradient.data, target.data, *strides(vector, gradient, target), *extent, **constants
+            grid, gradient.data, target.data, *strides_of(vector, gradient, target), *extent, **constants
         )
     if split and d_second is None:
         halves[1].zero_()
@@ -204,7 +203,7 @@ def adown_pool_backward(d_first: Tensor | None, d_second: Tensor | None, x: Tens
         grid, vector, constants = spatial(target, (n, size[1], h, w), gradient)
         parts = (places, gradient, target)
         extent = (n, h, w, target.channels // vector)
-        adown_max_gradient_kernel(grid, *(part.data for part in parts), *strides(vector, *parts), *extent, **constants)
+        adown_max_gradient_kernel(grid, *data_of(*parts), *strides_of(vector, *parts), *extent, **constants)
     return dx.data
 
 
@@ -213,7 +212,7 @@ def _average(source: View) -> View:
     out = dense(source, h - 1, w - 1)
     grid, vector, constants = spatial(source, (n, c, h - 1, w - 1), out)
     extent = (n, h, w, c // vector)
-    adown_average_kernel(grid, source.data, out.data, *strides(vector, source, out), *extent, **constants)
+    adown_average_kernel(grid, source.data, out.data, *strides_of(vector, source, out), *extent, **constants)
     return out
 
 
@@ -221,5 +220,5 @@ def _maximum(source: View, like: View, out: View | None, places: View | None) ->
     n, c, h, w = source.data.shape
     grid, vector, constants = spatial(source, like.data.shape, out)
     extent = (n, h, w, c // vector)
-    targets = (view.data if view else None for view in (out, places))
-    adown_max_kernel(grid, source.data, *targets, *strides(vector, source, like), *extent, **constants)
+    targets = data_of(out, places)
+    adown_max_kernel(grid, source.data, *targets, *strides_of(vector, source, like), *extent, **constants)

@@ -44,12 +44,12 @@ class Build:
     def must_be_wide(self) -> bool:
         """Whether 16-byte accesses are expected: a streaming kernel where addresses and strides allow them.
 
-        Not of the one-launch kernels on planes: their rows run through all images, and the division that finds a row's
-        image hides from the compiler that pixels lie side by side.
+        Not of the single-pass kernels on contiguous maps: their rows run through all images, and the division that
+        finds a row's image hides from the compiler that pixels are contiguous.
         """
         constants = dict(self.launch.constants)
-        side_by_side = constants.get("LAST") or "_whole_" not in self.launch.kernel
-        return kernels[self.launch.kernel].streams and constants.get("VEC", 1) > 1 and bool(side_by_side)
+        visible = constants.get("LAST") or "_single_pass_" not in self.launch.kernel
+        return kernels[self.launch.kernel].streams and constants.get("VEC", 1) > 1 and bool(visible)
 
     def faults(self) -> list[str]:
         found = []

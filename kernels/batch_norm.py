@@ -4,7 +4,6 @@ Stage one leaves for each block of pixels the mean and M2 = Σ (x − mean)² of
 update, lanes joined by Chan's formula; stage two joins the blocks by the same formula. No E[x²] − E[x]² anywhere.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,21 +18,15 @@ from yolov9_fast.kernels.launch import (
     as_stored,
     kernel,
     origin,
-    parameters,
+    strides_of,
     tile_offsets,
+    vector_in_float,
     vector_of,
     views,
 )
 
 PROGRAMS = 1024
 """Programs of a first stage: about eight for each of 132 multiprocessors; fixed: every GPU gives the same bits."""
-WHOLE_VALUES, WHOLE_VALUES_APART, WHOLE_WARPS = 32, 16, 16
-"""What a thread of the one-launch form holds of all tensors, in float32, and the most warps of its program.
-
-16 warps leave 128 registers a thread. 32 of them are the values, as many again what is computed from them while those
-are still needed (deviations, exponentials, the residual), the rest addresses, one of 64 bits and a mask per 16-byte
-access, and the vectors of the channels. 64 values a thread spill in most variants. Where no 16-byte access is possible
-every value has an address of its own: two registers more for each, so half as many."""
 FINISH_BLOCKS, FINISH_CHANNELS = 64, 16
 
 
@@ -48,9 +41,7 @@ class Plan:
     columns: int
 
     def constants(self, view: View, vector: int) -> dict[str, Any]:
-        shape = self.shape
-        blocks = {"BLOCK_P": shape.pixels, "BLOCK_C": shape.channels}
-        return {"LAST": view.last, "VEC": vector, "warps": shape.warps} | blocks
+        return constants(view, vector, self.shape)
 
 
 @dataclass(frozen=True)
@@ -63,29 +54,22 @@ class Norm:
     mean: Tensor
     rstd: Tensor
 
-    @property
-    def vectors(self) -> tuple[Tensor | None, ...]:
-        return self.weight, self.bias, self.mean, self.rstd
+
+def vectors_of(*norms: Norm | None) -> list[Tensor | None]:
+    """Weight, bias, mean and rstd of each, None for those of an absent one."""
+    vectors: list[Tensor | None] = []
+    for norm in norms:
+        vectors += (norm.weight, norm.bias, norm.mean, norm.rstd) if norm else (None,) * 4
+    return vectors
 
 
 def given(x: View, weight: Tensor | None, bias: Tensor | None, mean: Tensor, rstd: Tensor) -> Norm:
     """`Norm` with all vectors as the kernels read them."""
-    return Norm(x, *affine(weight, bias, x.channels, x.data.device), *parameters(mean, rstd))
-
-
-def forward_views(inputs: Sequence[Tensor], residual: Tensor | None, out: Tensor) -> list[Any]:
-    """Views of the inputs, of the residual (or None) and of the output, in one layout."""
-    seen: list[Any] = views(*inputs, *([] if residual is None else [residual]), written=[out])
-    return seen if residual is not None else [*seen[:-1], None, seen[-1]]
+    return Norm(x, *affine(weight, bias, x), vector_in_float(mean), vector_in_float(rstd))
 
 
 def channel_vectors(x: View, count: int) -> list[Tensor]:
     return [torch.empty(x.channels, dtype=torch.float32, device=x.data.device) for _ in range(count)]
-
-
-def strides(vector: int, *all_views: View | None) -> list[int]:
-    """Image stride and stride of each view in units of `vector`, 0 for a view left out."""
-    return [s // vector for view in all_views for s in ((view.image_stride, view.stride) if view else (0, 0))]
 
 
 def extent(view: View, vector: int) -> tuple[int, int]:
@@ -112,29 +96,36 @@ def per_tile(name: str, view: View, vector: int) -> tuple[Plan, tuple[int, int]]
     return Plan(shape, blocks, 1, view.images * blocks, columns), (view.images * blocks, columns)
 
 
-def whole_tile(view: View, vector: int, tensors: int) -> Tile | None:
-    """The tile of a program that holds all rows of `tensors` tensors like `view`; None if they are too many."""
-    rows = view.images * view.pixels
-    channels = 16 // view.data.element_size()
-    held = max(triton.next_power_of_2(rows), 256)
-    values = WHOLE_VALUES if vector > 1 else WHOLE_VALUES_APART
-    warps = max(4, triton.next_power_of_2(triton.cdiv(held * channels * tensors, 32 * values)))
-    return Tile(held, channels, warps) if rows > 0 and warps <= WHOLE_WARPS else None
-
-
-def whole_constants(view: View, vector: int, shape: Tile) -> dict[str, Any]:
-    """Constants of a one-launch kernel."""
+def constants(view: View, vector: int, shape: Tile) -> dict[str, Any]:
+    """Warps and compile-time constants of a launch on tiles of this shape."""
     blocks = {"BLOCK_P": shape.pixels, "BLOCK_C": shape.channels}
     return {"LAST": view.last, "VEC": vector, "warps": shape.warps} | blocks
 
 
 @triton.jit
 def load_channel(ptr, c, inside, absent: tl.constexpr):
-    """A per-channel vector as [1, C], or the value that stands for a vector left out."""
+    """A per-channel vector as [1, C] in float32; the constant `absent` where there is none."""
     if ptr is None:
         return absent
     else:
         return tl.load(ptr + c, mask=inside, other=0.0).to(tl.float32)[None, :]
+
+
+@triton.jit
+def load_norm(mean_ptr, rstd_ptr, weight_ptr, c, inside):
+    """Mean, rstd and weight of channels c as [1, C]; the weight is 1 where there is none."""
+    mean = load_channel(mean_ptr, c, inside, 0.0)
+    rstd = load_channel(rstd_ptr, c, inside, 1.0)
+    return mean, rstd, load_channel(weight_ptr, c, inside, 1.0)
+
+
+@triton.jit
+def load_bias(bias1_ptr, bias2_ptr, c, inside):
+    """The sum of both biases as [1, C], 0 for an absent one."""
+    bias = load_channel(bias1_ptr, c, inside, 0.0)
+    if bias2_ptr is not None:  # not `+ 0.0` where it is absent: the compiler must keep that addition
+        bias += load_channel(bias2_ptr, c, inside, 0.0)
+    return bias
 
 
 @triton.jit
@@ -146,26 +137,6 @@ def silu_of(y):
 def silu_gradient(dz, y):
     s = 1.0 / (1.0 + tl.exp(-y))
     return dz * s * (1.0 + y * (1.0 - s))
-
-
-@triton.jit
-def whole_offsets(rows, c, pixels, image_stride, stride, LAST: tl.constexpr):
-    """Offsets of all rows of a small tensor (row = pixel of the batch) × channels c."""
-    if LAST:
-        return rows[:, None].to(tl.int64) * stride + c[None, :]
-    else:
-        image = (rows // pixels).to(tl.int64)
-        return (image * image_stride + rows % pixels)[:, None] + c[None, :].to(tl.int64) * stride
-
-
-@triton.jit
-def whole_statistics(x, valid, count):
-    """Mean and M2 of each column of a tile that holds all rows."""
-    mean = tl.sum(x.to(tl.float32), axis=0) / count
-    off = tl.where(valid, x.to(tl.float32) - mean[None, :], 0.0)
-    # The mean of the deviations is the rounding error of the mean itself; put right, it costs no read.
-    error = tl.sum(off, axis=0) / count
-    return mean + error, tl.sum(off * off, axis=0) - count * error * error
 
 
 # Reads x once; writes 8 bytes per channel and block of pixels. Grid: blocks of pixels × blocks of channels.
@@ -262,13 +233,13 @@ def bn_finish_kernel(
         m2 = tl.load(m2_ptr + place, mask=valid, other=0.0)
         acc += tl.where(valid, m2 + n * off * off, 0.0)
     m2 = tl.sum(acc, axis=0)
-    keep_statistics(
+    store_statistics(
         mean, m2, count, c, channels, mean_ptr, spread_ptr, running_mean_ptr, running_var_ptr, momentum, eps, RSTD
     )
 
 
 @triton.jit
-def keep_statistics(
+def store_statistics(
     mean,
     m2,
     count,
@@ -363,7 +334,7 @@ def statistics(
         (shared.partials, shared.columns),
         x.data,
         workspace,
-        *strides(vector, x),
+        *strides_of(vector, x),
         *extent(x, vector),
         shared.blocks,
         shared.tiles,

@@ -9,8 +9,7 @@ from collections.abc import Sequence
 import triton
 import triton.language as tl
 from torch import Tensor
-from yolov9_fast.kernels.batch_norm import strides
-from yolov9_fast.kernels.launch import as_stored, dense_like, kernel, views
+from yolov9_fast.kernels.launch import as_stored, data_of, dense_like, kernel, strides_of, views
 from yolov9_fast.kernels.spatial import at, dense, spatial, tile_of_batch
 
 MOST = 5
@@ -228,14 +227,14 @@ def cbfuse_forward(inputs: Sequence[Tensor], target: Tensor) -> Tensor:
     sizes: list[float] = []
     for view in slots:
         h, w = view.data.shape[2:] if view else (1, 1)
-        sizes += [h, w, h / height, w / width, *strides(vector, view)]
+        sizes += [h, w, h / height, w / width, *strides_of(vector, view)]
     cbfuse_kernel(
         grid,
-        *(view.data if view else None for view in slots),
+        *data_of(*slots),
         last.data,
         out.data,
         *sizes,
-        *strides(vector, last, out),
+        *strides_of(vector, last, out),
         n,
         height,
         width,
@@ -259,7 +258,7 @@ def cbfuse_backward(dz: Tensor, heights: Sequence[int], widths: Sequence[int]) -
             dx.data,
             h / height,
             w / width,
-            *strides(vector, gradient, dx),
+            *strides_of(vector, gradient, dx),
             height // h + 3,
             width // w + 3,
             n,

@@ -12,9 +12,20 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from yolov9_fast.kernels.batch_norm import column_sums, strides
+from yolov9_fast.kernels.batch_norm import column_sums
 from yolov9_fast.kernels.config import Product, product
-from yolov9_fast.kernels.launch import View, as_stored, dense_like, dot, kernel, origin, tile_offsets, views
+from yolov9_fast.kernels.launch import (
+    View,
+    as_stored,
+    data_of,
+    dense_like,
+    dot,
+    kernel,
+    origin,
+    strides_of,
+    tile_offsets,
+    views,
+)
 
 MOST = 4
 """Maps read or written by one launch; CSP-ELAN has at most four. Of more, the last ones are copied together."""
@@ -355,11 +366,11 @@ def conv1x1_forward(inputs: Sequence[Tensor], weight: Tensor, bias: Tensor | Non
     slots: list[View | None] = [*sources, *[None] * MOST][:MOST]
     conv1x1_kernel(
         (target.images * tiles * triton.cdiv(target.channels, block.outputs),),
-        *(view.data if view else None for view in slots),
+        *data_of(*slots),
         matrix,
         bias,
         target.data,
-        *strides(vector, *slots, target),
+        *strides_of(vector, *slots, target),
         *(view.channels // vector if view else 0 for view in slots),
         target.channels // vector,
         _row_stride(matrix, row_major) // vector,
@@ -387,7 +398,7 @@ def conv1x1_input_grad(dy: Tensor, weight: Tensor, channels: Sequence[int]) -> l
         gradient.data,
         matrix,
         *slots,
-        *strides(vector, gradient),
+        *strides_of(vector, gradient),
         *[count // vector for count in [*merged, *[0] * MOST][:MOST]],
         gradient.channels // vector,
         _row_stride(matrix, row_major) // vector,
@@ -428,7 +439,7 @@ def conv1x1_weight_grad(dy: Tensor, inputs: Sequence[Tensor]) -> Tensor:
             gradient.data,
             source.data,
             partial,
-            *strides(vector, gradient, source),
+            *strides_of(vector, gradient, source),
             outputs // vector,
             source.channels // vector,
             column // vector,

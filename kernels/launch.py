@@ -1,11 +1,11 @@
-"""How the kernels are launched: tensors seen as pixels × channels, what is constant in a kernel, a record of launches.
+"""What all kernels share: views of maps as pixels × channels, the launch itself, a record of launches, offsets.
 
-A tensor [N, C, H, W] is seen as images × pixels × channels: channels_last (and channel slices of it) as one image of
-N·H·W pixels with channels side by side; planes (contiguous, and channel slices of it) as N images with pixels side by
-side. One kernel serves both; the compile-time constant LAST says which.
+A map [N, C, H, W] is read as images × pixels × channels: a channels_last one (or a channel slice of it) as one image of
+N·H·W pixels whose channels are contiguous; a contiguous one (or a channel slice of it) as N images of H·W contiguous
+pixels per channel. One kernel serves both; the compile-time constant LAST says which.
 
-Strides and the extent of the contiguous axis are passed in units of VEC elements (16 bytes where everything allows it,
-else 1) and multiplied in the kernel: so the compiler knows the alignment without one variant per size, and no integer
+Strides and the extent of the contiguous axis are passed in units of VEC elements (16 bytes where all tensors allow it,
+else 1) and multiplied in the kernel: the compiler knows the alignment without one variant per size, and no integer
 argument is specialised.
 """
 
@@ -14,12 +14,24 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from yolov9_fast._layout import image_stride, row_stride
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+if TYPE_CHECKING:
+
+    def jit(function: _Function) -> _Function:
+        """`triton.jit` with a type: triton has none, and an untyped decorator would make its function untyped."""
+        return function
+
+else:
+    jit = triton.jit
 
 _TYPE_NAMES = {
     torch.float32: "fp32",
@@ -31,12 +43,12 @@ _TYPE_NAMES = {
     torch.bool: "i1",
 }
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
-"""Whether the kernels of this process run on the CPU, in Python; fixed by the environment when triton is imported."""
+"""Whether this process interprets the kernels on the CPU; fixed by the environment when triton is imported."""
 
 
 @dataclass(frozen=True)
 class Launch:
-    """One compiled form of a kernel: what `triton.compile` needs. Equal launches share their machine code."""
+    """One variant of a kernel: what `triton.compile` needs. Equal launches share their machine code."""
 
     kernel: str
     signature: tuple[tuple[str, str], ...]
@@ -55,7 +67,7 @@ kernels: dict[str, "Kernel"] = {}
 
 @contextmanager
 def recording(capability: int) -> Iterator[list[Launch]]:
-    """Within the block launches are noted as for a GPU of this compute capability (90 = 9.0), and nothing runs.
+    """Within the block launches are recorded as for a GPU of this compute capability (90 = 9.0), and nothing runs.
 
     Launchers then take meta tensors too.
     """
@@ -79,22 +91,27 @@ def capability_of(device: torch.device) -> int | None:
 
 
 class Kernel:
-    """A Triton function whose pointers are named `…_ptr`, and which specialises nothing but its constants.
+    """A Triton function whose pointers are named `…_ptr` and of which only constants and None are specialised.
 
-    `streams`: its time is that of moving whole tensors, so that 16-byte accesses are expected of it.
-    `roomy`: a thread of up to so many warps may take all registers. Left alone ptxas aims at as many threads on a
-    multiprocessor as it thinks best, and spills to get there: in some variants of these kernels, and where VEC is 1.
+    An argument that is None, a pointer or its strides, is a constant: `if x2_ptr is not None` costs nothing.
+
+    Args:
+        function: its body; several kernels may share one, such as one per number of inputs.
+        name: of the kernel in tuning records, tables and profiles.
+        streams: whether it mostly moves whole tensors, so that 16-byte accesses are expected of it.
+        roomy: up to how many warps a thread may take all registers. Otherwise ptxas aims at as many threads on a
+            multiprocessor as it thinks best, and in some variants spills for it. So it is too where VEC is 1.
     """
 
-    def __init__(self, function: Callable[..., Any], streams: bool, roomy: int) -> None:
+    def __init__(self, function: Callable[..., Any], name: str, streams: bool, roomy: int) -> None:
         parameters = inspect.signature(function).parameters
-        self.name = function.__name__
+        self.name = name
         self.streams = streams
         self.roomy = roomy
         self.constants = [name for name, p in parameters.items() if p.annotation is tl.constexpr]
         self.arguments = [name for name in parameters if name not in self.constants]
         unspecialised = [name for name in self.arguments if not name.endswith("_ptr")]
-        self.function = triton.jit(function, do_not_specialize=unspecialised)
+        self.function = triton.jit(function, do_not_specialize=unspecialised, repr=lambda _: self.name)
         kernels[self.name] = self
 
     def __call__(self, grid: Sequence[int], *arguments: Any, warps: int, stages: int = 1, **constants: Any) -> None:
@@ -113,8 +130,8 @@ class Kernel:
             self.function[tuple(grid)](*arguments, **constants)
         else:
             raise RuntimeError(
-                f"{self.name}: Triton kernels take CUDA tensors, or CPU tensors when TRITON_INTERPRET=1 is set "
-                f"before triton is imported; got a tensor on {device.type}"
+                f"{self.name}: expected CUDA tensors, or CPU tensors with TRITON_INTERPRET=1 set before triton is "
+                f"imported, got a tensor on {device.type}"
             )
 
     def registers(self, warps: int, constants: dict[str, Any]) -> int | None:
@@ -147,8 +164,8 @@ class Kernel:
 
 
 def kernel(streams: bool = True, roomy: int = 0) -> Callable[[Callable[..., Any]], Kernel]:
-    """Decorator: make a function a `Kernel`; it is then in the list that ahead-of-time builds go through."""
-    return lambda function: Kernel(function, streams, roomy)
+    """Decorator: make a function a `Kernel` of its name, which ahead-of-time builds then include."""
+    return lambda function: Kernel(function, function.__name__, streams, roomy)
 
 
 def address(x: Tensor) -> int:
@@ -158,10 +175,10 @@ def address(x: Tensor) -> int:
 
 @dataclass(frozen=True)
 class View:
-    """A tensor [N, C, H, W] as images × pixels × channels; strides in elements.
+    """A map [N, C, H, W] as images × pixels × channels; strides in elements.
 
-    `last`: channels are side by side and `stride` goes from pixel to pixel (then images is 1: pixels run through the
-    batch). Otherwise pixels are side by side and `stride` goes from channel to channel.
+    `last`: channels are contiguous, `stride` is that of pixels, and images is 1: pixels run through the batch.
+    Otherwise the pixels of an image are contiguous and `stride` is that of channels.
     """
 
     data: Tensor
@@ -180,74 +197,48 @@ class View:
         return size if fits and address(self.data) % 16 == 0 else 1
 
 
-def pixel_view(x: Tensor) -> View | None:
-    """`x` with channels side by side and one stride for all pixels, None where it does not lie so."""
+def view_of(x: Tensor, last: bool) -> View | None:
+    """`x` as a channels_last (`last`) or contiguous map or a channel slice of such a map; None where it is neither."""
     n, c, h, w = x.shape
-    stride_n, stride_c, stride_h, stride_w = x.stride()
-    if c > 1 and stride_c != 1:
+    stride = row_stride(x) if last else image_stride(x)
+    if stride is None:
         return None
-    steps = [
-        (size, stride, pixels) for size, stride, pixels in ((w, stride_w, 1), (h, stride_h, w), (n, stride_n, h * w))
-    ]
-    steps = [step for step in steps if step[0] > 1]
-    if not steps:
-        return View(x, True, 1, n * h * w, c, 0, max(c, 1))
-    stride = steps[0][1] // steps[0][2]
-    if stride < c or any(step != stride * pixels for _, step, pixels in steps):
-        return None
-    return View(x, True, 1, n * h * w, c, 0, stride)
-
-
-def plane_view(x: Tensor) -> View | None:
-    """`x` with dense planes [H, W], None where it does not lie so."""
-    n, c, h, w = x.shape
-    stride_n, stride_c, stride_h, stride_w = x.stride()
-    if (w > 1 and stride_w != 1) or (h > 1 and stride_h != w):
-        return None
-    if c == 1:
-        stride_c = h * w
-    if n == 1:
-        stride_n = c * stride_c
-    if stride_c < h * w or stride_n < h * w:  # expanded tensors share memory between channels or images
-        return None
-    return View(x, False, n, h * w, c, stride_n, stride_c)
+    return View(x, True, 1, n * h * w, c, 0, stride) if last else View(x, False, n, h * w, c, stride, h * w)
 
 
 def views(*tensors: Tensor, written: Sequence[Tensor] = ()) -> list[View]:
-    """Views of all `tensors` and then all `written`, in one layout: the first that the first tensor and `written` have.
+    """Views of all `tensors`, then of all `written`, in one layout: that of the first tensor where `written` allow it.
 
-    Tensors that lie otherwise are copied into it. `written` ones cannot be: `ValueError` names shape and strides.
+    Of `tensors` those in another layout are copied. Raises `TypeError` for other dtypes than float32, bfloat16 and
+    float16, and `ValueError` where `written` have no layout in common.
     """
     for tensor in (*tensors, *written):
         if tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-            raise TypeError(f"the Triton kernels take float32, bfloat16 and float16, got {tensor.dtype}")
-    candidates = [view for view in (pixel_view, plane_view) if all(view(tensor) for tensor in written)]
-    if not candidates:
+            raise TypeError(f"dtype: expected float32, bfloat16 or float16, got {tensor.dtype}")
+    possible = [last for last in (True, False) if all(view_of(tensor, last) for tensor in written)]
+    if not possible:
         got = ", ".join(f"{list(tensor.shape)} with strides {list(tensor.stride())}" for tensor in written)
-        raise ValueError(f"outputs must be channels_last, contiguous, or slices of channels of such tensors, got {got}")
-    view = next((view for view in candidates if view(tensors[0])), candidates[0])
-    return [view(tensor) or _copied(tensor, view) for tensor in (*tensors, *written)]
+        raise ValueError(f"out: expected channels_last, contiguous, or channel slices of such tensors, got {got}")
+    last = next((last for last in possible if view_of(tensors[0], last)), possible[0])
+    return [view_of(tensor, last) or _copied(tensor, last) for tensor in (*tensors, *written)]
 
 
-def _copied(tensor: Tensor, view: Callable[[Tensor], View | None]) -> View:
-    layout = torch.channels_last if view is pixel_view else torch.contiguous_format
-    copy = torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device, memory_format=layout).copy_(tensor)
-    found = view(copy)
+def _copied(tensor: Tensor, last: bool) -> View:
+    copy = _new(tensor.shape, last, tensor)
+    copy.data.copy_(tensor)
+    return copy
+
+
+def _new(shape: Sequence[int], last: bool, like: Tensor, dtype: torch.dtype | None = None) -> View:
+    layout = torch.channels_last if last else torch.contiguous_format
+    found = view_of(torch.empty(shape, dtype=dtype or like.dtype, device=like.device, memory_format=layout), last)
     assert found is not None
     return found
 
 
 def dense_like(view: View, shape: Sequence[int] | None = None, dtype: torch.dtype | None = None) -> View:
     """A view of an uninitialised dense tensor in the layout of `view`."""
-    data = torch.empty(
-        tuple(shape if shape is not None else view.data.shape),
-        dtype=dtype or view.data.dtype,
-        device=view.data.device,
-        memory_format=torch.channels_last if view.last else torch.contiguous_format,
-    )
-    found = (pixel_view if view.last else plane_view)(data)
-    assert found is not None
-    return found
+    return _new(view.data.shape if shape is None else shape, view.last, view.data, dtype)
 
 
 def vector_of(*all_views: View | None) -> int:
@@ -255,27 +246,35 @@ def vector_of(*all_views: View | None) -> int:
     return min(view.vector() for view in all_views if view is not None)
 
 
-def parameters(*tensors: Tensor | None) -> list[Tensor | None]:
-    """Per-channel vectors as the kernels read them: dense float32."""
-    return [None if tensor is None else tensor.detach().float().contiguous() for tensor in tensors]
+def data_of(*all_views: View | None) -> list[Tensor | None]:
+    return [None if view is None else view.data for view in all_views]
 
 
-def affine(weight: Tensor | None, bias: Tensor | None, channels: int, device: torch.device) -> list[Tensor | None]:
+def strides_of(vector: int, *all_views: View | None) -> list[int | None]:
+    """Image stride and stride of each view in units of `vector`, None for an absent view."""
+    pairs = [(None, None) if view is None else (view.image_stride, view.stride) for view in all_views]
+    return [None if stride is None else stride // vector for pair in pairs for stride in pair]
+
+
+def vector_in_float(x: Tensor) -> Tensor:
+    """A per-channel vector as the kernels read it: contiguous float32."""
+    return x.detach().float().contiguous()
+
+
+def affine(weight: Tensor | None, bias: Tensor | None, like: View) -> tuple[Tensor | None, Tensor | None]:
     """Weight and bias as float32, both or neither: kernels have one variant with and one without them."""
     if weight is None and bias is None:
-        return [None, None]
-    if weight is None:
-        weight = torch.ones(channels, device=device)
-    if bias is None:
-        bias = torch.zeros(channels, device=device)
-    return parameters(weight, bias)
+        return None, None
+    weight = torch.ones(like.channels, device=like.data.device) if weight is None else vector_in_float(weight)
+    bias = torch.zeros(like.channels, device=like.data.device) if bias is None else vector_in_float(bias)
+    return weight, bias
 
 
 _INTERPRETED = tl.constexpr(INTERPRETED)
 
 
-@triton.jit
-def as_stored(value, ptr):
+@jit
+def as_stored(value: tl.tensor, ptr: tl.tensor) -> tl.tensor:
     """A float32 `value` in the dtype that `ptr` points to, rounded to the nearest even."""
     if _INTERPRETED:
         # Triton 3.7's interpreter truncates to bfloat16; a GPU rounds.
@@ -286,8 +285,8 @@ def as_stored(value, ptr):
     return value.to(ptr.dtype.element_ty)
 
 
-@triton.jit
-def dot(a, b, acc, PRECISION: tl.constexpr):
+@jit
+def dot(a: tl.tensor, b: tl.tensor, acc: tl.tensor, PRECISION: tl.constexpr) -> tl.tensor:
     """acc + a · b, summed in float32."""
     if _INTERPRETED:
         # Triton 3.7's interpreter multiplies the bits of bfloat16, not their values.
@@ -296,8 +295,8 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
     return tl.dot(a, b, acc, input_precision=PRECISION)
 
 
-@triton.jit
-def tile_offsets(pixels, channels, stride, LAST: tl.constexpr):
+@jit
+def tile_offsets(pixels: tl.tensor, channels: tl.tensor, stride: tl.tensor, LAST: tl.constexpr) -> tl.tensor:
     """Offsets [pixels, channels] within one image; both vectors count from the tile's origin."""
     if LAST:
         return pixels[:, None] * stride + channels[None, :]
@@ -305,27 +304,17 @@ def tile_offsets(pixels, channels, stride, LAST: tl.constexpr):
         return pixels[:, None] + channels[None, :] * stride
 
 
-@triton.jit
-def origin(image, pixel, channel, image_stride, stride, LAST: tl.constexpr):
+@jit
+def origin(
+    image: tl.tensor,
+    pixel: tl.tensor,
+    channel: tl.tensor,
+    image_stride: tl.tensor,
+    stride: tl.tensor,
+    LAST: tl.constexpr,
+) -> tl.tensor:
     """64-bit offset of a tile's origin: tensors exceed 2^31 elements, tiles do not."""
     if LAST:
         return pixel.to(tl.int64) * stride + channel
     else:
         return image.to(tl.int64) * image_stride + channel.to(tl.int64) * stride + pixel
-
-
-@triton.jit
-def pixel_offsets(n, y, x, height, width, image_stride, stride, LAST: tl.constexpr):
-    """64-bit offsets of pixels (vectors n, y, x) in a tensor of height × width pixels."""
-    if LAST:
-        return ((n * height + y) * width + x).to(tl.int64) * stride
-    else:
-        return n.to(tl.int64) * image_stride + (y * width + x)
-
-
-@triton.jit
-def channel_offsets(channels, stride, LAST: tl.constexpr):
-    if LAST:
-        return channels
-    else:
-        return channels.to(tl.int64) * stride

@@ -8,8 +8,7 @@ pass per pool notes its place (a byte), one gathers, for each pixel, from the 25
 import torch
 import triton.language as tl
 from torch import Tensor
-from yolov9_fast.kernels.batch_norm import strides
-from yolov9_fast.kernels.launch import View, as_stored, kernel, views
+from yolov9_fast.kernels.launch import View, as_stored, data_of, kernel, strides_of, views
 from yolov9_fast.kernels.spatial import at, dense, larger, spatial, tile_of_batch, within
 
 
@@ -198,11 +197,11 @@ def spp_forward(x: Tensor, y1: Tensor, y2: Tensor, y3: Tensor) -> None:
     rows = [dense(source, h, w) for _ in range(3)]
     grid, vector, constants = spatial(source, x.shape, *rows, *targets)
     size = (n, h, w, source.channels // vector)
-    spp_rows_kernel(grid, source.data, *(r.data for r in rows), *strides(vector, source, rows[0]), *size, **constants)
+    spp_rows_kernel(grid, source.data, *data_of(*rows), *strides_of(vector, source, rows[0]), *size, **constants)
     spp_columns_kernel(
         grid,
-        *(view.data for view in (*rows, *targets)),
-        *strides(vector, rows[0], *targets),
+        *data_of(*rows, *targets),
+        *strides_of(vector, rows[0], *targets),
         *size,
         **constants,
     )
@@ -226,6 +225,6 @@ def _unpool(pooled: View, gradient: View, own: View, target: View) -> None:
     places = dense(pooled, h, w, torch.uint8)
     grid, vector, constants = spatial(pooled, pooled.data.shape, gradient, own, target)
     size = (n, h, w, pooled.channels // vector)
-    spp_places_kernel(grid, pooled.data, places.data, *strides(vector, pooled, places), *size, **constants)
+    spp_places_kernel(grid, pooled.data, places.data, *strides_of(vector, pooled, places), *size, **constants)
     parts = (places, gradient, own, target)
-    spp_gather_kernel(grid, *(part.data for part in parts), *strides(vector, *parts), *size, **constants)
+    spp_gather_kernel(grid, *data_of(*parts), *strides_of(vector, *parts), *size, **constants)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 def layout_of(x: Tensor) -> str | None:
     """The layout of `x` [B, C, H, W]: "channels_last", "contiguous", or None for any other."""
-    channels_last, contiguous = row_stride(x) is not None, _in_planes(x)
+    channels_last, contiguous = row_stride(x) is not None, image_stride(x) is not None
     if channels_last and contiguous:
         # C = 1 or one pixel: both hold; the strides of the sides of length 1 tell how the tensor was made.
         return "channels_last" if x.shape[1] > 1 and x.stride(1) == 1 and x.stride(3) != 1 else "contiguous"
@@ -44,15 +44,19 @@ def row_stride(x: Tensor) -> int | None:
     return row if fits and (batch == 1 or x.stride(0) == row * width * height) else None
 
 
-def _in_planes(x: Tensor) -> bool:
+def image_stride(x: Tensor) -> int | None:
+    """Elements from one image to the next where `x` [B, C, H, W] is contiguous or a channel slice of such; else None."""
     batch, channels, height, width = x.shape
     pixels = height * width
-    return (
+    if x.numel() == 0:
+        return channels * pixels
+    dense = (
         (width == 1 or x.stride(3) == 1)
         and (height == 1 or x.stride(2) == width)
         and (channels == 1 or x.stride(1) == pixels)
-        and (batch == 1 or x.stride(0) >= pixels * channels)
     )
+    image = x.stride(0) if batch > 1 else pixels * channels
+    return image if dense and image >= pixels * channels else None
 
 
 def in_layout_of(
@@ -65,12 +69,8 @@ def in_layout_of(
     layout = layout_of(like)
     if memory_format is None or layout is not None:
         memory_format = torch.channels_last if layout == "channels_last" else torch.contiguous_format
-    fits = _fits_rows if memory_format == torch.channels_last else _in_planes
-    return [x if fits(x) else x.contiguous(memory_format=memory_format) for x in maps]
-
-
-def _fits_rows(x: Tensor) -> bool:
-    return row_stride(x) is not None
+    stride = row_stride if memory_format == torch.channels_last else image_stride
+    return [x if stride(x) is not None else x.contiguous(memory_format=memory_format) for x in maps]
 
 
 def empty_map(like: Tensor, channels: int | None = None, size: tuple[int, int] | None = None) -> Tensor:

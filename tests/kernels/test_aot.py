@@ -31,7 +31,7 @@ for architecture in aot.ARCHITECTURES:
     for line in aot.table(aot.build(launch, architecture) for launch in chosen.values()):
         print(line)
 small = aot.launches(90, [(1, 64, 32, 32)], [torch.bfloat16], [torch.channels_last]).values()
-launch = next(one for one in small if one.kernel == "bn_silu_whole_kernel")
+launch = next(one for one in small if one.kernel == "bn_silu_single_pass_kernel")
 constants = tuple((dict(launch.constants) | {"BLOCK_P": 8192}).items())
 print("TOO LARGE", *aot.table([aot.build(dataclasses.replace(launch, constants=constants), 90)]), sep="\\n")
 """
@@ -98,8 +98,8 @@ def test_the_one_launch_form_ends_where_its_rows_no_longer_fit_the_registers(
         bn_silu.bn_silu_forward(x, None, None, None, None, 0.03, 1e-3, None, out, True)
         split = len(seen)
         bn_silu.bn_silu_backward(dz, x, None, None, mean, rstd, True)
-    assert ("bn_silu_whole_kernel" in {launch.kernel for launch in seen[:split]}) == forward
-    assert ("bn_silu_whole_backward_kernel" in {launch.kernel for launch in seen[split:]}) == backward
+    assert ("bn_silu_single_pass_kernel" in {launch.kernel for launch in seen[:split]}) == forward
+    assert ("bn_silu_single_pass_backward_kernel" in {launch.kernel for launch in seen[split:]}) == backward
     if not forward:
         assert {launch.kernel for launch in seen[:split]} >= {"bn_statistics_kernel", "bn_silu_apply_kernel"}
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from yolov9_fast.kernels import batch_norm, bn_silu, rep_bn_silu
+from yolov9_fast.kernels import batch_norm, bn_silu, bn_silu_single_pass, rep_bn_silu
 from yolov9_fast.kernels.config import Tile
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -20,11 +20,10 @@ LAYOUTS = (torch.channels_last, torch.contiguous_format)
 SHAPES = ((2, 24, 7, 5), (3, 5, 1, 3), (2, 16, 8, 8), (1, 1, 3, 2))
 
 
-@pytest.fixture(params=["tiled", "one launch"])
+@pytest.fixture(params=["tiled", "single pass"])
 def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     if request.param == "tiled":
-        for module in (bn_silu, rep_bn_silu):
-            monkeypatch.setattr(module, "whole_tile", lambda view, vector, tensors: None)
+        monkeypatch.setattr(bn_silu_single_pass, "tile_of", lambda view, vector, tensors: None)
     return str(request.param)
 
 
@@ -156,7 +155,7 @@ def test_an_empty_batch_has_zero_statistics() -> None:
 
 def test_what_cannot_be_written_is_refused() -> None:
     x = torch.zeros(2, 8, 4, 4, device=DEVICE)
-    with pytest.raises(ValueError, match="outputs must be channels_last, contiguous, or slices of channels"):
+    with pytest.raises(ValueError, match="out: expected channels_last, contiguous, or channel slices"):
         bn_silu.bn_silu_apply(
             x, None, None, x[0, :, 0, 0], x[0, :, 0, 0], None, torch.zeros(2, 8, 4, 8)[..., ::2], True
         )

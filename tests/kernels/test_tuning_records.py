@@ -12,7 +12,7 @@ import torch
 pytest.importorskip("triton")
 
 from yolov9_fast.kernels import config
-from yolov9_fast.kernels.launch import pixel_view, recording
+from yolov9_fast.kernels.launch import recording, view_of
 
 
 @pytest.fixture
@@ -26,7 +26,8 @@ def records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 def tile_of(channels: int) -> config.Tile:
-    view = pixel_view(torch.empty(2, channels, 4, 4, dtype=torch.bfloat16, memory_format=torch.channels_last))
+    x = torch.empty(2, channels, 4, 4, dtype=torch.bfloat16, memory_format=torch.channels_last)
+    view = view_of(x, last=True)
     assert view is not None
     with recording(90):
         return config.tile("bn_silu_apply_kernel", view, view.vector())

@@ -5,15 +5,27 @@ that of torch's two pools. Backward notes that place in a byte, then gathers for
 """
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
-from yolov9_fast.kernels.launch import View, as_stored, data_of, dense_like, kernel, strides_of, views
+from yolov9_fast.kernels.launch import View, as_stored, data_of, dense_like, jit, kernel, strides_of, views
 from yolov9_fast.kernels.spatial import at, dense, spatial, tile_of_batch, within
 
 
-@triton.jit
-def average_at(x_ptr, n, y, x, c, real, inside, height, width, image_stride, stride, LAST: tl.constexpr):
+@jit
+def average_at(
+    x_ptr: tl.tensor,
+    n: tl.tensor,
+    y: tl.tensor,
+    x: tl.tensor,
+    c: tl.tensor,
+    real: tl.tensor,
+    inside: tl.tensor,
+    height: tl.tensor,
+    width: tl.tensor,
+    image_stride: tl.tensor,
+    stride: tl.tensor,
+    LAST: tl.constexpr,
+) -> tl.tensor:
     """Mean of the 2×2 pixels from (y, x) on, rounded to the dtype of x, as float32; 0 under the mask."""
     sum = tl.zeros([y.shape[0], c.shape[0]], tl.float32)
     for k in tl.static_range(4):
@@ -25,21 +37,21 @@ def average_at(x_ptr, n, y, x, c, real, inside, height, width, image_stride, str
 # Reads x (4 neighbours), writes the average: 4 bytes an element of bf16. Grid: tiles of averages × blocks of channels.
 @kernel()
 def adown_average_kernel(
-    x_ptr,
-    out_ptr,
-    x_image,
-    x_stride,
-    out_image,
-    out_stride,
-    batch,
-    height,
-    width,
-    channels,
+    x_ptr: tl.tensor,
+    out_ptr: tl.tensor,
+    x_image: tl.tensor,
+    x_stride: tl.tensor,
+    out_image: tl.tensor,
+    out_stride: tl.tensor,
+    batch: tl.tensor,
+    height: tl.tensor,
+    width: tl.tensor,
+    channels: tl.tensor,
     LAST: tl.constexpr,
     VEC: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
-):
+) -> None:
     channels = channels * VEC
     n, y, x, c, real, inside = tile_of_batch(height - 1, width - 1, batch, channels, BLOCK_P, BLOCK_C)
     mean = average_at(x_ptr, n, y, x, c, real, inside, height, width, x_image * VEC, x_stride * VEC, LAST)
@@ -51,22 +63,22 @@ def adown_average_kernel(
 # element of bf16. Grid: tiles of results × blocks of channels.
 @kernel()
 def adown_max_kernel(
-    x_ptr,
-    out_ptr,
-    place_ptr,
-    x_image,
-    x_stride,
-    out_image,
-    out_stride,
-    batch,
-    height,
-    width,
-    channels,
+    x_ptr: tl.tensor,
+    out_ptr: tl.tensor,
+    place_ptr: tl.tensor,
+    x_image: tl.tensor,
+    x_stride: tl.tensor,
+    out_image: tl.tensor,
+    out_stride: tl.tensor,
+    batch: tl.tensor,
+    height: tl.tensor,
+    width: tl.tensor,
+    channels: tl.tensor,
     LAST: tl.constexpr,
     VEC: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
-):
+) -> None:
     channels = channels * VEC
     out_height = (height - 2) // 2 + 1
     out_width = (width - 2) // 2 + 1
@@ -94,21 +106,21 @@ def adown_max_kernel(
 # Reads the averages' gradient (4 neighbours), writes dx: 4 bytes an element of bf16. Grid: tiles of x × channels.
 @kernel()
 def adown_average_gradient_kernel(
-    dy_ptr,
-    dx_ptr,
-    dy_image,
-    dy_stride,
-    dx_image,
-    dx_stride,
-    batch,
-    height,
-    width,
-    channels,
+    dy_ptr: tl.tensor,
+    dx_ptr: tl.tensor,
+    dy_image: tl.tensor,
+    dy_stride: tl.tensor,
+    dx_image: tl.tensor,
+    dx_stride: tl.tensor,
+    batch: tl.tensor,
+    height: tl.tensor,
+    width: tl.tensor,
+    channels: tl.tensor,
     LAST: tl.constexpr,
     VEC: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
-):
+) -> None:
     channels = channels * VEC
     n, y, x, c, real, inside = tile_of_batch(height, width, batch, channels, BLOCK_P, BLOCK_C)
     sum = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
@@ -126,24 +138,24 @@ def adown_average_gradient_kernel(
 # Grid: tiles of x × blocks of channels.
 @kernel()
 def adown_max_gradient_kernel(
-    place_ptr,
-    dy_ptr,
-    dx_ptr,
-    place_image,
-    place_stride,
-    dy_image,
-    dy_stride,
-    dx_image,
-    dx_stride,
-    batch,
-    height,
-    width,
-    channels,
+    place_ptr: tl.tensor,
+    dy_ptr: tl.tensor,
+    dx_ptr: tl.tensor,
+    place_image: tl.tensor,
+    place_stride: tl.tensor,
+    dy_image: tl.tensor,
+    dy_stride: tl.tensor,
+    dx_image: tl.tensor,
+    dx_stride: tl.tensor,
+    batch: tl.tensor,
+    height: tl.tensor,
+    width: tl.tensor,
+    channels: tl.tensor,
     LAST: tl.constexpr,
     VEC: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
-):
+) -> None:
     channels = channels * VEC
     out_height = (height - 2) // 2 + 1
     out_width = (width - 2) // 2 + 1
@@ -172,7 +184,7 @@ def adown_pool_forward(x: Tensor, split: bool) -> tuple[Tensor, Tensor]:
     source = views(x)[0]
     if not split:
         return _average(source).data, x.new_empty((0,))
-    first, second = views(*source.data.split([channels // 2, channels - channels // 2], 1))
+    first, second = views(*torch.split(source.data, [channels // 2, channels - channels // 2], 1))
     pooled = dense(second, (h - 2) // 2 + 1, (w - 2) // 2 + 1)
     _maximum(second, pooled, pooled, None)
     return _average(first).data, pooled.data
@@ -184,7 +196,7 @@ def adown_pool_backward(d_first: Tensor | None, d_second: Tensor | None, x: Tens
     source = views(x)[0]
     dx = dense_like(source)
     size = [channels // 2, channels - channels // 2] if split else [channels]
-    halves = dx.data.split(size, 1)
+    halves = torch.split(dx.data, size, 1)
     if d_first is None:
         halves[0].zero_()
     else:
@@ -196,8 +208,8 @@ def adown_pool_backward(d_first: Tensor | None, d_second: Tensor | None, x: Tens
         )
     if split and d_second is None:
         halves[1].zero_()
-    elif split:
-        second, gradient, target = views(source.data.split(size, 1)[1], d_second, written=[halves[1]])
+    elif split and d_second is not None:
+        second, gradient, target = views(torch.split(source.data, size, 1)[1], d_second, written=[halves[1]])
         places = dense(second, (h - 2) // 2 + 1, (w - 2) // 2 + 1, torch.uint8)
         _maximum(second, places, None, places)
         grid, vector, constants = spatial(target, (n, size[1], h, w), gradient)

@@ -16,6 +16,7 @@ from yolov9_fast.kernels.launch import (
     View,
     affine,
     as_stored,
+    jit,
     kernel,
     origin,
     strides_of,
@@ -102,8 +103,8 @@ def constants(view: View, vector: int, shape: Tile) -> dict[str, Any]:
     return {"LAST": view.last, "VEC": vector, "warps": shape.warps} | blocks
 
 
-@triton.jit
-def load_channel(ptr, c, inside, absent: tl.constexpr):
+@jit
+def load_channel(ptr: tl.tensor, c: tl.tensor, inside: tl.tensor, absent: tl.constexpr) -> tl.tensor:
     """A per-channel vector as [1, C] in float32; the constant `absent` where there is none."""
     if ptr is None:
         return absent
@@ -111,16 +112,18 @@ def load_channel(ptr, c, inside, absent: tl.constexpr):
         return tl.load(ptr + c, mask=inside, other=0.0).to(tl.float32)[None, :]
 
 
-@triton.jit
-def load_norm(mean_ptr, rstd_ptr, weight_ptr, c, inside):
+@jit
+def load_norm(
+    mean_ptr: tl.tensor, rstd_ptr: tl.tensor, weight_ptr: tl.tensor, c: tl.tensor, inside: tl.tensor
+) -> tuple[tl.tensor, ...]:
     """Mean, rstd and weight of channels c as [1, C]; the weight is 1 where there is none."""
     mean = load_channel(mean_ptr, c, inside, 0.0)
     rstd = load_channel(rstd_ptr, c, inside, 1.0)
     return mean, rstd, load_channel(weight_ptr, c, inside, 1.0)
 
 
-@triton.jit
-def load_bias(bias1_ptr, bias2_ptr, c, inside):
+@jit
+def load_bias(bias1_ptr: tl.tensor, bias2_ptr: tl.tensor, c: tl.tensor, inside: tl.tensor) -> tl.tensor:
     """The sum of both biases as [1, C], 0 for an absent one."""
     bias = load_channel(bias1_ptr, c, inside, 0.0)
     if bias2_ptr is not None:  # not `+ 0.0` where it is absent: the compiler must keep that addition
@@ -128,13 +131,13 @@ def load_bias(bias1_ptr, bias2_ptr, c, inside):
     return bias
 
 
-@triton.jit
-def silu_of(y):
+@jit
+def silu_of(y: tl.tensor) -> tl.tensor:
     return y / (1.0 + tl.exp(-y))
 
 
-@triton.jit
-def silu_gradient(dz, y):
+@jit
+def silu_gradient(dz: tl.tensor, y: tl.tensor) -> tl.tensor:
     s = 1.0 / (1.0 + tl.exp(-y))
     return dz * s * (1.0 + y * (1.0 - s))
 
@@ -142,19 +145,19 @@ def silu_gradient(dz, y):
 # Reads x once; writes 8 bytes per channel and block of pixels. Grid: blocks of pixels × blocks of channels.
 @kernel()
 def bn_statistics_kernel(
-    x_ptr,
-    partial_ptr,
-    image_stride,
-    stride,
-    pixels,
-    channels,
-    blocks,
-    tiles,
+    x_ptr: tl.tensor,
+    partial_ptr: tl.tensor,
+    image_stride: tl.tensor,
+    stride: tl.tensor,
+    pixels: tl.tensor,
+    channels: tl.tensor,
+    blocks: tl.tensor,
+    tiles: tl.tensor,
     LAST: tl.constexpr,
     VEC: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
-):
+) -> None:
     image_stride = image_stride * VEC
     stride = stride * VEC
     if LAST:
@@ -193,23 +196,23 @@ def bn_statistics_kernel(
 # Reads 8 bytes per channel and block, twice; writes 8 (16 with running statistics) per channel. Grid: channels.
 @kernel(streams=False)
 def bn_finish_kernel(
-    partial_ptr,
-    mean_ptr,
-    spread_ptr,
-    running_mean_ptr,
-    running_var_ptr,
-    momentum,
-    eps,
-    partials,
-    channels,
-    blocks,
-    span,
-    pixels,
-    total,
+    partial_ptr: tl.tensor,
+    mean_ptr: tl.tensor,
+    spread_ptr: tl.tensor,
+    running_mean_ptr: tl.tensor,
+    running_var_ptr: tl.tensor,
+    momentum: tl.tensor,
+    eps: tl.tensor,
+    partials: tl.tensor,
+    channels: tl.tensor,
+    blocks: tl.tensor,
+    span: tl.tensor,
+    pixels: tl.tensor,
+    total: tl.tensor,
     RSTD: tl.constexpr,
     BLOCK_G: tl.constexpr,
     BLOCK_C: tl.constexpr,
-):
+) -> None:
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     g = tl.arange(0, BLOCK_G)
     m2_ptr = partial_ptr + partials * tl.cast(channels, tl.int64)
@@ -238,21 +241,21 @@ def bn_finish_kernel(
     )
 
 
-@triton.jit
+@jit
 def store_statistics(
-    mean,
-    m2,
-    count,
-    c,
-    channels,
-    mean_ptr,
-    spread_ptr,
-    running_mean_ptr,
-    running_var_ptr,
-    momentum,
-    eps,
+    mean: tl.tensor,
+    m2: tl.tensor,
+    count: tl.tensor,
+    c: tl.tensor,
+    channels: tl.tensor,
+    mean_ptr: tl.tensor,
+    spread_ptr: tl.tensor,
+    running_mean_ptr: tl.tensor,
+    running_var_ptr: tl.tensor,
+    momentum: tl.tensor,
+    eps: tl.tensor,
     RSTD: tl.constexpr,
-):
+) -> tl.tensor:
     """Store mean and rstd (or M2), update the running statistics with the unbiased variance; returns rstd (or M2)."""
     inside = c < channels
     spread = m2
@@ -276,15 +279,15 @@ def store_statistics(
 # Second stage of up to three sums: reads 4 bytes per column and block, writes a value a column. Grid: columns × sums.
 @kernel(streams=False)
 def column_sums_kernel(
-    partial_ptr,
-    out0_ptr,
-    out1_ptr,
-    out2_ptr,
-    partials,
-    columns,
+    partial_ptr: tl.tensor,
+    out0_ptr: tl.tensor,
+    out1_ptr: tl.tensor,
+    out2_ptr: tl.tensor,
+    partials: tl.tensor,
+    columns: tl.tensor,
     BLOCK_G: tl.constexpr,
     BLOCK_C: tl.constexpr,
-):
+) -> None:
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     columns_i64 = tl.cast(columns, tl.int64)
     which = tl.program_id(1)
@@ -327,7 +330,8 @@ def statistics(
     """Mean and rstd (or M2) of each channel, float32; updates the running statistics."""
     vector = vector_of(x)
     if x.images * x.pixels == 0:
-        return tuple(torch.zeros(x.channels, dtype=torch.float32, device=x.data.device) for _ in range(2))
+        mean, spread = torch.zeros((2, x.channels), dtype=torch.float32, device=x.data.device).unbind()
+        return mean, spread
     shared = plan("bn_statistics_kernel", x, vector)
     workspace = torch.empty((2, shared.partials, x.channels), dtype=torch.float32, device=x.data.device)
     bn_statistics_kernel(

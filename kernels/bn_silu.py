@@ -122,9 +122,9 @@ def apply(inputs: Sequence[Normalised], residual: Tensor | None, out: Tensor, si
 def backward(dz: Tensor, inputs: Sequence[Normalised], silu: bool) -> tuple[list[Tensor], list[Tensor]]:
     """dx of each input; float32 [C]: dbias, which all share, and dweight of each input."""
     gradient, one, two = _backward_norms(dz, inputs)
-    targets = dense_like(one.x), two and dense_like(two.x)
+    targets = dense_like(one.x), dense_like(two.x) if two else None
     sums = channel_vectors(one.x, 1 + len(inputs))
-    tile = bn_silu_single_pass.tile_of(one.x, vector_of(gradient, one.x, two and two.x, *targets), len(sums))
+    tile = bn_silu_single_pass.tile_of(one.x, vector_of(gradient, one.x, two.x if two else None, *targets), len(sums))
     if tile is None:
         bn_silu_tiled.sums(gradient, one, two, sums, silu)
         bn_silu_tiled.dx(gradient, one, two, targets, sums, 1.0 / max(one.x.images * one.x.pixels, 1), silu)
@@ -144,7 +144,7 @@ def backward_sums(dz: Tensor, inputs: Sequence[Normalised], silu: bool) -> Tenso
 def backward_apply(dz: Tensor, inputs: Sequence[Normalised], means: Sequence[Tensor], silu: bool) -> list[Tensor]:
     """dx of each input from given means of dy and of its dy·x̂ (zeros where the statistics are constants)."""
     gradient, one, two = _backward_norms(dz, inputs)
-    targets = dense_like(one.x), two and dense_like(two.x)
+    targets = dense_like(one.x), dense_like(two.x) if two else None
     bn_silu_tiled.dx(gradient, one, two, targets, [vector_in_float(mean) for mean in means], 1.0, silu)
     return [target.data for target in targets if target]
 
@@ -164,5 +164,7 @@ def _backward_norms(dz: Tensor, inputs: Sequence[Normalised]) -> tuple[View, Nor
 
 
 def _norms(sources: Sequence[View], inputs: Sequence[Normalised]) -> tuple[Norm, Norm | None]:
-    norms = [given(x, *vectors) for x, (_, *vectors) in zip(sources, inputs, strict=True)]
+    norms = [
+        given(x, weight, bias, mean, rstd) for x, (_, weight, bias, mean, rstd) in zip(sources, inputs, strict=True)
+    ]
     return norms[0], norms[1] if len(norms) > 1 else None

@@ -271,7 +271,7 @@ def forward(
 
     `running`: the running mean and variance of the first input, then of the second, updated where not None.
     """
-    maps = (one.x, two and two.x, extra, target)
+    maps = (one.x, two.x if two else None, extra, target)
     vector = vector_of(*maps)
     _forward_kernels[two is not None](
         (triton.cdiv(one.x.channels, tile.channels),),
@@ -299,7 +299,7 @@ def backward(
     tile: Tile,
 ) -> None:
     """dx of each input into `targets`; dbias and dweight of each into `sums`."""
-    maps = (gradient, one.x, two and two.x, *targets)
+    maps = (gradient, one.x, two.x if two else None, *targets)
     vector = vector_of(*maps)
     _backward_kernels[two is not None](
         (triton.cdiv(one.x.channels, tile.channels),),

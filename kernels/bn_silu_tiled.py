@@ -311,7 +311,7 @@ def _dx_kernels(
 
 def apply(one: Norm, two: Norm | None, extra: View | None, target: View, silu: bool) -> None:
     """`target` from given statistics; `extra` is the residual."""
-    maps = (one.x, two and two.x, extra, target)
+    maps = (one.x, two.x if two else None, extra, target)
     vector = vector_of(*maps)
     kernel = _apply_kernels[two is not None]
     shared, grid = per_tile(kernel.name, one.x, vector)
@@ -329,7 +329,7 @@ def apply(one: Norm, two: Norm | None, extra: View | None, target: View, silu: b
 
 def sums(gradient: View, one: Norm, two: Norm | None, out: Sequence[Tensor], silu: bool) -> None:
     """Into `out`: Σ dy and, for each input, Σ dy·x̂, float32 [C] each."""
-    maps = (gradient, one.x, two and two.x)
+    maps = (gradient, one.x, two.x if two else None)
     vector = vector_of(*maps)
     kernel = _sums_kernels[two is not None]
     shared = plan(kernel.name, one.x, vector)
@@ -359,7 +359,7 @@ def dx(
     silu: bool,
 ) -> None:
     """Into `targets`: dx of each input, from `means` times `scale`: the means of dy and of dy·x̂ of each input."""
-    maps = (gradient, one.x, two and two.x, *targets)
+    maps = (gradient, one.x, two.x if two else None, *targets)
     vector = vector_of(*maps)
     kernel = _dx_kernels[two is not None]
     shared, grid = per_tile(kernel.name, one.x, vector)

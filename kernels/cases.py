@@ -41,34 +41,33 @@ def call_all(shape: tuple[int, int, int, int], dtype: torch.dtype, layout: torch
 
     x, y, out = new(), new(), new()
     for plain in (False, True):
-        one = (vector(), vector()) if not plain else (None, None)
-        running = one
+        weight, bias = (None, None) if plain else (vector(), vector())
+        mean, rstd = vector(), vector()
+        first, second = (x, weight, bias, weight, bias), (y, weight, bias, weight, bias)
+        one, two = (x, weight, bias, mean, rstd), (y, weight, bias, mean, rstd)
         residual = None if plain else y
         for silu in (True, False):
-            bn_silu.bn_silu_forward(x, *one, *running, 0.03, 1e-3, residual, out, silu)
-            bn_silu.bn_silu_forward(x, *one, *running, 0.03, 1e-3, None, out, silu)
-            bn_silu.bn_silu_apply(x, *one, vector(), vector(), residual, out, silu)
-            bn_silu.bn_silu_backward(y, x, *one, vector(), vector(), silu)
-            bn_silu.bn_silu_backward_sums(y, x, *one, vector(), vector(), silu)
-            means = (vector(), vector(), vector())
-            bn_silu.bn_silu_backward_apply(y, x, *one, vector(), vector(), *means[:2], silu)
-            both = (x, *one, *running, y, *one, *running)
-            rep_bn_silu.rep_bn_silu_forward(*both, 0.03, 1e-3, None, out, silu)
-            rep_bn_silu.rep_bn_silu_forward(*both, 0.03, 1e-3, residual, out, silu)
-            given = (x, *one, vector(), vector(), y, *one, vector(), vector())
-            rep_bn_silu.rep_bn_silu_apply(*given, residual, out, silu)
-            rep_bn_silu.rep_bn_silu_backward(out, *given, silu)
-            rep_bn_silu.rep_bn_silu_backward_apply(out, *given, *means, silu)
-            rep_bn_silu.rep_bn_silu_backward_sums(out, *given, silu)
+            bn_silu.bn_silu_forward(*first, 0.03, 1e-3, residual, out, silu)
+            bn_silu.bn_silu_forward(*first, 0.03, 1e-3, None, out, silu)
+            bn_silu.bn_silu_apply(*one, residual, out, silu)
+            bn_silu.bn_silu_backward(y, *one, silu)
+            bn_silu.bn_silu_backward_sums(y, *one, silu)
+            bn_silu.bn_silu_backward_apply(y, *one, mean, rstd, silu)
+            rep_bn_silu.rep_bn_silu_forward(*first, *second, 0.03, 1e-3, None, out, silu)
+            rep_bn_silu.rep_bn_silu_forward(*first, *second, 0.03, 1e-3, residual, out, silu)
+            rep_bn_silu.rep_bn_silu_apply(*one, *two, residual, out, silu)
+            rep_bn_silu.rep_bn_silu_backward(out, *one, *two, silu)
+            rep_bn_silu.rep_bn_silu_backward_apply(out, *one, *two, mean, rstd, mean, silu)
+            rep_bn_silu.rep_bn_silu_backward_sums(out, *one, *two, silu)
     bn_silu.bn_stats(x)
     spp.spp_forward(x, new(), new(), new())
-    spp.spp_backward(*(new() for _ in range(7)))
+    spp.spp_backward(x, x, x, x, x, x, x)
     n, _, h, w = shape
     for split in (False, True):
-        first = new(n, channels // 2 if split else channels, h - 1, w - 1)
-        second = new(n, channels - channels // 2, h // 2, w // 2) if split else None
+        d_first = new(n, channels // 2 if split else channels, h - 1, w - 1)
+        d_second = new(n, channels - channels // 2, h // 2, w // 2) if split else None
         adown_pool.adown_pool_forward(x, split)
-        adown_pool.adown_pool_backward(first, second, x, split)
+        adown_pool.adown_pool_backward(d_first, d_second, x, split)
     for count in range(1, cbfuse.MOST + 1):
         cbfuse.cbfuse_forward([new(n, channels, h // 2, w // 2)] * count, x)
     cbfuse.cbfuse_backward(x, [h // 2], [w // 2])

@@ -6,23 +6,36 @@ pixel, the target pixels that read it: no atomics.
 
 from collections.abc import Sequence
 
-import triton
 import triton.language as tl
 from torch import Tensor
-from yolov9_fast.kernels.launch import as_stored, data_of, dense_like, kernel, strides_of, views
+from yolov9_fast.kernels.launch import as_stored, data_of, dense_like, jit, kernel, strides_of, views
 from yolov9_fast.kernels.spatial import at, dense, spatial, tile_of_batch
 
 MOST = 5
 """Inputs of one launch beside the target: what yolov9-e needs. More go through several launches."""
 
 
-@triton.jit
-def nearest(position, scale, size):
+@jit
+def nearest(position: tl.tensor, scale: tl.tensor, size: tl.tensor) -> tl.tensor:
     return tl.minimum((position.to(tl.float32) * tl.cast(scale, tl.float32)).to(tl.int32), size - 1)
 
 
-@triton.jit
-def resized(x_ptr, n, y, x, c, mask, height, width, scale_y, scale_x, image_stride, stride, LAST: tl.constexpr):
+@jit
+def resized(
+    x_ptr: tl.tensor,
+    n: tl.tensor,
+    y: tl.tensor,
+    x: tl.tensor,
+    c: tl.tensor,
+    mask: tl.tensor,
+    height: tl.tensor,
+    width: tl.tensor,
+    scale_y: tl.tensor,
+    scale_x: tl.tensor,
+    image_stride: tl.tensor,
+    stride: tl.tensor,
+    LAST: tl.constexpr,
+) -> tl.tensor:
     place = at(n, nearest(y, scale_y, height), nearest(x, scale_x, width), c, height, width, image_stride, stride, LAST)
     return tl.load(x_ptr + place, mask=mask, other=0.0).to(tl.float32)
 
@@ -31,139 +44,69 @@ def resized(x_ptr, n, y, x, c, mask, height, width, scale_y, scale_x, image_stri
 # the target's pixels × blocks of channels.
 @kernel()
 def cbfuse_kernel(
-    x0_ptr,
-    x1_ptr,
-    x2_ptr,
-    x3_ptr,
-    x4_ptr,
-    target_ptr,
-    out_ptr,
-    h0,
-    w0,
-    scale_y0,
-    scale_x0,
-    x0_image,
-    x0_stride,
-    h1,
-    w1,
-    scale_y1,
-    scale_x1,
-    x1_image,
-    x1_stride,
-    h2,
-    w2,
-    scale_y2,
-    scale_x2,
-    x2_image,
-    x2_stride,
-    h3,
-    w3,
-    scale_y3,
-    scale_x3,
-    x3_image,
-    x3_stride,
-    h4,
-    w4,
-    scale_y4,
-    scale_x4,
-    x4_image,
-    x4_stride,
-    target_image,
-    target_stride,
-    out_image,
-    out_stride,
-    batch,
-    height,
-    width,
-    channels,
+    x0_ptr: tl.tensor,
+    x1_ptr: tl.tensor,
+    x2_ptr: tl.tensor,
+    x3_ptr: tl.tensor,
+    x4_ptr: tl.tensor,
+    target_ptr: tl.tensor,
+    out_ptr: tl.tensor,
+    h0: tl.tensor,
+    w0: tl.tensor,
+    scale_y0: tl.tensor,
+    scale_x0: tl.tensor,
+    x0_image: tl.tensor,
+    x0_stride: tl.tensor,
+    h1: tl.tensor,
+    w1: tl.tensor,
+    scale_y1: tl.tensor,
+    scale_x1: tl.tensor,
+    x1_image: tl.tensor,
+    x1_stride: tl.tensor,
+    h2: tl.tensor,
+    w2: tl.tensor,
+    scale_y2: tl.tensor,
+    scale_x2: tl.tensor,
+    x2_image: tl.tensor,
+    x2_stride: tl.tensor,
+    h3: tl.tensor,
+    w3: tl.tensor,
+    scale_y3: tl.tensor,
+    scale_x3: tl.tensor,
+    x3_image: tl.tensor,
+    x3_stride: tl.tensor,
+    h4: tl.tensor,
+    w4: tl.tensor,
+    scale_y4: tl.tensor,
+    scale_x4: tl.tensor,
+    x4_image: tl.tensor,
+    x4_stride: tl.tensor,
+    target_image: tl.tensor,
+    target_stride: tl.tensor,
+    out_image: tl.tensor,
+    out_stride: tl.tensor,
+    batch: tl.tensor,
+    height: tl.tensor,
+    width: tl.tensor,
+    channels: tl.tensor,
     LAST: tl.constexpr,
     VEC: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
-):
+) -> None:
     channels = channels * VEC
     n, y, x, c, real, inside = tile_of_batch(height, width, batch, channels, BLOCK_P, BLOCK_C)
     mask = real[:, None] & inside[None, :]
     sum = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
-    sum += resized(
-        x0_ptr,
-        n,
-        y,
-        x,
-        c,
-        mask,
-        h0,
-        w0,
-        scale_y0,
-        scale_x0,
-        x0_image * VEC,
-        x0_stride * VEC,
-        LAST,
-    )
+    sum += resized(x0_ptr, n, y, x, c, mask, h0, w0, scale_y0, scale_x0, x0_image * VEC, x0_stride * VEC, LAST)
     if x1_ptr is not None:
-        sum += resized(
-            x1_ptr,
-            n,
-            y,
-            x,
-            c,
-            mask,
-            h1,
-            w1,
-            scale_y1,
-            scale_x1,
-            x1_image * VEC,
-            x1_stride * VEC,
-            LAST,
-        )
+        sum += resized(x1_ptr, n, y, x, c, mask, h1, w1, scale_y1, scale_x1, x1_image * VEC, x1_stride * VEC, LAST)
     if x2_ptr is not None:
-        sum += resized(
-            x2_ptr,
-            n,
-            y,
-            x,
-            c,
-            mask,
-            h2,
-            w2,
-            scale_y2,
-            scale_x2,
-            x2_image * VEC,
-            x2_stride * VEC,
-            LAST,
-        )
+        sum += resized(x2_ptr, n, y, x, c, mask, h2, w2, scale_y2, scale_x2, x2_image * VEC, x2_stride * VEC, LAST)
     if x3_ptr is not None:
-        sum += resized(
-            x3_ptr,
-            n,
-            y,
-            x,
-            c,
-            mask,
-            h3,
-            w3,
-            scale_y3,
-            scale_x3,
-            x3_image * VEC,
-            x3_stride * VEC,
-            LAST,
-        )
+        sum += resized(x3_ptr, n, y, x, c, mask, h3, w3, scale_y3, scale_x3, x3_image * VEC, x3_stride * VEC, LAST)
     if x4_ptr is not None:
-        sum += resized(
-            x4_ptr,
-            n,
-            y,
-            x,
-            c,
-            mask,
-            h4,
-            w4,
-            scale_y4,
-            scale_x4,
-            x4_image * VEC,
-            x4_stride * VEC,
-            LAST,
-        )
+        sum += resized(x4_ptr, n, y, x, c, mask, h4, w4, scale_y4, scale_x4, x4_image * VEC, x4_stride * VEC, LAST)
     place = at(n, y, x, c, height, width, target_image * VEC, target_stride * VEC, LAST)
     sum += tl.load(target_ptr + place, mask=mask, other=0.0).to(tl.float32)
     place = at(n, y, x, c, height, width, out_image * VEC, out_stride * VEC, LAST)
@@ -174,27 +117,27 @@ def cbfuse_kernel(
 # source's pixels × blocks of channels. span_y × span_x covers every target pixel that may read one source pixel.
 @kernel()
 def cbfuse_gradient_kernel(
-    dz_ptr,
-    dx_ptr,
-    scale_y,
-    scale_x,
-    dz_image,
-    dz_stride,
-    dx_image,
-    dx_stride,
-    span_y,
-    span_x,
-    batch,
-    height,
-    width,
-    target_height,
-    target_width,
-    channels,
+    dz_ptr: tl.tensor,
+    dx_ptr: tl.tensor,
+    scale_y: tl.tensor,
+    scale_x: tl.tensor,
+    dz_image: tl.tensor,
+    dz_stride: tl.tensor,
+    dx_image: tl.tensor,
+    dx_stride: tl.tensor,
+    span_y: tl.tensor,
+    span_x: tl.tensor,
+    batch: tl.tensor,
+    height: tl.tensor,
+    width: tl.tensor,
+    target_height: tl.tensor,
+    target_width: tl.tensor,
+    channels: tl.tensor,
     LAST: tl.constexpr,
     VEC: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
-):
+) -> None:
     channels = channels * VEC
     n, y, x, c, real, inside = tile_of_batch(height, width, batch, channels, BLOCK_P, BLOCK_C)
     # One before the exact bound: the forward map is rounded in float32, the loop asks it.
@@ -224,7 +167,7 @@ def cbfuse_forward(inputs: Sequence[Tensor], target: Tensor) -> Tensor:
     n, _, height, width = target.shape
     grid, vector, constants = spatial(last, target.shape, out, *sources)
     slots = [*sources, *[None] * MOST][:MOST]
-    sizes: list[float] = []
+    sizes: list[float | None] = []
     for view in slots:
         h, w = view.data.shape[2:] if view else (1, 1)
         sizes += [h, w, h / height, w / width, *strides_of(vector, view)]

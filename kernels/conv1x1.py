@@ -20,6 +20,7 @@ from yolov9_fast.kernels.launch import (
     data_of,
     dense_like,
     dot,
+    jit,
     kernel,
     origin,
     strides_of,
@@ -33,27 +34,27 @@ SPLITS = 512
 """Programs of the weight's gradient: about four for each of 132 multiprocessors."""
 
 
-@triton.jit
+@jit
 def multiply(
-    acc,
-    x_ptr,
-    weight_ptr,
-    image,
-    start,
-    pixels,
-    x_image,
-    x_stride,
-    channels,
-    column,
-    outputs,
-    output,
-    weight_stride,
+    acc: tl.tensor,
+    x_ptr: tl.tensor,
+    weight_ptr: tl.tensor,
+    image: tl.tensor,
+    start: tl.tensor,
+    pixels: tl.tensor,
+    x_image: tl.tensor,
+    x_stride: tl.tensor,
+    channels: tl.tensor,
+    column: tl.tensor,
+    outputs: tl.tensor,
+    output: tl.tensor,
+    weight_stride: tl.tensor,
     ROW_MAJOR: tl.constexpr,
     PRECISION: tl.constexpr,
     LAST: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_K: tl.constexpr,
-):
+) -> tl.tensor:
     """acc [pixels, outputs] += x · weightᵀ for one input, whose first channel is `column` of the weight."""
     p = tl.arange(0, BLOCK_P)
     k = tl.arange(0, BLOCK_K)
@@ -76,31 +77,31 @@ def multiply(
 # Grid: tiles of pixels × blocks of outputs, the latter fastest so that programs beside each other share their inputs.
 @kernel(roomy=8)
 def conv1x1_kernel(
-    x0_ptr,
-    x1_ptr,
-    x2_ptr,
-    x3_ptr,
-    weight_ptr,
-    bias_ptr,
-    out_ptr,
-    x0_image,
-    x0_stride,
-    x1_image,
-    x1_stride,
-    x2_image,
-    x2_stride,
-    x3_image,
-    x3_stride,
-    out_image,
-    out_stride,
-    channels0,
-    channels1,
-    channels2,
-    channels3,
-    outputs,
-    weight_stride,
-    pixels,
-    blocks,
+    x0_ptr: tl.tensor,
+    x1_ptr: tl.tensor,
+    x2_ptr: tl.tensor,
+    x3_ptr: tl.tensor,
+    weight_ptr: tl.tensor,
+    bias_ptr: tl.tensor,
+    out_ptr: tl.tensor,
+    x0_image: tl.tensor,
+    x0_stride: tl.tensor,
+    x1_image: tl.tensor,
+    x1_stride: tl.tensor,
+    x2_image: tl.tensor,
+    x2_stride: tl.tensor,
+    x3_image: tl.tensor,
+    x3_stride: tl.tensor,
+    out_image: tl.tensor,
+    out_stride: tl.tensor,
+    channels0: tl.tensor,
+    channels1: tl.tensor,
+    channels2: tl.tensor,
+    channels3: tl.tensor,
+    outputs: tl.tensor,
+    weight_stride: tl.tensor,
+    pixels: tl.tensor,
+    blocks: tl.tensor,
     ROW_MAJOR: tl.constexpr,
     PRECISION: tl.constexpr,
     LAST: tl.constexpr,
@@ -108,7 +109,7 @@ def conv1x1_kernel(
     BLOCK_P: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_O: tl.constexpr,
-):
+) -> None:
     if not LAST:
         pixels = pixels * VEC
     outputs = outputs * VEC
@@ -214,22 +215,22 @@ def conv1x1_kernel(
 # Grid: tiles of pixels × blocks of channels of all inputs, the latter fastest.
 @kernel(roomy=8)
 def conv1x1_input_gradient_kernel(
-    dy_ptr,
-    weight_ptr,
-    dx0_ptr,
-    dx1_ptr,
-    dx2_ptr,
-    dx3_ptr,
-    dy_image,
-    dy_stride,
-    channels0,
-    channels1,
-    channels2,
-    channels3,
-    outputs,
-    weight_stride,
-    pixels,
-    blocks,
+    dy_ptr: tl.tensor,
+    weight_ptr: tl.tensor,
+    dx0_ptr: tl.tensor,
+    dx1_ptr: tl.tensor,
+    dx2_ptr: tl.tensor,
+    dx3_ptr: tl.tensor,
+    dy_image: tl.tensor,
+    dy_stride: tl.tensor,
+    channels0: tl.tensor,
+    channels1: tl.tensor,
+    channels2: tl.tensor,
+    channels3: tl.tensor,
+    outputs: tl.tensor,
+    weight_stride: tl.tensor,
+    pixels: tl.tensor,
+    blocks: tl.tensor,
     ROW_MAJOR: tl.constexpr,
     PRECISION: tl.constexpr,
     LAST: tl.constexpr,
@@ -237,7 +238,7 @@ def conv1x1_input_gradient_kernel(
     BLOCK_P: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_O: tl.constexpr,
-):
+) -> None:
     if not LAST:
         pixels = pixels * VEC
     until0 = tl.cdiv(channels0 * VEC, BLOCK_O)
@@ -306,27 +307,27 @@ def conv1x1_input_gradient_kernel(
 # Grid: blocks of outputs × blocks of channels × splits of the pixels.
 @kernel(roomy=8)
 def conv1x1_weight_gradient_kernel(
-    dy_ptr,
-    x_ptr,
-    partial_ptr,
-    dy_image,
-    dy_stride,
-    x_image,
-    x_stride,
-    outputs,
-    channels,
-    column,
-    columns,
-    pixels,
-    blocks,
-    tiles,
+    dy_ptr: tl.tensor,
+    x_ptr: tl.tensor,
+    partial_ptr: tl.tensor,
+    dy_image: tl.tensor,
+    dy_stride: tl.tensor,
+    x_image: tl.tensor,
+    x_stride: tl.tensor,
+    outputs: tl.tensor,
+    channels: tl.tensor,
+    column: tl.tensor,
+    columns: tl.tensor,
+    pixels: tl.tensor,
+    blocks: tl.tensor,
+    tiles: tl.tensor,
     PRECISION: tl.constexpr,
     LAST: tl.constexpr,
     VEC: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_O: tl.constexpr,
-):
+) -> None:
     if not LAST:
         pixels = pixels * VEC
     outputs = outputs * VEC
@@ -410,7 +411,7 @@ def conv1x1_input_grad(dy: Tensor, weight: Tensor, channels: Sequence[int]) -> l
     if merged is counts:
         return [view.data for view in targets]
     layout = torch.channels_last if gradient.last else torch.contiguous_format
-    rest = targets.pop().data.split(counts[MOST - 1 :], 1)
+    rest = torch.split(targets.pop().data, counts[MOST - 1 :], 1)
     return [view.data for view in targets] + [part.clone(memory_format=layout) for part in rest]
 
 
@@ -485,9 +486,9 @@ def _pixels(view: View, vector: int) -> int:
 
 
 def _constants(view: View, vector: int, block: Product) -> dict[str, Any]:
-    precise = view.data.dtype != torch.float32 or torch.backends.cudnn.conv.fp32_precision == "tf32"
+    tf32 = torch.backends.cudnn.conv.fp32_precision == "tf32"  # type: ignore[attr-defined]
     return {
-        "PRECISION": "tf32" if precise else "ieee",
+        "PRECISION": "tf32" if tf32 or view.data.dtype != torch.float32 else "ieee",
         "LAST": view.last,
         "VEC": vector,
         "BLOCK_P": block.pixels,

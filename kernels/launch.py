@@ -170,7 +170,7 @@ def kernel(streams: bool = True, roomy: int = 0) -> Callable[[Callable[..., Any]
 
 def address(x: Tensor) -> int:
     """Address of the first element; of a meta tensor, as if its storage began on a page."""
-    return x.storage_offset() * x.element_size() if x.device.type == "meta" else x.data_ptr()
+    return int(x.storage_offset()) * x.element_size() if x.device.type == "meta" else x.data_ptr()
 
 
 @dataclass(frozen=True)

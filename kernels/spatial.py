@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 from yolov9_fast.kernels.config import tile
-from yolov9_fast.kernels.launch import View, dense_like, vector_of
+from yolov9_fast.kernels.launch import View, dense_like, jit, vector_of
 
 
 def spatial(view: View, shape: tuple[int, ...], *others: View | None) -> tuple[tuple[int, int], int, dict[str, Any]]:
@@ -26,8 +26,15 @@ def dense(view: View, height: int, width: int, dtype: torch.dtype | None = None)
     return dense_like(view, (view.data.shape[0], view.channels, height, width), dtype)
 
 
-@triton.jit
-def tile_of_batch(height, width, batch, channels, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
+@jit
+def tile_of_batch(
+    height: tl.tensor,
+    width: tl.tensor,
+    batch: tl.tensor,
+    channels: tl.tensor,
+    BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+) -> tuple[tl.tensor, ...]:
     """This program's pixels (n, y, x), channels and which of them exist."""
     p = tl.program_id(0).to(tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -36,8 +43,18 @@ def tile_of_batch(height, width, batch, channels, BLOCK_P: tl.constexpr, BLOCK_C
     return n, rest // width, rest % width, c, n < batch, c < channels
 
 
-@triton.jit
-def at(n, y, x, c, height, width, image_stride, stride, LAST: tl.constexpr):
+@jit
+def at(
+    n: tl.tensor,
+    y: tl.tensor,
+    x: tl.tensor,
+    c: tl.tensor,
+    height: tl.tensor,
+    width: tl.tensor,
+    image_stride: tl.tensor,
+    stride: tl.tensor,
+    LAST: tl.constexpr,
+) -> tl.tensor:
     """64-bit offsets [pixels, channels]; y and x may lie outside, under a mask."""
     if LAST:
         return (((n * height + y) * width + x).to(tl.int64) * stride)[:, None] + c[None, :]
@@ -45,12 +62,12 @@ def at(n, y, x, c, height, width, image_stride, stride, LAST: tl.constexpr):
         return (n.to(tl.int64) * image_stride + (y * width + x))[:, None] + c[None, :].to(tl.int64) * stride
 
 
-@triton.jit
-def within(y, x, height, width):
+@jit
+def within(y: tl.tensor, x: tl.tensor, height: tl.tensor, width: tl.tensor) -> tl.tensor:
     return (y >= 0) & (y < height) & (x >= 0) & (x < width)
 
 
-@triton.jit
-def larger(a, b):
+@jit
+def larger(a: tl.tensor, b: tl.tensor) -> tl.tensor:
     """Maximum that a NaN wins, as in torch's max pool."""
     return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)

@@ -15,23 +15,23 @@ from yolov9_fast.kernels.spatial import at, dense, larger, spatial, tile_of_batc
 # Reads x, writes three maps: 8 bytes an element of bf16 (13 reads of neighbours, from the L1). Grid: tiles × channels.
 @kernel()
 def spp_rows_kernel(
-    x_ptr,
-    r5_ptr,
-    r9_ptr,
-    r13_ptr,
-    x_image,
-    x_stride,
-    r_image,
-    r_stride,
-    batch,
-    height,
-    width,
-    channels,
+    x_ptr: tl.tensor,
+    r5_ptr: tl.tensor,
+    r9_ptr: tl.tensor,
+    r13_ptr: tl.tensor,
+    x_image: tl.tensor,
+    x_stride: tl.tensor,
+    r_image: tl.tensor,
+    r_stride: tl.tensor,
+    batch: tl.tensor,
+    height: tl.tensor,
+    width: tl.tensor,
+    channels: tl.tensor,
     LAST: tl.constexpr,
     VEC: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
-):
+) -> None:
     channels = channels * VEC
     n, y, x, c, real, inside = tile_of_batch(height, width, batch, channels, BLOCK_P, BLOCK_C)
     m5 = tl.full([BLOCK_P, BLOCK_C], float("-inf"), tl.float32)
@@ -56,29 +56,29 @@ def spp_rows_kernel(
 # Reads three maps, writes three: 12 bytes an element of bf16 (27 reads of neighbours). Grid: tiles × channels.
 @kernel()
 def spp_columns_kernel(
-    r5_ptr,
-    r9_ptr,
-    r13_ptr,
-    y1_ptr,
-    y2_ptr,
-    y3_ptr,
-    r_image,
-    r_stride,
-    y1_image,
-    y1_stride,
-    y2_image,
-    y2_stride,
-    y3_image,
-    y3_stride,
-    batch,
-    height,
-    width,
-    channels,
+    r5_ptr: tl.tensor,
+    r9_ptr: tl.tensor,
+    r13_ptr: tl.tensor,
+    y1_ptr: tl.tensor,
+    y2_ptr: tl.tensor,
+    y3_ptr: tl.tensor,
+    r_image: tl.tensor,
+    r_stride: tl.tensor,
+    y1_image: tl.tensor,
+    y1_stride: tl.tensor,
+    y2_image: tl.tensor,
+    y2_stride: tl.tensor,
+    y3_image: tl.tensor,
+    y3_stride: tl.tensor,
+    batch: tl.tensor,
+    height: tl.tensor,
+    width: tl.tensor,
+    channels: tl.tensor,
     LAST: tl.constexpr,
     VEC: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
-):
+) -> None:
     channels = channels * VEC
     n, y, x, c, real, inside = tile_of_batch(height, width, batch, channels, BLOCK_P, BLOCK_C)
     m5 = tl.full([BLOCK_P, BLOCK_C], float("-inf"), tl.float32)
@@ -106,21 +106,21 @@ def spp_columns_kernel(
 # Grid: tiles of pixels × blocks of channels.
 @kernel(streams=False)
 def spp_places_kernel(
-    x_ptr,
-    place_ptr,
-    x_image,
-    x_stride,
-    place_image,
-    place_stride,
-    batch,
-    height,
-    width,
-    channels,
+    x_ptr: tl.tensor,
+    place_ptr: tl.tensor,
+    x_image: tl.tensor,
+    x_stride: tl.tensor,
+    place_image: tl.tensor,
+    place_stride: tl.tensor,
+    batch: tl.tensor,
+    height: tl.tensor,
+    width: tl.tensor,
+    channels: tl.tensor,
     LAST: tl.constexpr,
     VEC: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
-):
+) -> None:
     channels = channels * VEC
     n, y, x, c, real, inside = tile_of_batch(height, width, batch, channels, BLOCK_P, BLOCK_C)
     best = tl.full([BLOCK_P, BLOCK_C], float("-inf"), tl.float32)
@@ -146,27 +146,27 @@ def spp_places_kernel(
 # element of bf16. Grid: tiles of pixels × blocks of channels.
 @kernel()
 def spp_gather_kernel(
-    place_ptr,
-    dy_ptr,
-    own_ptr,
-    dx_ptr,
-    place_image,
-    place_stride,
-    dy_image,
-    dy_stride,
-    own_image,
-    own_stride,
-    dx_image,
-    dx_stride,
-    batch,
-    height,
-    width,
-    channels,
+    place_ptr: tl.tensor,
+    dy_ptr: tl.tensor,
+    own_ptr: tl.tensor,
+    dx_ptr: tl.tensor,
+    place_image: tl.tensor,
+    place_stride: tl.tensor,
+    dy_image: tl.tensor,
+    dy_stride: tl.tensor,
+    own_image: tl.tensor,
+    own_stride: tl.tensor,
+    dx_image: tl.tensor,
+    dx_stride: tl.tensor,
+    batch: tl.tensor,
+    height: tl.tensor,
+    width: tl.tensor,
+    channels: tl.tensor,
     LAST: tl.constexpr,
     VEC: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
-):
+) -> None:
     channels = channels * VEC
     n, y, x, c, real, inside = tile_of_batch(height, width, batch, channels, BLOCK_P, BLOCK_C)
     sum = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)

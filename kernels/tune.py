@@ -43,8 +43,9 @@ def calls(shape: tuple[int, int, int, int], dtype: torch.dtype, device: str) -> 
         return torch.randn(size or shape, device=device).to(dtype).contiguous(memory_format=torch.channels_last)
 
     x, y, out = new(), new(), new()
-    vectors = [torch.rand(shape[1], device=device) for _ in range(8)]
-    means = [torch.zeros(shape[1], device=device) for _ in range(3)]
+    weight1, bias1, mean1, rstd1, weight2, bias2, mean2, rstd2 = torch.rand((8, shape[1]), device=device).unbind()
+    mean_dy, mean_dy_xhat1, mean_dy_xhat2 = torch.zeros((3, shape[1]), device=device).unbind()
+    one, two = (x, weight1, bias1, mean1, rstd1), (y, weight2, bias2, mean2, rstd2)
     n, c, h, w = shape
     small = new(n, c, h // 2, w // 2)
 
@@ -55,17 +56,13 @@ def calls(shape: tuple[int, int, int, int], dtype: torch.dtype, device: str) -> 
 
     return {
         "bn_statistics_kernel": lambda: bn_silu.bn_stats(x),
-        "bn_silu_apply_kernel": lambda: bn_silu.bn_silu_apply(x, *vectors[:4], None, out, True),
-        "bn_silu_sums_kernel": lambda: bn_silu.bn_silu_backward_sums(y, x, *vectors[:4], True),
-        "bn_silu_dx_kernel": lambda: bn_silu.bn_silu_backward_apply(y, x, *vectors[:4], *means[:2], True),
-        "rep_bn_silu_apply_kernel": lambda: rep_bn_silu.rep_bn_silu_apply(
-            x, *vectors[:4], y, *vectors[4:], None, out, True
-        ),
-        "rep_bn_silu_sums_kernel": lambda: rep_bn_silu.rep_bn_silu_backward_sums(
-            out, x, *vectors[:4], y, *vectors[4:], True
-        ),
+        "bn_silu_apply_kernel": lambda: bn_silu.bn_silu_apply(*one, None, out, True),
+        "bn_silu_sums_kernel": lambda: bn_silu.bn_silu_backward_sums(y, *one, True),
+        "bn_silu_dx_kernel": lambda: bn_silu.bn_silu_backward_apply(y, *one, mean_dy, mean_dy_xhat1, True),
+        "rep_bn_silu_apply_kernel": lambda: rep_bn_silu.rep_bn_silu_apply(*one, *two, None, out, True),
+        "rep_bn_silu_sums_kernel": lambda: rep_bn_silu.rep_bn_silu_backward_sums(out, *one, *two, True),
         "rep_bn_silu_dx_kernel": lambda: rep_bn_silu.rep_bn_silu_backward_apply(
-            out, x, *vectors[:4], y, *vectors[4:], *means, True
+            out, *one, *two, means[0], means[1], means[2], True
         ),
         "spatial": spatial,
     }
@@ -84,10 +81,10 @@ def _milliseconds(name: str, bucket: str, choice: dict[str, int], call: Callable
             call()
         times = []
         for _ in range(repeats):
-            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
             begin.record()
             call()
             end.record()
             end.synchronize()
             times.append(begin.elapsed_time(end))
-    return statistics.median(times)
+    return float(statistics.median(times))

@@ -62,7 +62,7 @@ def calls(shape: tuple[int, int, int, int], dtype: torch.dtype, device: str) -> 
         "rep_bn_silu_apply_kernel": lambda: rep_bn_silu.rep_bn_silu_apply(*one, *two, None, out, True),
         "rep_bn_silu_sums_kernel": lambda: rep_bn_silu.rep_bn_silu_backward_sums(out, *one, *two, True),
         "rep_bn_silu_dx_kernel": lambda: rep_bn_silu.rep_bn_silu_backward_apply(
-            out, *one, *two, means[0], means[1], means[2], True
+            out, *one, *two, mean_dy, mean_dy_xhat1, mean_dy_xhat2, True
         ),
         "spatial": spatial,
     }
@@ -81,7 +81,7 @@ def _milliseconds(name: str, bucket: str, choice: dict[str, int], call: Callable
             call()
         times = []
         for _ in range(repeats):
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             begin.record()
             call()
             end.record()

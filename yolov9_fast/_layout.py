@@ -45,7 +45,7 @@ def row_stride(x: Tensor) -> int | None:
 
 
 def image_stride(x: Tensor) -> int | None:
-    """Elements from one image to the next where `x` [B, C, H, W] is contiguous or a channel slice of such; else None."""
+    """Elements from one image to the next if `x` [B, C, H, W] is contiguous, dense or a slice; else None."""
     batch, channels, height, width = x.shape
     pixels = height * width
     if x.numel() == 0:

@@ -27,13 +27,14 @@ def run(arguments: argparse.Namespace) -> int:
     if importlib.util.find_spec("triton") is None:
         raise UserError("tune: triton is not installed: pip install triton")
     if not torch.cuda.is_available():
-        raise UserError("tune: it measures on a GPU, and torch sees none; without one the default tiles are used")
+        raise UserError("tune: expected a GPU, torch sees none; without a record the default tiles are used")
     if arguments.repeats < 1:
-        raise UserError(f"tune: --repeats must be at least 1, got {arguments.repeats}")
-    from yolov9_fast.kernels import config, tune
+        raise UserError(f"--repeats: expected at least 1, got {arguments.repeats}")
+    from yolov9_fast.kernels.config import FOLDER, slug
+    from yolov9_fast.kernels.tune import tune
 
-    record = tune.tune(arguments.repeats, print)
-    folder = Path(arguments.out) if arguments.out else config.FOLDER
-    path = atomic_write(folder / f"{config.slug(record['device'])}.json", json.dumps(record, indent=2) + "\n")
+    record = tune(arguments.repeats, print)
+    folder = Path(arguments.out) if arguments.out else FOLDER
+    path = atomic_write(folder / f"{slug(record['device'])}.json", json.dumps(record, indent=2) + "\n")
     print(f"wrote {path}")
     return 0

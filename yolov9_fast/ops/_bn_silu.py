@@ -384,16 +384,22 @@ def _supports_triton(
 
 
 def _triton() -> _Kernels:
-    from yolov9_fast.kernels import bn_silu as launchers
     from yolov9_fast.kernels.batch_norm import bn_stats
+    from yolov9_fast.kernels.bn_silu import (
+        bn_silu_apply,
+        bn_silu_backward,
+        bn_silu_backward_apply,
+        bn_silu_backward_sums,
+        bn_silu_forward,
+    )
 
     return _Kernels(
-        launchers.bn_silu_forward,
-        launchers.bn_silu_backward,
+        bn_silu_forward,
+        bn_silu_backward,
         bn_stats,
-        launchers.bn_silu_apply,
-        launchers.bn_silu_backward_sums,
-        launchers.bn_silu_backward_apply,
+        bn_silu_apply,
+        bn_silu_backward_sums,
+        bn_silu_backward_apply,
     )
 
 

@@ -334,16 +334,22 @@ def _not_for_kernels(x: Tensor, norm1: Norm, norm2: Norm) -> str | None:
 
 
 def _triton() -> _Kernels:
-    from yolov9_fast.kernels import rep_bn_silu as launchers
     from yolov9_fast.kernels.batch_norm import bn_stats
+    from yolov9_fast.kernels.rep_bn_silu import (
+        rep_bn_silu_apply,
+        rep_bn_silu_backward,
+        rep_bn_silu_backward_apply,
+        rep_bn_silu_backward_sums,
+        rep_bn_silu_forward,
+    )
 
     return _Kernels(
-        launchers.rep_bn_silu_forward,
-        launchers.rep_bn_silu_backward,
+        rep_bn_silu_forward,
+        rep_bn_silu_backward,
         bn_stats,
-        launchers.rep_bn_silu_apply,
-        launchers.rep_bn_silu_backward_sums,
-        launchers.rep_bn_silu_backward_apply,
+        rep_bn_silu_apply,
+        rep_bn_silu_backward_sums,
+        rep_bn_silu_backward_apply,
     )
 
 

@@ -31,7 +31,7 @@ holds is "{nothing}". How it is measured: [bench/METHOD.md](../bench/METHOD.md).
 Times are medians [20th, 80th percentile]. "×" is the eager form's time over the form's own, with the 95 % bootstrap
 interval, both timed in turns in one process. Share: of the least time that bytes and products allow, by
 ceilings measured in the same run. Error: root mean square against float64, relative.
-A result that was wrong has no speed.
+The time of a wrong result is not reported.
 """
 
 

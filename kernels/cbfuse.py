@@ -12,7 +12,7 @@ from yolov9_fast.kernels.launch import as_stored, data_of, dense_like, jit, kern
 from yolov9_fast.kernels.spatial import at, dense, spatial, tile_of_batch
 
 MOST = 5
-"""Inputs of one launch beside the target: what yolov9-e needs. More go through several launches."""
+"""Inputs of one launch in addition to the target: as many as yolov9-e needs. More inputs take several launches."""
 
 
 @jit

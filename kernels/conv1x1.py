@@ -1,4 +1,4 @@
-"""1×1 convolution as a matrix product over pixels that reads several maps side by side where they lie, with gradients.
+"""1×1 convolution as a matrix product over pixels of several maps, read in place, with gradients.
 
 out[:, o] = Σ_k weight[o, k] · x[:, k] + bias[o], k over the channels of all inputs. Sums in float32. Gradient of the
 inputs: the same product with the weight transposed and several outputs; of the weight: a product over pixels, in parts
@@ -74,7 +74,7 @@ def multiply(
 
 
 # Reads every input once per block of outputs (from the L2 but once), writes out: 2 (Σ C + O) bytes a pixel of bf16.
-# Grid: tiles of pixels × blocks of outputs, the latter fastest so that programs beside each other share their inputs.
+# Grid: tiles of pixels × blocks of outputs, the latter fastest, so that adjacent programs share their inputs.
 @kernel(roomy=8)
 def conv1x1_kernel(
     x0_ptr: tl.tensor,
@@ -358,7 +358,7 @@ def conv1x1_weight_gradient_kernel(
 
 
 def conv1x1_forward(inputs: Sequence[Tensor], weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
-    """The 1×1 convolution of the inputs side by side, into `out`."""
+    """The 1×1 convolution of the concatenated inputs, into `out`."""
     *sources, target = views(*_at_most(list(inputs)), written=[out])
     matrix, row_major = _matrix(weight)
     vector = _vector([*sources, target], matrix, [view.channels for view in (*sources, target)])

@@ -124,8 +124,10 @@ class Kernel:
         device = next(value.device for value in arguments if isinstance(value, Tensor))
         if device.type == "cuda":
             with torch.cuda.device(device):
-                room = self.registers(warps, constants)
-                self.function[tuple(grid)](*arguments, **constants, num_warps=warps, num_stages=stages, maxnreg=room)
+                registers = self.registers(warps, constants)
+                self.function[tuple(grid)](
+                    *arguments, **constants, num_warps=warps, num_stages=stages, maxnreg=registers
+                )
         elif INTERPRETED:
             self.function[tuple(grid)](*arguments, **constants)
         else:

@@ -12,7 +12,7 @@ from yolov9_fast.kernels.launch import View, dense_like, jit, vector_of
 def spatial(view: View, shape: tuple[int, ...], *others: View | None) -> tuple[tuple[int, int], int, dict[str, Any]]:
     """Grid, elements of an access, and constants of a kernel with a program per tile of the pixels of `shape`.
 
-    Planes go one element at a time: a neighbour's address is aligned only where channels are side by side.
+    Contiguous maps take one element at a time: only channels_last has aligned vectors of channels.
     """
     vector = vector_of(view, *others) if view.last else 1
     block = tile("spatial", view, vector)

@@ -42,7 +42,7 @@ def modules() -> list[Path]:
 
 
 def place(path: Path) -> Path:
-    """The path below the package once installed: bench/stats.py for the file of that name beside the package."""
+    """The path below the package once installed: bench/stats.py for the file of that name in `bench/`."""
     return path.relative_to(ROOT if path.is_relative_to(BENCH) else PACKAGE)
 
 

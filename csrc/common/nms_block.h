@@ -179,7 +179,7 @@ YF_BLOCK uint64_t select(const Block& block, Shared<S>& shared, const uint64_t* 
   }
 }
 
-// Falling order of keys[0, count) in shared memory: bitonic, filled up with zeros to a power of two.
+// Descending order of keys[0, count) in shared memory: bitonic, filled up with zeros to a power of two.
 template <class S, class Block>
 YF_BLOCK void sort(const Block& block, Shared<S>& shared, int count) {
   int width = 1;
@@ -193,8 +193,8 @@ YF_BLOCK void sort(const Block& block, Shared<S>& shared, int count) {
         for (int pair = t; pair < width / 2; pair += block.threads()) {
           const int low = 2 * pair - (pair & (step - 1)), high = low + step;
           const uint64_t a = shared.keys[low], b = shared.keys[high];
-          const bool falling = (low & size) == 0;
-          if ((a < b) == falling) {
+          const bool descending = (low & size) == 0;
+          if ((a < b) == descending) {
             shared.keys[low] = b;
             shared.keys[high] = a;
           }

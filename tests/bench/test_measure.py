@@ -1,4 +1,4 @@
-"""Measuring a case: right results are timed against eager, a wrong one has no speed, an absent one a reason."""
+"""Measuring a case: right results are timed against eager, a wrong one is not timed, an absent one has a reason."""
 
 from __future__ import annotations
 

@@ -54,7 +54,7 @@ class Unit(torch.autograd.Function):
 def csp_elan(x: Tensor, first: Tensor, second: Tensor, last: Tensor) -> Tensor:
     """cv1's unit writes both halves; two stages of a pair of 1×1 and a unit each; the aggregation."""
     half, width = x.shape[1] // 2, first.shape[0] // 2
-    buffer = ConcatBuffer.beside(x, (half, half, width, width))
+    buffer = ConcatBuffer.like(x, (half, half, width, width))
     y = Unit.apply(x, buffer.slot(0, 2))
     y, y1 = yf.ops.tap(y, half)
     a, b = yf.ops.conv1x1_pair(y1, *first.split(width))
@@ -149,7 +149,7 @@ def _maps(event: Any) -> list[list[int]]:
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_gradients_of_parts_are_views_of_the_whole_gradient(layout: str) -> None:
     x = feature_map(1, 2, 3, 3, layout=layout)
-    buffer = ConcatBuffer.beside(x, (2, 3))
+    buffer = ConcatBuffer.like(x, (2, 3))
     parts = [x, feature_map(1, 3, 3, 3, layout=layout)]
     seen: list[Tensor] = []
     parts = [part * 1 for part in parts]
@@ -163,7 +163,7 @@ def test_gradients_of_parts_are_views_of_the_whole_gradient(layout: str) -> None
 
 def test_parts_that_are_not_in_their_slots_are_copied_there() -> None:
     x, other = feature_map(2, 3, 4, 4), feature_map(2, 2, 4, 4, layout="contiguous")
-    buffer = ConcatBuffer.beside(x, (3, 2))
+    buffer = ConcatBuffer.like(x, (3, 2))
     joined = buffer.join(x, other)
     assert torch.equal(joined, concat_reference([x, other]))
     assert joined.data_ptr() == buffer._buffer.data_ptr()
@@ -171,7 +171,7 @@ def test_parts_that_are_not_in_their_slots_are_copied_there() -> None:
 
 def test_filling_a_slot_does_not_invalidate_what_was_saved_of_another() -> None:
     x, weight = feature_map(1, 2, 3, 3), torch.randn(2, 2, 1, 1, requires_grad=True)
-    buffer = ConcatBuffer.beside(x, (2, 2))
+    buffer = ConcatBuffer.like(x, (2, 2))
     first = Unit.apply(x, buffer.slot(0))
     out = F.conv2d(first, weight)
     second = Unit.apply(out, buffer.slot(1))
@@ -180,7 +180,7 @@ def test_filling_a_slot_does_not_invalidate_what_was_saved_of_another() -> None:
 
 
 def test_a_slot_is_returned_once() -> None:
-    buffer = ConcatBuffer.beside(feature_map(1, 2, 3, 3), (2, 3, 4))
+    buffer = ConcatBuffer.like(feature_map(1, 2, 3, 3), (2, 3, 4))
     buffer.slot(0, 2)
     with pytest.raises(RuntimeError, match="a slot is written once"):
         buffer.slot(1)
@@ -254,7 +254,7 @@ def test_splits_as_slicing(layout: str, used: Sequence[int]) -> None:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_gradients_that_lie_side_by_side_are_not_copied(layout: str) -> None:
+def test_adjacent_gradients_are_not_copied(layout: str) -> None:
     x = feature_map(2, 6, 3, 2, layout=layout)
     seen: list[Tensor] = []
     inner = x * 1
@@ -290,7 +290,7 @@ def test_gradcheck_once_and_twice() -> None:
     def call(x: Tensor, other: Tensor) -> Tensor:
         whole, part = yf.ops.tap(x, 1)
         first, second = yf.ops.split_view(part * part, (1, 1))
-        buffer = ConcatBuffer.beside(x, (3, 1, 1))
+        buffer = ConcatBuffer.like(x, (3, 1, 1))
         return buffer.join(whole, first * other, second) ** 2
 
     x, other = feature_map(1, 3, 2, 2, dtype=torch.float64), feature_map(1, 1, 2, 2, dtype=torch.float64)
@@ -300,7 +300,7 @@ def test_gradcheck_once_and_twice() -> None:
 
 def test_wrong_arguments_are_named() -> None:
     x = torch.zeros(1, 4, 3, 3)
-    buffer = ConcatBuffer.beside(x, (2, 3))
+    buffer = ConcatBuffer.like(x, (2, 3))
     with pytest.raises(ValueError, match=r"^parts: expected 5 channels in total, got 2"):
         buffer.join(x[:, :2])
     with pytest.raises(ValueError, match=r"^parts\[0\]: expected to end at one of the channels \[2, 5\], got 4"):
@@ -308,7 +308,7 @@ def test_wrong_arguments_are_named() -> None:
     with pytest.raises(ValueError, match=r"^parts\[0\]: expected torch.float32 on cpu, got torch.float64"):
         buffer.join(x[:, :2].double())
     with pytest.raises(ValueError, match=r"^channels: expected positive numbers"):
-        ConcatBuffer.beside(x, (2, 0))
+        ConcatBuffer.like(x, (2, 0))
     with pytest.raises(ValueError, match=r"^start, channels: expected channels below 4, got 3 to 4"):
         yf.ops.tap(x, 3, 2)
     with pytest.raises(ValueError, match=r"^sizes: expected positive numbers with the sum 4, got \[1, 2\]"):
@@ -335,7 +335,7 @@ def test_a_block_compiles_in_one_graph() -> None:
 
     def block(x: Tensor, first: Tensor, second: Tensor, last: Tensor) -> Tensor:
         half = x.shape[1] // 2
-        buffer = ConcatBuffer.beside(x, (half, half, 6, 6))
+        buffer = ConcatBuffer.like(x, (half, half, 6, 6))
         y, y1 = yf.ops.tap(placed(F.silu(x), buffer.slot(0, 2)), half)
         a, b = yf.ops.conv1x1_pair(y1, *first.split(6))
         y2 = placed(F.silu(a + b), buffer.slot(2))

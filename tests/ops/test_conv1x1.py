@@ -114,7 +114,7 @@ def test_a_pair_is_two_convolutions(name: str, layout: str) -> None:
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_slot_is_written_where_it_lies_and_nothing_beside_it(name: str, layout: str) -> None:
     x, weight = feature_map(2, 5, 4, 3, layout=layout), weight_of(6, 5)
-    buffer = yf.ops.ConcatBuffer.beside(x, (3, 6, 2))
+    buffer = yf.ops.ConcatBuffer.like(x, (3, 6, 2))
     edges = [buffer.slot(0).fill_(float("nan")), buffer.slot(2).fill_(float("nan"))]
     slot = buffer.slot(1).fill_(float("nan"))
     with yf.backend(name):

@@ -87,7 +87,7 @@ def test_two_thousand_random_shapes() -> None:
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_slots_are_written_where_they_lie_and_nothing_beside_them(name: str, layout: str) -> None:
     x = feature_map(2, 3, 5, 4, layout=layout)
-    buffer = yf.ops.ConcatBuffer.beside(x, (2, 3, 3, 3, 1))
+    buffer = yf.ops.ConcatBuffer.like(x, (2, 3, 3, 3, 1))
     edges = [buffer.slot(0).fill_(float("nan")), buffer.slot(4).fill_(float("nan"))]
     slots = [buffer.slot(number) for number in (1, 2, 3)]
     with yf.backend(name):
@@ -162,7 +162,7 @@ def test_opcheck(layout: str) -> None:
 @pytest.mark.slow
 def test_compiles_in_one_graph_with_slots() -> None:
     def block(x: Tensor) -> Tensor:
-        buffer = yf.ops.ConcatBuffer.beside(x, (2, 2, 2, 2))
+        buffer = yf.ops.ConcatBuffer.like(x, (2, 2, 2, 2))
         own = buffer.slot(0)
         own.copy_(x.detach())
         kept, *pooled = yf.ops.spp_with_input(x * 1, out=[buffer.slot(number) for number in (1, 2, 3)])

@@ -19,7 +19,7 @@ from yolov9_fast.engine.config import TrainConfig
 from yolov9_fast.engine.trainer import Trainer
 from yolov9_fast.errors import UserError
 from yolov9_fast.models import Graph, attach
-from yolov9_fast.paper import cells as rooms
+from yolov9_fast.paper import cells as module
 from yolov9_fast.paper.cells import METRICS, Cell, data_digest, make_cells, run_cells
 from yolov9_fast.paper.systems import System
 
@@ -42,7 +42,7 @@ def test_a_finished_cell_is_not_trained_again(
     assert len(first["curve"]) == 2
     assert 0 <= first["last"]["ap"] <= 1
     trained = []
-    monkeypatch.setattr(rooms, "_train", lambda cell: trained.append((cell.system.row, cell.seed)))
+    monkeypatch.setattr(module, "_train", lambda cell: trained.append((cell.system.row, cell.seed)))
     run_cells(make_cells(systems(small_graph), [0, 1], short_recipe, tmp_path))
     assert trained == [("PFH", 1)]
 
@@ -167,12 +167,12 @@ def test_a_killed_process_leaves_its_cell_to_another(
     try:
         assert other.stdout is not None
         assert other.stdout.readline().strip() == b"True"
-        assert not rooms._run_cell(cell, wait=False)
+        assert not module._run_cell(cell, wait=False)
     finally:
         os.kill(other.pid, signal.SIGKILL)
         other.wait()
     deadline = time.monotonic() + 30
-    while not rooms._run_cell(cell, wait=False):
+    while not module._run_cell(cell, wait=False):
         assert time.monotonic() < deadline
     assert cell.result() is not None
 

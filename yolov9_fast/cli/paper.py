@@ -9,7 +9,7 @@ from yolov9_fast.cli.output import add_shared_flags
 from yolov9_fast.paper import TARGETS
 
 _EPILOG = """examples:
-  yolov9-fast paper tables --dry                                  parameters and GFLOPs beside the published ones
+  yolov9-fast paper tables --dry                                  parameters and GFLOPs next to the published ones
   yolov9-fast paper table5 --data my.yaml --epochs 30 --imgsz 320 --seeds 3
   yolov9-fast paper fig6 picture.jpg
   yolov9-fast paper fig1 --mine my-detector:7.2:27.0:47.1         your own result among the published ones"""
@@ -27,9 +27,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         add_shared_flags(sub)
-        importlib.import_module(f"yolov9_fast.paper.{target.room}").configure(sub, name)
+        importlib.import_module(f"yolov9_fast.paper.{target.module}").configure(sub, name)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    room = importlib.import_module(f"yolov9_fast.paper.{TARGETS[arguments.target].room}")
-    return int(room.run(arguments))
+    module = importlib.import_module(f"yolov9_fast.paper.{TARGETS[arguments.target].module}")
+    return int(module.run(arguments))

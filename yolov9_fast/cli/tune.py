@@ -11,7 +11,7 @@ from yolov9_fast.atomic import atomic_write
 from yolov9_fast.errors import UserError
 
 _EPILOG = """examples:
-  yolov9-fast tune                       writes the record of this GPU beside the package's defaults
+  yolov9-fast tune                       writes the record of this GPU next to the package's defaults
   yolov9-fast tune --out my_records      then set YOLOV9_FAST_TUNING=my_records"""
 
 

@@ -65,7 +65,7 @@ def save_weights(model: DetectionModel, path: str | Path, *, metadata: Mapping[s
     Args:
         model: fused or not, of a published or a user's graph; tensors keep their dtype.
         path: ends in `.safetensors`.
-        metadata: JSON-able facts to keep beside (epoch, AP); `CheckpointContent.metadata` gives them back.
+        metadata: JSON values to store with the weights (epoch, AP); `CheckpointContent.metadata` gives them back.
 
     Raises:
         UserError: another suffix, or the file cannot be written (the previous one is then intact).

@@ -105,7 +105,7 @@ def _transfer(model: DetectionModel, content: CheckpointContent) -> TransferRepo
     report.skipped = [(key, "the model has no such layer") for key in source if names.get(key) not in target]
     reasons = {name: _misfit(name, value, target[name], architecture, model) for name, value in matched.items()}
     for name, value in matched.items():
-        # Statistics and biases belong to their convolution: beside fresh weights they fit nothing.
+        # Statistics and biases belong to their convolution: with new weights they are wrong.
         owner = f"{name.partition('.bn.')[0]}.conv" if ".bn." in name else name.removesuffix(".bias")
         reason = reasons[name] or reasons.get(f"{owner}.weight")
         if reason:

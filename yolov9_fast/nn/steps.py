@@ -44,7 +44,7 @@ class Parts:
 
     def _open(self, first: int, count: int, like: Tensor) -> Tensor:
         if self.buffer is None:
-            self.buffer = ConcatBuffer.beside(like, self.channels)
+            self.buffer = ConcatBuffer.like(like, self.channels)
         self.written += count
         return self.buffer.slot(first, count)
 

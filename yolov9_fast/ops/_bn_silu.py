@@ -251,7 +251,7 @@ KERNELS = _Kernels(
 
 
 class _OfBatch(AutogradFunction):
-    """Statistics of this batch: saves x and two vectors beside the parameters."""
+    """Statistics of this batch: saves x, the parameters and two vectors."""
 
     @staticmethod
     def forward(

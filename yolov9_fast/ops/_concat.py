@@ -3,7 +3,7 @@
 CSP-ELAN aggregates [y0, y1, y2, y3] by one 1×1 convolution (YOLOv9, arXiv 2402.13616, section 4.1). Eager PyTorch
 copies all parts into the concatenation; its backward pads the gradients of slices with zeros, copies and adds. Here:
 
-    buffer = ConcatBuffer.beside(x, (c, c, d, d))
+    buffer = ConcatBuffer.like(x, (c, c, d, d))
     y = bn_silu(cv1(x), ..., out=buffer.slot(0, 2))     # both halves in one write
     y, y1 = tap(y, c)                                   # y for the aggregation, its second half for the next stage
     y2 = stage(y1, out=buffer.slot(2))
@@ -53,7 +53,7 @@ class ConcatBuffer:
         )
 
     @classmethod
-    def beside(cls, x: Tensor, channels: Sequence[int], *, dtype: torch.dtype | None = None) -> ConcatBuffer:
+    def like(cls, x: Tensor, channels: Sequence[int], *, dtype: torch.dtype | None = None) -> ConcatBuffer:
         """A buffer of the batch, size, device, layout and dtype (unless another is given) of `x` [B, C, H, W]."""
         check_map("x", x)
         size = (x.shape[0], x.shape[2], x.shape[3])
@@ -115,7 +115,7 @@ class ConcatBuffer:
 def concat(parts: Sequence[Tensor]) -> Tensor:
     """Concatenation of `parts` [B, C_i, H, W] along the channels: [B, ΣC, H, W].
 
-    Parts that lie side by side in one buffer already (slots, neighbouring slices) are not copied: the result is then a
+    Parts that are adjacent slices of one buffer (slots) are not copied: the result is then a
     view of them. The gradients of the parts are views of the whole gradient. Raises `ValueError` for other shapes.
     """
     if not parts:
@@ -127,7 +127,7 @@ def concat(parts: Sequence[Tensor]) -> Tensor:
                 f"parts[{number}]: expected the shape of parts[0] {list(parts[0].shape)} except for the channels, "
                 f"got {list(part.shape)}"
             )
-    whole = None if torch.compiler.is_compiling() else _side_by_side(parts)
+    whole = None if torch.compiler.is_compiling() else _adjacent(parts)
     if whole is None:
         return torch.cat(list(parts), 1)
     joined: Tensor = _Join.apply(whole, [False] * len(parts), *parts)
@@ -167,7 +167,7 @@ def split_view(x: Tensor, sizes: Sequence[int]) -> tuple[Tensor, ...]:
     """Neighbouring channel slices of `x` [B, C, H, W] with `sizes` channels, as views.
 
     The gradient of `x` is one dense tensor: the gradients of the slices each copied once to their place, zeros for
-    slices that nobody used; not even that when they already lie side by side in one tensor. Raises `ValueError`
+    slices without a gradient; nothing is copied when they are adjacent slices of one tensor. Raises `ValueError`
     when the sizes do not add up to C.
     """
     check_map("x", x)
@@ -224,7 +224,7 @@ def _same_steps(a: Tensor, b: Tensor, *, apart_from: int = -1) -> bool:
     return all(a.stride(side) == b.stride(side) for side in range(4) if a.shape[side] > 1 and side != apart_from)
 
 
-def _side_by_side(parts: Sequence[Tensor]) -> Tensor | None:
+def _adjacent(parts: Sequence[Tensor]) -> Tensor | None:
     """One tensor over all `parts` where they are neighbouring channel slices of one buffer, else None."""
     first = parts[0]
     if any(size == 0 for size in first.shape) or layout_of(first) is None:
@@ -243,7 +243,7 @@ def _side_by_side(parts: Sequence[Tensor]) -> Tensor | None:
     if first.shape[0] == 1 and step != 1:
         strides = (size[1] * step, *strides[1:])
     whole = first.new_empty(0).set_(storage, first.storage_offset(), size, strides)
-    # What lies in a known layout holds no element twice.
+    # A tensor in a known layout has no overlapping elements.
     return whole if layout_of(whole) is not None else None
 
 
@@ -253,7 +253,7 @@ def _assemble(gradients: Sequence[Tensor | None], sizes: Sequence[int]) -> Tenso
     traced = torch.is_grad_enabled() or torch.compiler.is_compiling()
     if all(gradient is not None for gradient in gradients):
         parts = [gradient for gradient in gradients if gradient is not None]
-        whole = None if traced else _side_by_side(parts)
+        whole = None if traced else _adjacent(parts)
         return torch.cat(parts, 1) if whole is None else whole
     shapes = [(known.shape[0], size, *known.shape[2:]) for size in sizes]
     if traced:

@@ -1,6 +1,6 @@
-"""The paper (arXiv 2402.13616), reproduced by command: its tables, figures and appendix, one room each.
+"""The paper (arXiv 2402.13616), reproduced by command: its tables, figures and appendix, one module each.
 
-`TARGETS` names what `yolov9-fast paper` can rebuild; each room has `configure(parser, target)` and `run(arguments)`,
+`TARGETS` names what `yolov9-fast paper` can rebuild; each module has `configure(parser, target)` and `run(arguments)`,
 where `arguments.target` is the name it was called by.
 """
 
@@ -10,14 +10,14 @@ from typing import NamedTuple
 
 
 class Target(NamedTuple):
-    """A table or figure: the room that rebuilds it, and one line on what it shows."""
+    """A table or figure: the module that rebuilds it, and one line on what it shows."""
 
-    room: str
+    module: str
     text: str
 
 
 TARGETS: dict[str, Target] = {
-    "tables": Target("ablation", "tables 1 to 6: parameters and GFLOPs beside the published ones (--dry)"),
+    "tables": Target("ablation", "tables 1 to 6: parameters and GFLOPs next to the published ones (--dry)"),
     "table1": Target("ablation", "GELAN and YOLOv9 of every size"),
     "table2": Target("ablation", "computational blocks in GELAN: Conv, Res, Dark, CSP, and your own"),
     "table3": Target("ablation", "ELAN depth and CSP depth"),
@@ -30,7 +30,7 @@ TARGETS: dict[str, Target] = {
     "fig5": Target("scatter", "AP against parameters and GFLOPs, of all detectors compared (Figure 5)"),
     "fig6": Target("maps", "feature maps of a picture in random networks by depth, 50 to 200 layers (Figure 6)"),
     "fig7": Target("fig7", "neck maps of GELAN and YOLOv9 after an epoch of warm-up (Figure 7)"),
-    "comparison": Target("tables", "published detectors side by side (Table 1, appendix Tables 3 to 5)"),
+    "comparison": Target("tables", "published detectors in one table (Table 1, appendix Tables 3 to 5)"),
     "recipe": Target("tables", "the hyper-parameters as a recipe file for `train --config` (appendix Table 1)"),
     "network": Target("tables", "the configuration of YOLOv9-C (appendix Table 2)"),
     "recovery": Target("recovery", "how much of a picture the features of random networks keep, by depth (section 3)"),

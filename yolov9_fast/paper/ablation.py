@@ -1,4 +1,4 @@
-"""`yolov9-fast paper table2 … table6`: a table's systems, counted beside the paper's numbers or trained."""
+"""`yolov9-fast paper table2 … table6`: a table's systems, counted next to the paper's numbers, or trained."""
 
 from __future__ import annotations
 

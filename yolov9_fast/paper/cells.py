@@ -1,7 +1,7 @@
 """Cells of an ablation: one system trained once with one seed.
 
-A finished cell is never trained again, a killed one goes on after its last epoch, and several processes may work on the
-same cells at once.
+A finished cell is never trained again, an interrupted one resumes after its last epoch, and several processes may
+work on the same cells at once.
 """
 
 from __future__ import annotations

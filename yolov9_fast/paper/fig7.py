@@ -1,8 +1,8 @@
 """`paper fig7`: neck maps of GELAN and of YOLOv9 (GELAN with PGI) after the same epoch of warm-up from the same seed.
 
-The paper shows them for one picture after one epoch that lies inside the three epochs of bias warm-up, and says that
-GELAN's diverge while PGI's focus on the objects. Here both networks are trained that far, and beside the picture stands
-a number: how much of each map's variation lies inside the objects' boxes, over the images of the validation split.
+The paper shows them for one image after the first of the three epochs of bias warm-up, and says that
+GELAN's diverge while PGI's focus on the objects. Here both networks are trained that far, and the figure comes with
+a number: how much of each map's variation is inside the objects' boxes, over the images of the validation split.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _EPILOG = """examples:
   yolov9-fast paper fig7 photo.jpg --data coco.yaml --device 0   the paper's size, c
   yolov9-fast paper fig7 --data my.yaml --size t --seeds 3 --epochs 2
 
-Networks that were trained with the same settings into the same --project are used again, an interrupted one goes on."""
+Networks that were trained with the same settings into the same --project are used again, an interrupted one resumes."""
 
 
 def configure(parser: argparse.ArgumentParser, target: str) -> None:
@@ -147,7 +147,7 @@ def trained(network: str, data: Path, arguments: argparse.Namespace, size: int, 
         imgsz=size,
         batch=arguments.batch,
         nominal_batch=arguments.nominal_batch,
-        # The start of a long run: one third of the warm-up, the learning rate not yet falling, mosaic on.
+        # The start of a long run: one third of the warm-up, the learning rate not yet decreasing, mosaic on.
         warmup_epochs=3.0 * arguments.epochs,
         schedule="constant",
         close_mosaic=0,

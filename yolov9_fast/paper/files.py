@@ -13,14 +13,14 @@ from yolov9_fast.errors import UserError
 SUFFIXES = (".png", ".svg", ".pdf", ".jpg")
 
 
-def add_out(parser: argparse.ArgumentParser, name: str, beside: str) -> None:
-    """`--out`, by default runs/paper/NAME.png; `beside` names the files that come with it."""
+def add_out(parser: argparse.ArgumentParser, name: str, companions: str) -> None:
+    """`--out`, by default runs/paper/NAME.png; `companions` names the files written with it."""
     parser.add_argument(
         "--out",
         default=f"runs/paper/{name}.png",
         metavar="FILE",
         help=f"the figure: {', '.join(s.lstrip('.') for s in SUFFIXES)} by suffix (default %(default)s); "
-        f"beside it {beside}",
+        f"next to it {companions}",
     )
 
 

@@ -22,7 +22,7 @@ LEVELS = ("P3", "P4", "P5")
 class Focus:
     """How a map treats the inside of the objects' boxes.
 
-    `inside`: share of the squared deviation from the map's mean that lies inside; `area`: share of the cells that do;
+    `inside`: share of the squared deviation from the map's mean inside the boxes; `area`: share of the cells that do;
     `concentration`: inside / area, 1 where the map does not care about objects; `auc`: probability that a cell inside
     has a larger value than one outside, 0.5 where the value says nothing.
     """

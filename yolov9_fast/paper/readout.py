@@ -26,7 +26,7 @@ DETAIL = 9
 
 @dataclass(frozen=True)
 class Settings:
-    """An experiment; everything that its numbers depend on beside the crops.
+    """An experiment; everything except the crops that its numbers depend on.
 
     `neighbourhoods`: sides of the square of features that the readout sees; `train`: crops that it is fitted on, the
     rest measure it; `ridge`: penalty relative to the number of pixels, on features of variance 1; `double`: networks in

@@ -26,7 +26,7 @@ _EPILOG = """examples:
   yolov9-fast paper recovery photos/ --seeds 5
   yolov9-fast paper recovery --normalisations initial --double --out runs/paper/recovery_float64.png
 
-Finished networks are kept in the JSON beside the figure; the same command goes on where it stopped."""
+Finished networks are stored in the JSON next to the figure; the same command continues where it stopped."""
 QUICK = Settings(depths=(0, 5, 10), seeds=1, width=28, crop=24, train=3, test=2)
 COLOURS = {"plainnet": INK, "resnet": ORANGE, "cspnet": GREEN, "elan": PURPLE, "gelan": BLUE}
 _FLOOR = 1e-4

@@ -153,7 +153,7 @@ def _spread(row: Row, name: str) -> str:
 
 
 def write_measured(path: Path, table: str, rows: Sequence[Row], recipe: TrainConfig) -> None:
-    """The table's numbers as JSON, and beside it the plot."""
+    """The table's numbers as JSON, and the plot next to it."""
     options = {k: v for k, v in dataclasses.asdict(recipe).items() if k not in ("project", "name", "model", "device")}
     options["data"] = Path(recipe.data).name
     entries = []

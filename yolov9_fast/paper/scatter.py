@@ -50,7 +50,7 @@ _TITLES = {
     "fig5": "COCO val AP against size and cost",
 }
 _NAMED = ("YOLOv9", "GELAN")
-# GELAN lies just below YOLOv9; a user's results are named above their stars.
+# GELAN is just below YOLOv9; a user's results are named above their stars.
 _NAME_PLACES = {"YOLOv9": ((-4, 7), "right"), "GELAN": ((5, -11), "left")}
 _MINE_COLOURS = (INK, "#E69F00", "#009E73", "#CC79A7")
 

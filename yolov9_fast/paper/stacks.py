@@ -3,7 +3,7 @@
 The paper names the networks and their depths, and neither blocks, initialisation nor resolution; here:
 
 - One stem, a 3×3 convolution without activation, then everything at its resolution, `width` channels between blocks.
-- Depth is the number of convolution layers on the longest path after the stem. A RepConv (3×3 beside 1×1) is one layer.
+- Depth is the number of convolution layers on the longest path after the stem. A RepConv is one layer.
 - Blocks are those of `nn.blocks` in their published proportions: half the width inside. What does not fill a block of
   the usual size becomes smaller blocks of the same kind, and only where none fits plain 3×3 convolutions, all in front.
 - Weights are as PyTorch draws them. Three normalisations, because the paper names none: `batch`, BatchNorm over the

@@ -90,11 +90,12 @@ def _packages() -> Iterable[str]:
 
 
 def _operators() -> Iterable[str]:
+    width = max(8, *(len(name) + 1 for name in list_backends()))
     for operator in operators.values():
         yield f"{operator.name}: {operator.summary}; backend {get_backend(operator.name)}"
         for name in sorted(list_backends(), key="eager".__ne__):
             reason = operator.why_not(name) or _without_gpu(name)
-            yield f"  {name:<8}{'yes' if reason is None else f'no   {reason}'}"
+            yield f"  {name:<{width}}{'yes' if reason is None else f'no   {reason}'}"
 
 
 def _without_gpu(backend: str) -> str | None:

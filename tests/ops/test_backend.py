@@ -16,7 +16,6 @@ from yolov9_fast import ops
 from yolov9_fast.errors import UserError
 from yolov9_fast.ops import Operator
 from yolov9_fast.ops import _backend as backends
-from yolov9_fast.ops._operator import operators
 
 
 @pytest.fixture
@@ -30,8 +29,7 @@ def operator() -> Iterator[Operator[Any]]:
     saved = dict(backends.settings)
     backends.settings.clear()
     yield example
-    del operators["example"]
-    backends.operator_names.discard("example")
+    ops.unregister_operator("example")
     backends.settings.clear()
     backends.settings.update(saved)
 

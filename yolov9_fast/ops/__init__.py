@@ -33,7 +33,9 @@ from yolov9_fast.ops._operator import (
     reference,
     register_implementation,
     register_operator,
+    unregister_backend,
     unregister_implementation,
+    unregister_operator,
 )
 from yolov9_fast.ops._rep_bn_silu import rep_bn_silu
 from yolov9_fast.ops._spp import spp, spp_with_input
@@ -79,5 +81,7 @@ __all__ = [
     "spp",
     "spp_with_input",
     "tap",
+    "unregister_backend",
     "unregister_implementation",
+    "unregister_operator",
 ]

@@ -309,6 +309,9 @@ def once_differentiable(backward: Function) -> Function:
 # ---- from outside the package
 
 _registrations = itertools.count(1)
+_replaced: dict[tuple[str, str], Implementation | None] = {}
+"""By operator and backend of each registered implementation: what was there before."""
+_added_operators: set[str] = set()
 
 
 def register_implementation(
@@ -327,12 +330,27 @@ def register_implementation(
         backend: a backend's name; an implementation that it has already is replaced.
         function: takes the arguments of the operator's reference and returns what it returns, with its own gradient.
         kernels: instead of `function`, one function for each of the operator's kernels, by the kernel's field name
-            ("forward", "backward", ...); the operator's gradient and fakes are used.
+            ("forward", "backward", ...), or for some of them; the rest run their references. The operator's gradient
+            and fakes are used.
         supports: called with the same arguments as `function`; why it cannot take them, or None.
         why_not: why it cannot run on this machine, or None; default: what the backend says.
 
     Raises `ValueError` for an unknown operator or backend, or kernels that are not the operator's.
     """
+    made = _made(op, backend, function, kernels, supports, why_not)
+    operator = _operator(op)
+    _replaced.setdefault((op, backend), operator.implementations.get(backend))
+    operator.add(backend, made)
+
+
+def _made(
+    op: str,
+    backend: str,
+    function: Function | None,
+    kernels: Mapping[str, Function] | None,
+    supports: Callable[..., str | None],
+    why_not: Callable[[], str | None] | None,
+) -> Implementation:
     operator = _operator(op)
     if backend not in _backend.backends:
         raise UnknownBackend(f"backend: expected one of {', '.join(_backend.backends)}, got {backend!r}")
@@ -340,35 +358,43 @@ def register_implementation(
     if (function is None) == (kernels is None):
         raise ValueError("function: expected either a function or kernels, got both or neither")
     if function is not None:
-        operator.add(backend, Implementation(function, unavailable, supports))
-        return
+        return Implementation(function, unavailable, supports)
     assert kernels is not None
     fields = getattr(operator.references, "_fields", ())
-    if set(kernels) != set(fields):
-        raise ValueError(f"kernels: expected {', '.join(fields) or 'none'}, got {', '.join(kernels)}")
-    launchers = _named(operator.references, [kernels[field] for field in fields])
+    if not kernels or not set(kernels) <= set(fields):
+        raise ValueError(f"kernels: expected some of {', '.join(fields) or 'none'}, got {', '.join(kernels) or 'none'}")
+    launchers = operator.references._replace(**kernels)
     made = operator.from_kernels(backend, Python(lambda: launchers), f"_{backend}_{next(_registrations)}")
-    operator.add(backend, Implementation(made.call, unavailable, supports))
+    return Implementation(made.call, unavailable, supports)
 
 
 def unregister_implementation(op: str, backend: str) -> None:
-    """Remove the implementation that `register_implementation` added."""
-    _operator(op).remove(backend)
+    """Remove the implementation that `register_implementation` added; one that it replaced is used again.
+
+    Raises `ValueError` if none was added.
+    """
+    operator = _operator(op)
+    if (op, backend) not in _replaced:
+        raise ValueError(f"backend: expected one registered for {op}, got {backend!r}")
+    before = _replaced.pop((op, backend))
+    if before is None:
+        operator.remove(backend)
+    else:
+        operator.add(backend, before)
 
 
 @contextmanager
 def implementation(op: str, backend: str, function: Function | None = None, **options: Any) -> Iterator[None]:
     """`register_implementation` inside a `with` block; the backend's previous implementation is restored at its end."""
-    operator = _operator(op)
-    before = operator.implementations.get(backend)
+    before = _operator(op).implementations.get(backend) if (op, backend) in _replaced else None
     register_implementation(op, backend, function, **options)
     try:
         yield
     finally:
         if before is None:
-            operator.remove(backend)
+            unregister_implementation(op, backend)
         else:
-            operator.add(backend, before)
+            _operator(op).add(backend, before)
 
 
 def register_operator(name: str, summary: str, reference: Function) -> Operator[Any]:
@@ -376,7 +402,40 @@ def register_operator(name: str, summary: str, reference: Function) -> Operator[
 
     Returns the operator: calling it runs the backend that is set, or the fastest that supports the arguments.
     """
-    return Operator(name, summary, reference=reference)
+    operator: Operator[Any] = Operator(name, summary, reference=reference)
+    _added_operators.add(name)
+    return operator
+
+
+def unregister_operator(name: str) -> None:
+    """Remove the operator that `register_operator` added, its implementations and its setting.
+
+    Raises `ValueError` if none was added.
+    """
+    if name not in _added_operators:
+        raise ValueError(f"name: expected a registered operator, got {name!r}")
+    _added_operators.remove(name)
+    for backend in operators.pop(name).implementations:
+        _replaced.pop((name, backend), None)
+    _backend.operator_names.discard(name)
+    _settings.pop(name, None)
+    _backend.changed()
+
+
+def unregister_backend(name: str) -> None:
+    """Remove the backend that `register_backend` added, its implementations and the settings that name it.
+
+    Raises `ValueError` for an unknown or a built-in backend.
+    """
+    if name not in _backend.backends or name in _BUILT_IN:
+        raise ValueError(f"name: expected a registered backend, got {name!r}")
+    for op, operator in operators.items():
+        if name in operator.implementations:
+            unregister_implementation(op, name)
+    for op in [op for op, chosen_name in _settings.items() if chosen_name == name]:
+        del _settings[op]
+    del _backend.backends[name]
+    _backend.changed()
 
 
 def list_backends() -> list[str]:
@@ -411,3 +470,4 @@ register_backend("eager", devices=("cpu", "cuda"))
 register_backend("cuda", devices=("cuda",), before="eager", why_not=lambda: _library.loaded["cuda"])
 register_backend("triton", devices=("cuda",), before="cuda", why_not=_no_triton)
 register_backend("cpu", devices=("cpu",), before="triton", why_not=lambda: _library.loaded["cpu"])
+_BUILT_IN = frozenset(_backend.backends)

@@ -132,7 +132,10 @@ def test_a_callback_can_stop_the_run(tiny_config: Make, caplog: pytest.LogCaptur
     assert load_state(_run(config).state)["epoch"] == 1
 
 
-@pytest.mark.parametrize("event", ["on_epoch_start", "on_batch_end", "on_validation_end", "on_epoch_end"])
+OTHER_EVENTS = [pytest.param(name, marks=pytest.mark.slow) for name in ("on_epoch_start", "on_validation_end")]
+
+
+@pytest.mark.parametrize("event", ["on_batch_end", "on_epoch_end", *OTHER_EVENTS])
 def test_an_exception_names_its_callback_and_the_run_resumes_to_the_same_end(tiny_config: Make, event: str) -> None:
     options = {"epochs": 3, "nominal_batch": 40, "warmup_epochs": 0.0}
     uninterrupted, failed = (tiny_config(name=name, **options) for name in ("uninterrupted", "failed"))

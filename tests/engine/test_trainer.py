@@ -92,7 +92,9 @@ def test_an_existing_run_is_never_overwritten(tiny_config: Make) -> None:
     assert {p.name for p in Path(config.project).iterdir()} == {"exp", "exp-2"}
 
 
-@pytest.mark.parametrize("stop_at", ["first batch", "batch", "validation"])
+@pytest.mark.parametrize(
+    "stop_at", ["batch", *(pytest.param(at, marks=pytest.mark.slow) for at in ("first batch", "validation"))]
+)
 def test_a_run_stopped_during_an_epoch_resumes_to_the_same_end(
     tiny_config: Make, monkeypatch: pytest.MonkeyPatch, stop_at: str
 ) -> None:

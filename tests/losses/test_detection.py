@@ -259,6 +259,7 @@ def _loss_of_half_of_the_batch(rank: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one_of_twice_the_batch(tmp_path: Path) -> None:
     mp.spawn(_loss_of_half_of_the_batch, (str(tmp_path),), nprocs=2)
     halves = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]

@@ -36,6 +36,7 @@ def test_the_same_network_is_copied_whole() -> None:
     assert close(model, source, 0)
 
 
+@pytest.mark.slow
 def test_a_deployed_network_starts_the_main_branch_of_its_training_graph() -> None:
     source, model = small_model("gelan-t", 3), create_model("yolov9-t", 3)
     before = {k: v.clone() for k, v in model.state_dict().items()}
@@ -113,7 +114,7 @@ def test_a_dense_box_tower_does_not_fit_a_grouped_one_and_takes_its_batch_norm_a
     assert "model.22.cv2.0.0.conv.weight" in report.loaded
 
 
-@pytest.mark.parametrize("training", ["yolov9-t", "gelan-t"])
+@pytest.mark.parametrize("training", ["gelan-t", pytest.param("yolov9-t", marks=pytest.mark.slow)])
 def test_fused_weights_are_unfused_for_training(training: str) -> None:
     source, model = fuse(small_model("gelan-t", 3)), create_model(training, 3)
     report = transfer_weights(model, source.state_dict())

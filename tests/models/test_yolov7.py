@@ -55,7 +55,7 @@ def anchored() -> DetectionModel:
     return tiny(["AnchorDetect", [ANCHORS]]).eval()
 
 
-@pytest.fixture(scope="module", params=["yolov7", "yolov7-af-gelan"])
+@pytest.fixture(scope="module", params=["yolov7-af-gelan", pytest.param("yolov7", marks=pytest.mark.slow)])
 def network(request: pytest.FixtureRequest) -> Iterator[DetectionModel]:
     return small_model(request.param, 3)
 

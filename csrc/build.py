@@ -9,7 +9,7 @@ every torch from 2.10 on. A missing tool is no error; the reason is written to `
     YOLOV9_FAST_PORTABLE=1      for any CPU of this architecture, not only those with the vector units of this one
     YOLOV9_FAST_SANITIZE        such as "address,undefined": instrument the CPU part, as csrc/sanitize.py does
     YOLOV9_FAST_CUDA_ARCHS      such as "8.0;9.0+PTX"; default: what nvcc knows of DEFAULT_ARCHS, PTX of the newest
-    MAX_JOBS                    compilers at a time; default min(cores / 2, free memory / 5 GB)
+    MAX_JOBS                    compilers at a time; default cores / 2, at least 2 of 2, with 5 GB of free memory each
     CXX, CUDA_HOME              the compiler (default c++) and the CUDA toolkit (default: the one of the nvcc on PATH)
 """
 
@@ -348,7 +348,8 @@ def max_jobs() -> int:
     asked = os.environ.get("MAX_JOBS", "")
     if asked.isdigit() and int(asked) > 0:
         return int(asked)
-    jobs = (os.cpu_count() or 1) // 2
+    cores = os.cpu_count() or 1
+    jobs = max(min(cores, 2), cores // 2)  # nvcc starts threads of its own
     memory = Path("/proc/meminfo")
     if memory.exists():
         match = re.search(r"MemAvailable:\s+(\d+) kB", memory.read_text())

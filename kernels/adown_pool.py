@@ -1,7 +1,7 @@
 """ADown's and AConv's pools: average 2×2 stride 1, then for ADown the second half of the channels max 3×3 stride 2.
 
 The maximum is taken of averages rounded to the tensor's dtype, so that its place, which decides the gradient's way, is
-that of torch's two pools. Backward notes that place in a byte, then gathers for each pixel of x: no atomics.
+that of torch's two pools. Backward stores that position in a byte, then gathers for each pixel of x, without atomics.
 """
 
 import torch

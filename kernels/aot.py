@@ -99,7 +99,7 @@ def everything(architecture: int) -> list[Launch]:
 
 
 def key(launch: Launch) -> tuple[object, ...]:
-    """What makes a variant; not which pointers happen to be aligned (VEC says what the kernel relies on)."""
+    """What makes a variant; not which pointers happen to be aligned (the kernel relies on VEC alone)."""
     return launch.kernel, launch.signature, launch.constants, launch.warps, launch.stages, launch.registers
 
 
@@ -161,13 +161,13 @@ def _output(command: list[str | Path]) -> str:
 
 def table(builds: Iterable[Build]) -> Iterator[str]:
     """Lines of text, one per build, as they come."""
-    yield f"{'kernel':36}{'arch':>6}{'dtype':>7}{'registers':>10}{'spilled':>8}{'shared':>8}{'16-byte':>8}  constants"
+    yield f"{'kernel':40}{'arch':>6}{'dtype':>7}{'registers':>10}{'spilled':>8}{'shared':>8}{'16-byte':>8}  constants"
     for made in builds:
         launch = made.launch
         dtype = next(kind.lstrip("*") for _, kind in launch.signature if kind.startswith("*"))
         shown = [f"{name}={value}" for name, value in launch.constants if value is not None] + [f"warps={launch.warps}"]
         line = (
-            f"{launch.kernel:36}{'sm_' + str(made.architecture):>6}{dtype:>7}{made.registers:10}{made.spilled:8}"
+            f"{launch.kernel:40}{'sm_' + str(made.architecture):>6}{dtype:>7}{made.registers:10}{made.spilled:8}"
             f"{made.shared:8}{made.wide:8}  {' '.join(shown)}"
         )
         faults = made.faults()
@@ -183,7 +183,7 @@ def summary(builds: Iterable[Build]) -> Iterator[str]:
     for made in builds:
         by_kernel.setdefault(made.launch.kernel, []).append(made)
     yield (
-        f"{'kernel':36}{'variants':>9}{'registers':>11}{'spilled':>9}{'shared':>15}{'expected wide':>15}{'16-byte':>9}"
+        f"{'kernel':40}{'variants':>9}{'registers':>11}{'spilled':>9}{'shared':>15}{'expected wide':>15}{'16-byte':>9}"
         f"{'faults':>8}"
     )
     for name, ours in by_kernel.items():
@@ -191,7 +191,7 @@ def summary(builds: Iterable[Build]) -> Iterator[str]:
         registers = f"{min(made.registers for made in ours)}-{max(made.registers for made in ours)}"
         shared = f"{min(made.shared for made in ours)}-{max(made.shared for made in ours)}"
         yield (
-            f"{name:36}{len(ours):9}{registers:>11}{max(made.spilled for made in ours):9}{shared:>15}{len(wide):15}"
+            f"{name:40}{len(ours):9}{registers:>11}{max(made.spilled for made in ours):9}{shared:>15}{len(wide):15}"
             f"{min(wide) if wide else '-':>9}{sum(bool(made.faults()) for made in ours):8}"
         )
     total = [made for ours in by_kernel.values() for made in ours]

@@ -1,7 +1,8 @@
 """Batch statistics and sums over all pixels of a channel, in two stages of fixed order: the same bits on every run.
 
-Stage one leaves for each block of pixels the mean and M2 = Σ (x − mean)² of its own pixels, each lane by Welford's
-update, lanes joined by Chan's formula; stage two joins the blocks by the same formula. No E[x²] − E[x]² anywhere.
+Stage one writes for each block of pixels the mean and M2 = Σ (x − mean)² of its pixels: Welford's update in each lane,
+then Chan's formula over the lanes. Stage two combines the blocks by Chan's formula. E[x²] − E[x]² is never used: it
+cancels where the mean is large.
 """
 
 from dataclasses import dataclass
@@ -33,7 +34,7 @@ FINISH_BLOCKS, FINISH_CHANNELS = 64, 16
 
 @dataclass(frozen=True)
 class Plan:
-    """How the pixels of a tensor are shared out: `blocks` programs an image, each going over `tiles` tiles."""
+    """How the pixels of a tensor are split: `blocks` programs per image, `tiles` tiles per program."""
 
     shape: Tile
     blocks: int
@@ -182,7 +183,7 @@ def bn_statistics_kernel(
     # How many values each lane has seen: the last tile of an image may be short.
     seen = tl.minimum(tl.maximum((pixels - start - p + BLOCK_P - 1) // BLOCK_P, 0), tiles).to(tl.float32)[:, None]
     n = tl.minimum(pixels - start, tiles * BLOCK_P).to(tl.float32)
-    # Relative to one of the lanes: a weighted sum of means far from zero would lose what the lanes have kept.
+    # Relative to one of the lanes: a weighted sum of means far from zero would cancel.
     anchor = tl.max(tl.where((seen > 0) & inside, mean, float("-inf")), axis=0)
     block_mean = anchor + tl.sum(tl.where(seen > 0, (mean - anchor[None, :]) * seen, 0.0), axis=0) / n
     off = mean - block_mean[None, :]

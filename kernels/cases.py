@@ -10,7 +10,7 @@ from yolov9_fast.kernels import adown_pool, bn_silu, cbfuse, conv1x1, rep_bn_sil
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 LAYOUTS = (torch.channels_last, torch.contiguous_format)
 TYPICAL = ((32, 64, 80, 80), (1, 256, 20, 20))
-"""A large tensor in tiles and a small one in one launch: what most layers of a network choose."""
+"""A large tensor in tiles and a small one in a single pass: what most layers of a network choose."""
 EVERY = (
     *((32, c, s, s) for c in (8, 16, 32, 64) for s in (160, 16)),
     *((1, c, s, s) for c in (16, 64) for s in (80, 64, 40, 32, 20, 16, 10)),
@@ -24,7 +24,7 @@ EVERY = (
     *((1, 7, s, s) for s in (81, 63, 45, 31, 21, 9)),
     *((n, 64, s, s) for n, s in ((32, 81), (32, 21), (32, 9), (1, 63), (1, 45), (1, 31), (1, 21), (1, 9))),
 )
-"""Every block of channels and of pixels, every size held whole, sizes that allow no 16-byte access."""
+"""Every block of channels and of pixels, every single-pass size, sizes that allow no 16-byte access."""
 
 
 def call_all(shape: tuple[int, int, int, int], dtype: torch.dtype, layout: torch.memory_format) -> None:

@@ -113,7 +113,7 @@ def cbfuse_kernel(
     tl.store(out_ptr + place, as_stored(sum, out_ptr), mask=mask)
 
 
-# Reads dz once (each source pixel its own part), writes dx: 2 (H·W + h·w) bytes a channel of bf16. Grid: tiles of the
+# Reads dz once (each source pixel a part of it), writes dx: 2 (H·W + h·w) bytes a channel of bf16. Grid: tiles of the
 # source's pixels × blocks of channels. span_y × span_x covers every target pixel that may read one source pixel.
 @kernel()
 def cbfuse_gradient_kernel(
@@ -140,7 +140,7 @@ def cbfuse_gradient_kernel(
 ) -> None:
     channels = channels * VEC
     n, y, x, c, real, inside = tile_of_batch(height, width, batch, channels, BLOCK_P, BLOCK_C)
-    # One before the exact bound: the forward map is rounded in float32, the loop asks it.
+    # One before the exact bound: forward rounds in float32, and the loop compares with its result.
     from_y = (y.to(tl.int64) * target_height // height).to(tl.int32) - 1
     from_x = (x.to(tl.int64) * target_width // width).to(tl.int32) - 1
     sum = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)

@@ -23,10 +23,10 @@ ELEMENTS, WARPS = (1024, 2048, 4096, 8192), (2, 4, 8)
 """Elements and warps of a tile; `candidates` are the pairs that the tuner tries and a record may hold."""
 _CHANNEL_BLOCKS = (64, 32, 16, 8)
 _PIXEL_BLOCKS = (1024, 256, 64)
-APART = {"elements": ELEMENTS[0], "warps": WARPS[-1]}
-"""The tile of tensors whose elements are read one by one, since no 16-byte access is possible. Each element has an
-address of 64 bits and a mask in registers, in each tensor and for each neighbour: four of them a thread, not 32."""
-APART_PRODUCT = (64, 32, 64)
+UNALIGNED = {"elements": ELEMENTS[0], "warps": WARPS[-1]}
+"""The tile of tensors that allow no 16-byte access, so that elements are read one by one. Each needs a 64-bit address
+and a mask in registers, in each tensor and for each neighbour: a thread takes four of them, not 32."""
+UNALIGNED_PRODUCT = (64, 32, 64)
 """The largest product, pixels × k × outputs, of such tensors: 16 elements a thread. 128 × 64 and 64 × 128 are 64, and
 their addresses alone take 128 of a thread's 255 registers."""
 SMALL = 2**20
@@ -56,13 +56,13 @@ class Product:
 def product(size: int, outputs: int, device: torch.device, vector: int) -> Product:
     """Tiles for elements of `size` bytes; the block of outputs is 32, 64 or 128, as the outputs need.
 
-    At most APART_PRODUCT, by the most warps, where no 16-byte access is possible (`vector` 1).
+    At most UNALIGNED_PRODUCT, by the most warps, where no 16-byte access is possible (`vector` 1).
     """
     record = _products(size, _device_key(device))
     block = next((b for b in (32, 64) if outputs <= b), 128)
     pixels, k, outputs = record["pixels"], record["k"], min(block, record["outputs"])
     if vector == 1:
-        pixels, k, outputs = (min(a, b) for a, b in zip((pixels, k, outputs), APART_PRODUCT, strict=True))
+        pixels, k, outputs = (min(a, b) for a, b in zip((pixels, k, outputs), UNALIGNED_PRODUCT, strict=True))
         return Product(pixels, k, outputs, WARPS[-1], record["stages"])
     return Product(pixels, k, outputs, record["warps"], record["stages"])
 
@@ -93,7 +93,7 @@ def tile(kernel: str, view: View, vector: int) -> Tile:
     block = max(block, vector)
     layout = "last" if view.last else "planes"
     bucket = f"{layout}/{view.data.element_size()}/{block}/{size}"
-    record = APART if vector == 1 else _record(kernel, bucket, _device_key(view.data.device))
+    record = UNALIGNED if vector == 1 else _record(kernel, bucket, _device_key(view.data.device))
     other = max(1, record["elements"] // block)
     return Tile(other, block, record["warps"]) if view.last else Tile(block, other, record["warps"])
 
@@ -146,7 +146,7 @@ _forced: dict[tuple[str, str], dict[str, int]] = {}
 
 @contextmanager
 def forced(kernel: str, bucket: str, record: dict[str, int]) -> Iterator[None]:
-    """Within the block this record holds, whatever the files say: for the tuner."""
+    """Within the block this record is used instead of those of the files: for the tuner."""
     _forced[kernel, bucket] = record
     _record.cache_clear()
     try:

@@ -29,7 +29,7 @@ from yolov9_fast.kernels.launch import (
 )
 
 MOST = 4
-"""Maps read or written by one launch; CSP-ELAN has at most four. Of more, the last ones are copied together."""
+"""Maps read or written by one launch; CSP-ELAN has at most four. Of more, the last ones are concatenated first."""
 SPLITS = 512
 """Programs of the weight's gradient: about four for each of 132 multiprocessors."""
 

@@ -55,7 +55,7 @@ def at(
     stride: tl.tensor,
     LAST: tl.constexpr,
 ) -> tl.tensor:
-    """64-bit offsets [pixels, channels]; y and x may lie outside, under a mask."""
+    """64-bit offsets [pixels, channels]; y and x may be outside where masked."""
     if LAST:
         return (((n * height + y) * width + x).to(tl.int64) * stride)[:, None] + c[None, :]
     else:

@@ -1,8 +1,9 @@
-"""Three stacked max pools 5×5 (stride 1, padding 2) of SPP-ELAN, and their gradient, as torch's max_pool2d has them.
+"""Three successive max pools 5×5 (stride 1, padding 2) of SPP-ELAN, and their gradient, equal to torch's max_pool2d.
 
-Pools stacked are pools of 5, 9 and 13 pixels, and those are maxima along rows of maxima along columns: 13 + 27 reads of
-neighbours instead of 75, in two launches. The gradient goes to the first maximum of each window in row-major order: one
-pass per pool notes its place (a byte), one gathers, for each pixel, from the 25 windows that hold it: no atomics.
+Together they are pools of 5, 9 and 13 pixels, each a maximum along rows, then along columns: 13 + 27 reads of
+neighbours instead of 75, in two launches. The gradient goes to the first maximum of each window in row-major order. One
+launch per pool stores its position in a byte, another gathers, for each pixel, from the 25 windows that contain it,
+without atomics.
 """
 
 import torch
@@ -101,7 +102,7 @@ def spp_columns_kernel(
     tl.store(y3_ptr + place, as_stored(m13, y3_ptr), mask=mask)
 
 
-# Reads the input of one pool, writes the place of each window's maximum: 3 bytes an element of bf16.
+# Reads the input of one pool, writes the position of each window's maximum: 3 bytes an element of bf16.
 # Not streaming: it gathers 25 neighbours, in accesses of 8 bytes, as Triton spreads the tile for the bytes it stores.
 # Grid: tiles of pixels × blocks of channels.
 @kernel(streams=False)
@@ -142,7 +143,7 @@ def spp_places_kernel(
     tl.store(place_ptr + place, where.to(tl.uint8), mask=real[:, None] & inside[None, :])
 
 
-# Reads places and the output's gradient (25 neighbours each) and the input's own, writes their sum: 7 to 11 bytes an
+# Reads positions and the output's gradient (25 neighbours each) and the input's own, writes their sum: 7 to 11 bytes an
 # element of bf16. Grid: tiles of pixels × blocks of channels.
 @kernel()
 def spp_gather_kernel(

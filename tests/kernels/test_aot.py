@@ -47,7 +47,7 @@ def test_representative_variants_compile_for_every_architecture_without_a_fault(
     for architecture in aot.ARCHITECTURES:
         assert {line.split()[0] for line in built if f" sm_{architecture} " in line} == set(kernels)
     assert not [line for line in built if "FAULT" in line]
-    # A program that holds more rows than whole_tile allows does spill, and is reported.
+    # A program that holds more rows than bn_silu_single_pass.tile_of allows spills, and is reported.
     assert re.search(r"BLOCK_P=8192 .*FAULT: spills [1-9]\d* bytes", too_large)
 
 
@@ -88,7 +88,7 @@ def test_the_list_holds_what_the_tuner_may_choose() -> None:
         (1, 31, 64, torch.contiguous_format, True, False),
     ],
 )
-def test_the_one_launch_form_ends_where_its_rows_no_longer_fit_the_registers(
+def test_a_single_pass_is_chosen_only_where_all_rows_fit_the_registers(
     images: int, side: int, channels: int, layout: torch.memory_format, forward: bool, backward: bool
 ) -> None:
     shape = (images, channels, side, side)

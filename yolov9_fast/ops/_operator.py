@@ -126,6 +126,8 @@ class Operator(Generic[Kernels]):
         run: Function | None = None,
         backends: Mapping[str, Compiled | Python[Kernels]] | None = None,
     ) -> None:
+        if name in operators:
+            raise ValueError(f"name: expected a new operator, got {name!r}")
         self.name, self.summary = name, summary
         self._declared: tuple[Any, ...] = kernels
         self._run = run
@@ -135,8 +137,6 @@ class Operator(Generic[Kernels]):
         self._automatic: tuple[Implementation, ...] = ()
         for backend, declared in (backends or {}).items():
             self.add(backend, self._implementation(backend, declared))
-        if name in operators:
-            raise ValueError(f"name: expected a new operator, got {name!r}")
         operators[name] = self
         add_operator_name(name)
 
@@ -146,6 +146,7 @@ class Operator(Generic[Kernels]):
             for implementation in self._automatic:
                 if implementation.supports(*args) is None:
                     return implementation.call(*args)
+            return self.implementations["eager"].call(*args)
         return self.select(*args)(*args)
 
     def select(self, *args: Any) -> Function:

@@ -54,7 +54,7 @@ def ratio_of_medians(
     if first.size == 0 or second.size == 0:
         raise ValueError(f"ratio: expected samples on both sides, got {first.size} and {second.size}")
     if paired and first.size != second.size:
-        raise ValueError(f"ratio: paired samples must be equally many, got {first.size} and {second.size}")
+        raise ValueError(f"first, second: expected equally many samples, got {first.size} and {second.size}")
     generator = np.random.default_rng(seed)
     chosen = generator.integers(first.size, size=(_DRAWS, first.size))
     other = chosen if paired else generator.integers(second.size, size=(_DRAWS, second.size))

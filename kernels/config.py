@@ -178,7 +178,7 @@ def load(name: str) -> dict[str, Any]:
 def _check_default(content: dict[str, Any], path: Path) -> None:
     for record in (*content["sizes"].values(), *content["kernels"].values()):
         if record.get("elements", ELEMENTS[0]) not in ELEMENTS or record.get("warps", WARPS[0]) not in WARPS:
-            raise ValueError(f"{path}: elements must be among {ELEMENTS} and warps among {WARPS}, got {record}")
+            raise ValueError(f"{path}: expected elements among {ELEMENTS} and warps among {WARPS}, got {record}")
 
 
 def _check(content: dict[str, Any], path: Path) -> None:
@@ -187,4 +187,4 @@ def _check(content: dict[str, Any], path: Path) -> None:
             full = _default(kernel, bucket.rsplit("/", 1)[1]) | record
             if full not in candidates(kernel):
                 allowed = ", ".join("{elements} by {warps}".format(**one) for one in candidates(kernel))
-                raise ValueError(f"{path}: {kernel} {bucket}: elements by warps must be among {allowed}, got {record}")
+                raise ValueError(f"{path}: {kernel} {bucket}: expected elements by warps among {allowed}, got {record}")

@@ -15,7 +15,7 @@ import torch
 
 import yolov9_fast
 from yolov9_fast.ops import _library as library
-from yolov9_fast.ops._backend import get_backend
+from yolov9_fast.ops._backend import backends, get_backend
 from yolov9_fast.ops._operator import list_backends, operators
 
 
@@ -98,8 +98,8 @@ def _operators() -> Iterable[str]:
             yield f"  {name:<{width}}{'yes' if reason is None else f'no   {reason}'}"
 
 
-def _without_gpu(backend: str) -> str | None:
-    if backend in ("triton", "cuda") and not torch.cuda.is_available():
+def _without_gpu(name: str) -> str | None:
+    if backends[name].devices == ("cuda",) and not torch.cuda.is_available():
         return "it is compiled, but torch sees no GPU"
     return None
 

@@ -53,7 +53,7 @@ def test_a_record_that_no_build_covers_is_refused(records: Path) -> None:
         bucket = {"last/2/64/small": record}
         (records / "sm90.json").write_text(json.dumps({"kernels": {"bn_silu_apply_kernel": bucket}}))
         config.load.cache_clear()
-        message = r"sm90.json: bn_silu_apply_kernel last/2/64/small: elements by warps must"
+        message = r"sm90.json: bn_silu_apply_kernel last/2/64/small: expected elements by warps among"
         with pytest.raises(ValueError, match=message):
             tile_of(64)
 

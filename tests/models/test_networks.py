@@ -147,9 +147,9 @@ def test_auxiliary_none_builds_the_deployed_graph() -> None:
     [
         (("yolov9-x",), {}, GraphError, "unknown network 'yolov9-x'; known are gelan-c"),
         (("missing.yaml",), {}, GraphError, "no graph file missing.yaml"),
-        (("gelan-t", 0), {}, ValueError, "num_classes must be an integer of at least 1, got 0"),
+        (("gelan-t", 0), {}, ValueError, "num_classes: expected an integer of at least 1, got 0"),
         (("gelan-t", 2.5), {}, ValueError, "num_classes"),
-        (("gelan-t",), {"class_tower": 0}, ValueError, "class_tower must be at least 1"),
+        (("gelan-t",), {"class_tower": 0}, ValueError, "class_tower: expected at least 1"),
         (("gelan-t",), {"box_groups": 3}, ValueError, "box_groups: expected a divisor of 64"),
         (("gelan-t",), {"auxiliary": "nothing"}, ValueError, "unknown auxiliary branch"),
     ],
@@ -163,7 +163,7 @@ def test_wrong_arguments_are_named(
 
 @pytest.mark.parametrize("shape", [(1, 3, 33, 64), (1, 3, 0, 64), (1, 1, 64, 64), (3, 64, 64)])
 def test_images_of_a_wrong_shape_are_refused(shape: tuple[int, ...]) -> None:
-    with pytest.raises(ValueError, match=r"multiples of 32|must be"):
+    with pytest.raises(ValueError, match=r"^images: expected "):
         create_model("gelan-t", 1).eval()(torch.zeros(shape))
 
 

@@ -189,7 +189,7 @@ def test_wrong_branches_are_named() -> None:
     graph = load_graph("gelan-t")
     with pytest.raises(ValueError, match="unknown auxiliary branch 'x'; known are none, fpn, icn, pan, pfh"):
         attach(graph, "x")
-    with pytest.raises(ValueError, match="neck: with a branch on the backbone it must be 'icn'"):
+    with pytest.raises(ValueError, match="neck: expected 'icn' next to a branch on the backbone"):
         attach(graph, "fpn", neck="pan")
     with pytest.raises(GraphError, match="head: expected DDetect for an auxiliary branch, got DualDDetect"):
         attach(load_graph("yolov9-t"), "fpn")

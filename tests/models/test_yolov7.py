@@ -225,5 +225,5 @@ def test_wrong_heads_are_named(head: list[Any], options: dict[str, Any], error: 
 
 def test_mp_down_needs_an_even_output() -> None:
     rows: list[Any] = [[-1, "MPDown", [7]], [[0, 0, 0], "DDetect", []]]
-    with pytest.raises(GraphError, match=r"layer 0, MPDown.*even, got 7"):
+    with pytest.raises(GraphError, match=r"layer 0, MPDown.*out_channels: expected an even number, got 7"):
         DetectionModel(graph_from_dict({"name": "odd", "layers": rows}, "odd.yaml"))

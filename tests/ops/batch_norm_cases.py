@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,11 +17,9 @@ MOMENTUM, EPS = 0.03, 1e-3
 LAYOUTS = ("channels_last", "contiguous", "rows_slice", "planes_slice", "strided")
 
 
-def skip_without_triton(module: str) -> None:
-    """Skip where neither interpreted nor on a GPU the kernels of `kernels/MODULE.py` can run."""
+def skip_without_triton() -> None:
+    """Skip where Triton kernels are not interpreted."""
     pytest.importorskip("triton")
-    if importlib.util.find_spec(f"yolov9_fast.kernels.{module}") is None:
-        pytest.skip(f"no kernels/{module}.py")
     if os.environ.get("TRITON_INTERPRET") != "1":
         pytest.skip("TRITON_INTERPRET is not 1")
 

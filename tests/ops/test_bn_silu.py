@@ -75,7 +75,7 @@ def test_every_mode(layout: str, training: bool, affine: bool, activation: bool,
     ids=str,
 )
 def test_interpreted_triton(options: dict[str, Any]) -> None:
-    skip_without_triton("bn_silu")
+    skip_without_triton()
     assert_no_worse_than_eager(make_case(1, **options), "triton")
 
 

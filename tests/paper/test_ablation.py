@@ -90,7 +90,7 @@ def test_a_table_is_trained_once_and_written(
     [
         ("table5", "data: expected a data file, got none (--data FILE.yaml)"),
         ("table5 --data missing.yaml", "missing.yaml: data file does not exist"),
-        ("table5 --data missing.yaml --seeds 0", "--seeds must be at least 1, got 0"),
+        ("table5 --data missing.yaml --seeds 0", "--seeds: expected at least 1, got 0"),
         ("table5 --data missing.yaml --epochs 0", "epochs: expected at least 1, got 0"),
         ("table2 --dry --block nothing", "unknown block 'nothing'"),
         ("tables", "give --dry"),

@@ -80,7 +80,7 @@ def test_a_users_picture_is_read_at_the_size_asked_for(tmp_path: Path) -> None:
         (["broken.png"], "image file cannot be decoded"),
         (["--size", "4"], "at least 8 pixels"),
         (["--width", "30"], "multiple of 4"),
-        (["--depths", "-1"], "depth must not be negative"),
+        (["--depths", "-1"], "depth: expected at least 0"),
         (["--out", "map.bmp"], "--out must end in .png, .svg"),
     ],
 )

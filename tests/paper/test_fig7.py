@@ -124,7 +124,7 @@ def test_the_pair_is_trained_once_and_used_again(
     ("words", "message"),
     [
         (["--data", "nowhere.yaml"], "nowhere.yaml: data file does not exist"),
-        (["--seeds", "0"], "--seeds must be at least 1"),
+        (["--seeds", "0"], "--seeds: expected at least 1"),
         (["nowhere.jpg", "--data", "DATA"], "nowhere.jpg: image file is missing"),
     ],
 )

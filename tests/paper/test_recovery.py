@@ -119,9 +119,9 @@ def test_crops_depend_on_the_seed_and_the_files_alone(tmp_path: Path) -> None:
     ("words", "message"),
     [
         (["--crop", "8"], "at least 18 pixels"),
-        (["--seeds", "0"], "seeds must be at least 1"),
-        (["--neighbourhoods", "2"], "must be odd"),
-        (["--depths", "-3"], "depth must not be negative"),
+        (["--seeds", "0"], "seeds: expected at least 1"),
+        (["--neighbourhoods", "2"], "expected odd sides"),
+        (["--depths", "-3"], "depth: expected at least 0"),
         (["--out", "curve.txt"], "--out must end in .png"),
         (["nowhere.jpg"], "image file is missing"),
     ],

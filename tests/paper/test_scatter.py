@@ -37,12 +37,12 @@ def test_weights_are_counted_as_they_are_deployed(tmp_path: Path, name: str) -> 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("fast", "must be NAME:PARAMETERS_IN_MILLIONS:GFLOPS:AP or WEIGHTS:AP, got 'fast'"),
-        ("fast:1:2", "must be NAME"),
-        (":1:2:3", "must be NAME"),
+        ("fast", "expected NAME:PARAMETERS_IN_MILLIONS:GFLOPS:AP or WEIGHTS:AP, got 'fast'"),
+        ("fast:1:2", "expected NAME"),
+        (":1:2:3", "expected NAME"),
         ("fast:1:2:good", "'good' is not a number"),
-        ("fast:0:2:40", "must be positive"),
-        ("fast:1:inf:40", "must be positive"),
+        ("fast:0:2:40", "expected positive"),
+        ("fast:1:inf:40", "expected positive"),
         ("fast:1:2:nan", "AP is in percent"),
         ("fast:1:2:140", "AP is in percent"),
         ("nowhere.safetensors:40", "nowhere.safetensors"),
@@ -72,5 +72,5 @@ def test_the_commands_leave_figure_and_numbers(tmp_path: Path, target: str, rows
 def test_wrong_words_end_the_command_with_a_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "figure.png"
     assert main(["paper", "fig1", "--out", str(out), "--mine", "fast:1:2"]) == 2
-    assert "--mine must be NAME" in capsys.readouterr().err
+    assert "--mine: expected NAME" in capsys.readouterr().err
     assert not out.exists()

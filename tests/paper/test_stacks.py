@@ -120,8 +120,8 @@ def test_a_stem_with_a_stride_lowers_the_resolution_once() -> None:
     ("arguments", "message"),
     [
         (("transformer", 10), "no architecture 'transformer'; known are plainnet"),
-        (("gelan", -1), "depth must not be negative"),
-        (("gelan", 10, 30), "width must be a positive multiple of 4, got 30"),
+        (("gelan", -1), "depth: expected at least 0"),
+        (("gelan", 10, 30), "width: expected a positive multiple of 4, got 30"),
     ],
 )
 def test_what_makes_no_network_is_refused(arguments: tuple[Any, ...], message: str) -> None:
@@ -131,5 +131,5 @@ def test_what_makes_no_network_is_refused(arguments: tuple[Any, ...], message: s
         build_stack("gelan", 10, normalisation="layer")
     with pytest.raises(UserError, match="no activation 'tanh'"):
         build_stack("gelan", 10, activation="tanh")
-    with pytest.raises(UserError, match="stride must be at least 1"):
+    with pytest.raises(UserError, match="stem_stride: expected at least 1"):
         build_stack("gelan", 10, stem_stride=0)

@@ -91,9 +91,9 @@ def _first(arguments: argparse.Namespace) -> int:
     from yolov9_fast.bench.first import compare_first
 
     if arguments.imgsz % 32 or arguments.imgsz < 32:
-        raise UserError(f"--imgsz must be a positive multiple of 32, got {arguments.imgsz}")
+        raise UserError(f"--imgsz: expected a positive multiple of 32, got {arguments.imgsz}")
     if arguments.batch < 1:
-        raise UserError(f"--batch must be at least 1, got {arguments.batch}")
+        raise UserError(f"--batch: expected at least 1, got {arguments.batch}")
     text, agree = compare_first(
         arguments.model,
         arguments.imgsz,

@@ -17,8 +17,9 @@ from yolov9_fast.models.pgi import with_auxiliary
 from yolov9_fast.nn import Conv, DetectionOutput, Head, RepConv, Upsample
 from yolov9_fast.nn.convolution import Upsampled
 from yolov9_fast.nn.plan import fused, hooked
+from yolov9_fast.ops._boxes import STRIDES
 
-MAX_STRIDE = 32
+MAX_STRIDE = max(STRIDES)
 
 
 def _unjoined_layers(graph: Graph) -> frozenset[int]:
@@ -126,11 +127,12 @@ class DetectionModel(nn.Module):
             auxiliary: compute the auxiliary branch too (None: where the graph has one).
         """
         if images.dim() != 4 or images.shape[1] != 3:
-            raise ValueError(f"images must be [B, 3, H, W], got {list(images.shape)}")
+            raise ValueError(f"images: expected [B, 3, H, W], got {list(images.shape)}")
         if any(size % MAX_STRIDE or not size for size in images.shape[2:]):
             height, width = (max(-(-int(s) // MAX_STRIDE), 1) * MAX_STRIDE for s in images.shape[2:])
             raise ValueError(
-                f"height and width must be positive multiples of {MAX_STRIDE}, got {list(images.shape[2:])}; "
+                f"images: expected a height and width of positive multiples of {MAX_STRIDE}, "
+                f"got {list(images.shape[2:])}; "
                 f"the next larger size is [{height}, {width}]"
             )
         auxiliary = self.has_auxiliary if auxiliary is None else auxiliary and self.has_auxiliary
@@ -184,9 +186,9 @@ def create_model(
         ValueError: a wrong argument.
     """
     if not isinstance(num_classes, int) or num_classes < 1:
-        raise ValueError(f"num_classes must be an integer of at least 1, got {num_classes!r}")
+        raise ValueError(f"num_classes: expected an integer of at least 1, got {num_classes!r}")
     if class_tower is not None and class_tower < 1:
-        raise ValueError(f"class_tower must be at least 1, got {class_tower!r}")
+        raise ValueError(f"class_tower: expected at least 1, got {class_tower!r}")
     graph = name if isinstance(name, Graph) else load_graph(name)
     if auxiliary != "default":
         graph = with_auxiliary(graph, auxiliary)

@@ -188,7 +188,7 @@ def attach(graph: Graph, backbone: str = "none", *, neck: str = "none", levels: 
     if auxiliary_head is None:
         raise GraphError(f"{graph.name}: head: expected DDetect for an auxiliary branch, got {graph.head.block}")
     if "none" not in (backbone, neck) and neck != "icn":
-        raise ValueError(f"neck: with a branch on the backbone it must be 'icn', got {neck!r}")
+        raise ValueError(f"neck: expected 'icn' next to a branch on the backbone, got {neck!r}")
     builder = BranchBuilder(graph)
     _check_levels(builder, graph.main_sources, "its head")
     outputs: Sequence[int] = ()

@@ -74,7 +74,7 @@ class MPDown(nn.Module):
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
         if out_channels % 2:
-            raise ValueError(f"the output of MPDown must be even, got {out_channels}")
+            raise ValueError(f"out_channels: expected an even number, got {out_channels}")
         half = out_channels // 2
         self.cv1 = Conv(in_channels, half)
         self.cv2 = Conv(in_channels, half)

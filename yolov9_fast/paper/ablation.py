@@ -61,7 +61,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.dry:
         return _dry(arguments.target, systems)
     if arguments.seeds < 1:
-        raise UserError(f"--seeds must be at least 1, got {arguments.seeds}")
+        raise UserError(f"--seeds: expected at least 1, got {arguments.seeds}")
     for system in systems:
         if system.untrainable:
             log.info(f"{system.row} is not trained: {system.untrainable}")

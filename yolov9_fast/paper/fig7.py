@@ -71,7 +71,7 @@ def run(arguments: argparse.Namespace) -> int:
     out = figure_path(arguments.out)
     for name in ("rendered", "epochs", "imgsz", "batch", "nominal_batch", "seeds", "images"):
         if getattr(arguments, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(arguments, name)}")
+            raise UserError(f"--{name.replace('_', '-')}: expected at least 1, got {getattr(arguments, name)}")
     size = -(-arguments.imgsz // 32) * 32
     data = Path(arguments.data) if arguments.data else _rendered_data(arguments, size)
     records, _ = load_split(load_data_config(data), "val", for_training=False)

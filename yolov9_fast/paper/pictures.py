@@ -22,7 +22,7 @@ _ROOM_TO_MOVE = 1.5
 def open_picture(path: str | Path | None, size: int) -> Image:
     """uint8 BGR [H, W, 3], `size` pixels on its long side, from a file or drawn; `DataError` where it is unreadable."""
     if size < 8:
-        raise UserError(f"the picture's size must be at least 8 pixels, got {size}")
+        raise UserError(f"size: expected at least 8 pixels, got {size}")
     if path is None:
         # Drawn at one size: another would draw other shapes.
         return resize_long_side(render_image(np.random.default_rng(SCENE), SCENE_SIZE).image, size, training=False)

@@ -50,13 +50,13 @@ class Settings:
         """Raise `UserError` for what no experiment can use."""
         for name in ("seeds", "train", "test"):
             if getattr(self, name) < 1:
-                raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")
+                raise UserError(f"{name}: expected at least 1, got {getattr(self, name)}")
         if self.crop < 2 * DETAIL:
-            raise UserError(f"crops must have at least {2 * DETAIL} pixels a side, got {self.crop}")
+            raise UserError(f"crop: expected at least {2 * DETAIL} pixels, got {self.crop}")
         if any(side < 1 or side % 2 == 0 for side in self.neighbourhoods):
-            raise UserError(f"a neighbourhood's side must be odd, got {list(self.neighbourhoods)}")
+            raise UserError(f"neighbourhoods: expected odd sides, got {list(self.neighbourhoods)}")
         if not self.ridge >= 0:
-            raise UserError(f"ridge must not be negative, got {self.ridge}")
+            raise UserError(f"ridge: expected at least 0, got {self.ridge}")
         for architecture in self.architectures:
             for depth in self.depths:
                 plan(architecture, depth)

@@ -101,7 +101,7 @@ def parse_result(text: str) -> PublishedRow:
     path, _, ap_text = text.rpartition(":")
     if path and Path(path).suffix and ":" not in path.removeprefix(Path(path).drive):
         return _checked(_counted(Path(path), _number(ap_text, text)), text)
-    raise UserError(f"--mine must be NAME:PARAMETERS_IN_MILLIONS:GFLOPS:AP or WEIGHTS:AP, got {text!r}")
+    raise UserError(f"--mine: expected NAME:PARAMETERS_IN_MILLIONS:GFLOPS:AP or WEIGHTS:AP, got {text!r}")
 
 
 def _number(word: str, text: str) -> float:
@@ -116,7 +116,7 @@ def _checked(row: PublishedRow, text: str) -> PublishedRow:
     assert row.gflops is not None
     assert row.ap is not None
     if not (0 < row.parameters < math.inf and 0 < row.gflops < math.inf):
-        raise UserError(f"--mine {text!r}: parameters and GFLOPs must be positive")
+        raise UserError(f"--mine: expected positive parameters and GFLOPs, got {text!r}")
     if not 0 <= row.ap <= 100:
         raise UserError(f"--mine {text!r}: AP is in percent, 0 to 100")
     return row

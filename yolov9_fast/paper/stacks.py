@@ -87,7 +87,7 @@ def plan(architecture: str, depth: int) -> list[BlockForm]:
     if architecture not in FORMS:
         raise UserError(f"no architecture {architecture!r}; known are {', '.join(ARCHITECTURES)}")
     if depth < 0:
-        raise UserError(f"depth must not be negative, got {depth}")
+        raise UserError(f"depth: expected at least 0, got {depth}")
     for plain_layers in range(depth + 1):
         found = _fill(depth - plain_layers, FORMS[architecture])
         if found is not None:
@@ -153,13 +153,13 @@ def build_stack(
         UserError: an argument that makes no network.
     """
     if width < 4 or width % 4:
-        raise UserError(f"width must be a positive multiple of 4, got {width}")
+        raise UserError(f"width: expected a positive multiple of 4, got {width}")
     if normalisation not in NORMALISATIONS:
         raise UserError(f"no normalisation {normalisation!r}; known are {', '.join(NORMALISATIONS)}")
     if activation not in ACTIVATIONS:
         raise UserError(f"no activation {activation!r}; known are {', '.join(ACTIVATIONS)}")
     if stem_stride < 1:
-        raise UserError(f"the stem's stride must be at least 1, got {stem_stride}")
+        raise UserError(f"stem_stride: expected at least 1, got {stem_stride}")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         stack = Stack(architecture, depth, width, stem_stride)

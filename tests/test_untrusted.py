@@ -62,7 +62,7 @@ def test_ordinary_yaml_is_read() -> None:
 def test_hostile_json_is_one_short_error(text: str, tmp_path: Path) -> None:
     file = tmp_path / "a.json"
     file.write_text(text)
-    with pytest.raises(DataError, match="a.json: annotation file: ") as caught:
+    with pytest.raises(DataError, match=r"a\.json: annotation file: ") as caught:
         read_json(file, "annotation file")
     assert "\n" not in str(caught.value)
 
@@ -94,7 +94,7 @@ def test_sizes_are_limited_and_the_limit_can_be_raised(tmp_path: Path, monkeypat
     file = tmp_path / "labels.txt"
     file.write_bytes(b"x" * 100)
     monkeypatch.setenv("YOLOV9_FAST_MAX_LABEL_BYTES", "99")
-    with pytest.raises(DataError, match="at most 99 bytes, got 100 .YOLOV9_FAST_MAX_LABEL_BYTES raises the limit"):
+    with pytest.raises(DataError, match=r"at most 99 bytes, got 100 \(YOLOV9_FAST_MAX_LABEL_BYTES raises the limit"):
         read_text(file, "label file", "LABEL_BYTES")
     monkeypatch.setenv("YOLOV9_FAST_MAX_LABEL_BYTES", "100")
     assert read_text(file, "label file", "LABEL_BYTES") == "x" * 100

@@ -9,7 +9,7 @@ _UNSAFE = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\
 
 
 def printable(text: object, limit: int = 1000) -> str:
-    """`text` on one line: unsafe characters as escapes (`\\n`, `\\x1b`, `\\udc80`), the middle cut out above `limit`."""
+    """`text` on one line: unsafe characters as escapes (`\\n`, `\\x1b`), the middle cut out above `limit`."""
     text = str(text)
     if len(text) > limit:
         head = 2 * limit // 3

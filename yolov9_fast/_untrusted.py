@@ -140,7 +140,7 @@ def _check_keys(node: Any, yaml: Any) -> None:
 
 
 def user_path(text: object, what: str, error: type[UserError] = DataError) -> Path:
-    """`text` as a path, `~` expanded; raises `error` for what no file system takes: NUL bytes, over-long names, no text."""
+    """`text` as a path, `~` expanded; raises `error` for what no file system takes: a NUL byte, an over-long name."""
     if not isinstance(text, (str, os.PathLike)) or isinstance(text, bytes):
         raise error(f"{what}: expected a path, got {printable(repr(text), 100)}")
     try:

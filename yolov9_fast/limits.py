@@ -34,7 +34,7 @@ LIMITS = {
 
 
 def limit(name: str) -> int:
-    """The value of a limit: its default, or that of its environment variable; raises `UserError` if that is no number."""
+    """The value of a limit: its environment variable or the default; raises `UserError` if that is no number."""
     variable = f"YOLOV9_FAST_MAX_{name}"
     text = os.environ.get(variable)
     if text is None:

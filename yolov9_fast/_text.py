@@ -15,3 +15,8 @@ def printable(text: object, limit: int = 1000) -> str:
         head = 2 * limit // 3
         text = f"{text[:head]} [{len(text) - limit:,} characters] {text[len(text) - limit + head :]}"
     return _UNSAFE.sub(lambda match: match[0].encode("unicode_escape", "surrogatepass").decode("ascii"), text)
+
+
+def printable_lines(text: str, limit: int = 1000) -> str:
+    """As `printable`, for each line of a text whose line breaks are its own."""
+    return "\n".join(printable(line, limit) for line in text.split("\n"))

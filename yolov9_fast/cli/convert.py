@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from yolov9_fast.cli.output import say
 from yolov9_fast.models import convert, suggest_architecture
 
 _EPILOG = """examples:
@@ -25,10 +26,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     layout = suggest_architecture(arguments.source)
-    print(f"{arguments.source}: {layout.source}, {layout}")
+    say(f"{arguments.source}: {layout.source}, {layout}")
     model = convert(arguments.source, arguments.target, deploy=arguments.deploy, fuse=arguments.fuse)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     size = Path(arguments.target).stat().st_size / 1e6
     form = "fused" if model.is_fused else "not fused"
-    print(f"{arguments.target}: {model.graph_name}, {form}, {parameters:,} parameters, {size:.1f} MB")
+    say(f"{arguments.target}: {model.graph_name}, {form}, {parameters:,} parameters, {size:.1f} MB")
     return 0

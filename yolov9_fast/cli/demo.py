@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 from yolov9_fast.atomic import atomic_write
+from yolov9_fast.cli.output import say
 from yolov9_fast.cli.predict import predict_all
 from yolov9_fast.data import AugmentConfig, open_source
 from yolov9_fast.data.rendered import MOST_OBJECTS, SHAPES, render_dataset
@@ -106,8 +107,8 @@ def run(arguments: argparse.Namespace) -> int:
     atomic_write(folder / "report.md", report(config, result, trained, time.perf_counter() - started))
     assert result.metrics is not None
     ap50 = result.metrics.ap50
-    print(f"report, images and weights in {folder}")
-    print(f"AP50 {ap50:.4f}")
+    say(f"report, images and weights in {folder}")
+    say(f"AP50 {ap50:.4f}")
     if not ap50 >= PASSING_AP50:
         log.error("AP50 is below %.2f: this installation does not train correctly", PASSING_AP50)
         return 1

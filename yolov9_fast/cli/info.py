@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterable
 
+from yolov9_fast._text import printable
+from yolov9_fast.cli.output import say
 from yolov9_fast.errors import UserError
 from yolov9_fast.models import Cost, list_models, network_costs
 
@@ -30,18 +32,18 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     if arguments.weights:
-        print(describe_weights(arguments.weights))
+        say(describe_weights(arguments.weights))
     elif arguments.model:
         names = sorted(list_models(), key=_by_size) if arguments.model == "all" else [arguments.model]
-        print(cost_table(_costs(names, arguments)))
-        print(
+        say(cost_table(_costs(names, arguments)))
+        say(
             f"{arguments.num_classes} classes; GFLOPs: 2 x multiply-adds of the convolutions for one image of "
             f"{arguments.imgsz} x {arguments.imgsz} pixels"
         )
     else:
         from yolov9_fast.info import environment_report
 
-        print(environment_report())
+        say(environment_report())
     return 0
 
 
@@ -95,9 +97,9 @@ def describe_weights(path: str) -> str:
         f"tensors     {len(content.state)}, {numbers:,} numbers",
     ]
     if content.names:
-        shown = [f"{index} {name}" for index, name in content.names.items()]
+        shown = [f"{index} {printable(name, 60)}" for index, name in content.names.items()]
         lines.append(f"classes     {', '.join(shown[:20])}{', …' if len(shown) > 20 else ''}")
     kept = {key: value for key, value in content.metadata.items() if isinstance(value, str | int | float)}
     kept.pop("yolov9_fast", None)
-    lines.extend(f"{key:<12}{str(value)[:100]}" for key, value in kept.items())
+    lines.extend(f"{key:<12}{printable(value, 100)}" for key, value in kept.items())
     return "\n".join(lines)

@@ -12,6 +12,7 @@ from types import ModuleType
 
 from yolov9_fast import __version__
 from yolov9_fast._lazy import import_module
+from yolov9_fast._text import printable
 from yolov9_fast.cli.output import add_shared_flags, calm_progress_bars, is_main_process, set_up_logging, silence_stdout
 from yolov9_fast.errors import UserError
 
@@ -66,7 +67,7 @@ def _run(module: ModuleType, arguments: argparse.Namespace) -> int:
         if debug:
             traceback.print_exc()
         where = "" if is_main_process() else f" (process {os.environ['RANK']})"
-        print(f"error{where}: {error}", file=sys.stderr)
+        print(f"error{where}: {printable(error)}", file=sys.stderr)
         return EXIT_ERROR
     except KeyboardInterrupt:
         if debug:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import io
 import logging
 import os
 import sys
+
+from yolov9_fast._text import printable, printable_lines
 
 LOGGER = "yolov9_fast"
 
@@ -26,14 +29,23 @@ def add_shared_flags(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def say(text: str) -> None:
+    """Print a text of one or several lines to stdout, unsafe characters escaped."""
+    print(printable_lines(text), flush=True)
+
+
 class _ConsoleHandler(logging.Handler):
-    """Writes to the current stdout or stderr; a closed pipe does not end the training."""
+    """Writes to the current stdout or stderr; a closed pipe does not end the training.
+
+    A record is one line, unless it was logged with `extra={"lines": True}`.
+    """
 
     def emit(self, record: logging.LogRecord) -> None:
         warning = record.levelno >= logging.WARNING
         try:
             prefix = f"{record.levelname.lower()}: " if warning else ""
-            print(f"{prefix}{self.format(record)}", file=sys.stderr if warning else sys.stdout, flush=True)
+            text = (printable_lines if getattr(record, "lines", False) else printable)(self.format(record))
+            print(f"{prefix}{text}", file=sys.stderr if warning else sys.stdout, flush=True)
         except BrokenPipeError:
             silence_stdout()
         except Exception:
@@ -41,7 +53,10 @@ class _ConsoleHandler(logging.Handler):
 
 
 def set_up_logging() -> None:
-    """Send the package's log to the console; repeated calls have no effect."""
+    """Send the package's log to the console, what it cannot show as escapes; repeated calls have no effect."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     logger = logging.getLogger(LOGGER)
     if not any(isinstance(handler, _ConsoleHandler) for handler in logger.handlers):
         logger.addHandler(_ConsoleHandler())

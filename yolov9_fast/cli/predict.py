@@ -6,6 +6,8 @@ import argparse
 import sys
 from collections.abc import Iterator
 
+from yolov9_fast._text import printable
+from yolov9_fast.cli.output import say
 from yolov9_fast.data import Frame, open_source
 from yolov9_fast.engine.config import AMP_MODES
 from yolov9_fast.engine.prediction_files import PredictionFiles
@@ -83,10 +85,10 @@ def run(arguments: argparse.Namespace) -> int:
         hide_conf=arguments.hide_conf,
         frame_step=arguments.vid_stride,
     )
-    print(f"{arguments.weights}: {predictor.model.graph_name}, fused, on {predictor.device}, {predictor.image_size} px")
+    say(f"{arguments.weights}: {predictor.model.graph_name}, fused, on {predictor.device}, {predictor.image_size} px")
     read, skipped = predict_all(predictor, _every_nth(frames, arguments.vid_stride), files)
     rest = f", {skipped} unreadable and skipped" if skipped else ""
-    print(f"{read} image{'s' if read != 1 else ''}{rest}; results in {files.folder}")
+    say(f"{read} image{'s' if read != 1 else ''}{rest}; results in {files.folder}")
     return 0 if read else 1
 
 
@@ -99,12 +101,12 @@ def predict_all(
         for frame, prediction in predictor.stream(frames):
             if prediction is None:
                 skipped += 1
-                print(f"warning: skipped: {frame.error}", file=sys.stderr)
+                print(f"warning: skipped: {printable(frame.error)}", file=sys.stderr)
                 continue
             read += 1
             files.write(frame, prediction)
             if verbose and (frame.frame // files.frame_step) % _REPORTED_FRAMES == 0:
-                print(_line(frame, prediction), flush=True)
+                say(_line(frame, prediction))
     finally:
         files.close()
     return read, skipped

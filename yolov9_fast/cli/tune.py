@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 
 from yolov9_fast.atomic import atomic_write
+from yolov9_fast.cli.output import say
 from yolov9_fast.errors import UserError
 
 _EPILOG = """examples:
@@ -36,5 +37,5 @@ def run(arguments: argparse.Namespace) -> int:
     record = tune(arguments.repeats, print)
     folder = Path(arguments.out) if arguments.out else FOLDER
     path = atomic_write(folder / f"{slug(record['device'])}.json", json.dumps(record, indent=2) + "\n")
-    print(f"wrote {path}")
+    say(f"wrote {path}")
     return 0

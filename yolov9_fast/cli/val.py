@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from yolov9_fast.cli.output import say
 from yolov9_fast.engine.config import AMP_MODES
 from yolov9_fast.engine.evaluation import EvaluationOptions, evaluate
 
@@ -45,8 +46,8 @@ def run(arguments: argparse.Namespace) -> int:
     values = {key: value for key, value in vars(arguments).items() if key not in ("command", "debug", "imports")}
     result, folder = evaluate(EvaluationOptions(**values))
     assert result.metrics is not None
-    print(result.metrics.table())
+    say(result.metrics.table())
     per_image = {name: 1000 * seconds / max(result.images, 1) for name, seconds in result.seconds.items()}
-    print("ms per image: " + ", ".join(f"{name} {value:.1f}" for name, value in per_image.items()))
-    print(f"results in {folder}")
+    say("ms per image: " + ", ".join(f"{name} {value:.1f}" for name, value in per_image.items()))
+    say(f"results in {folder}")
     return 0

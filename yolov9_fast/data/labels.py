@@ -29,12 +29,12 @@ def load_split(config: DataConfig, split: str, *, for_training: bool) -> tuple[l
     for record in records:
         report.add(record)
     if not records:
-        raise DataError(f"{config.file}: split '{split}' has no usable image\n{report.summary()}")
+        raise DataError(f"{config.file}: split '{split}' has no usable image; {report.short()}")
     if for_training and not report.objects:
         where = config.split(split).annotations or label_path(records[0].path)
         raise DataError(
             f"{config.file}: split '{split}' has {len(records)} images and no objects; "
-            f"labels were looked for in {where}\n{report.summary()}"
+            f"labels were looked for in {where}; {report.short()}"
         )
     return records, report
 

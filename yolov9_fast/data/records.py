@@ -6,6 +6,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from yolov9_fast._text import printable
 from yolov9_fast.data.geometry import Floats
 
 
@@ -51,12 +52,18 @@ class LabelReport:
         self.objects += len(record.boxes)
         self.background += len(record.boxes) == 0
 
+    def short(self) -> str:
+        """The counts on one line, with the first place skipped."""
+        counts = [f"{count} skipped: {reason}" for reason, count in self.counts().items()]
+        first = [f"the first is {place}: {reason}" for place, reason in self.skipped[:1]]
+        return "; ".join([*(note.strip() for note in self.notes), *counts, *first]) or "nothing was skipped"
+
     def summary(self, first: int = 10) -> str:
         """Readable text: totals, skips by reason, and the first places skipped."""
         lines = [f"{self.images} images, {self.objects} objects, {self.background} images without objects"]
-        lines += self.notes
-        lines += [f"  skipped {count}: {reason}" for reason, count in self.counts().items()]
-        lines += [f"    {place}: {reason}" for place, reason in self.skipped[:first]]
+        lines += map(printable, self.notes)
+        lines += [f"  skipped {count}: {printable(reason)}" for reason, count in self.counts().items()]
+        lines += [f"    {printable(place)}: {printable(reason)}" for place, reason in self.skipped[:first]]
         if len(self.skipped) > first:
             lines.append(f"    ... and {len(self.skipped) - first} more")
         return "\n".join(lines)

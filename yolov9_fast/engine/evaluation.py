@@ -72,7 +72,7 @@ def evaluate(options: EvaluationOptions) -> tuple[ValidationResult, Path]:
         f"{size} px {'rectangular' if options.rect else 'square'}, batch {options.batch}, confidence {options.conf:g}, "
         f"IoU {options.iou:g}, at most {options.max_det} detections an image"
     )
-    log.info(evaluation.report.summary())
+    log.info(evaluation.report.summary(), extra={"lines": True})
     try:
         result = validate(
             model,

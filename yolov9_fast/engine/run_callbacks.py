@@ -183,7 +183,8 @@ class Messages(Callback):
     def on_evaluation_end(self, trainer: Trainer, result: ValidationResult) -> None:
         assert result.metrics is not None
         state = trainer.state
-        log.info(f"best weights (epoch {state.best_epoch + 1}): {trainer.best_weights}\n{result.metrics.table()}")
+        log.info(f"best weights (epoch {state.best_epoch + 1}): {trainer.best_weights}")
+        log.info(result.metrics.table(), extra={"lines": True})
         if state.skipped_steps:
             log.info(f"{state.skipped_steps} optimiser steps were skipped in total (gradients not finite)")
 

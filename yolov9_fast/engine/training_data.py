@@ -58,8 +58,8 @@ def open_training_data(config: TrainConfig, process_group: ProcessGroup) -> Trai
     )
     if process_group.is_main:
         process_group.barrier()
-    log.info(f"train: {report.summary()}")
-    log.info(f"val: {evaluation.report.summary()}")
+    log.info(f"train: {report.summary()}", extra={"lines": True})
+    log.info(f"val: {evaluation.report.summary()}", extra={"lines": True})
     dataset = DetectionDataset(
         records,
         image_size=config.imgsz,

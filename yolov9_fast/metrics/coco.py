@@ -15,11 +15,14 @@ from typing import Any
 import numpy as np
 
 from yolov9_fast._lazy import require
+from yolov9_fast._text import printable
 from yolov9_fast.atomic import atomic_write
 from yolov9_fast.errors import DataError
 from yolov9_fast.metrics.curves import PrCurves, curves_from_evaluation
 
 log = logging.getLogger(__name__)
+
+_LONGEST_NAME = 60  # of a class in the table
 
 
 @dataclass(frozen=True)
@@ -95,14 +98,15 @@ class CocoMetrics:
         shown = [c for c in self.per_class if c.objects]
         objects = sum(c.objects for c in shown)
         total = ClassMetrics(-1, "all", self.images, objects, self.ap, self.ap50, self.precision, self.recall, self.f1)
-        width = max(len("class"), *(len(c.name) for c in [total, *shown]))
+        names = [printable(c.name, _LONGEST_NAME) for c in [total, *shown]]
+        width = max(len("class"), *map(len, names))
         heading = (
             f"{'class':<{width}}  {'images':>7}  {'objects':>7}  {'P':>6}  {'R':>6}  {'F1':>6}  {'AP50':>6}  {'AP':>6}"
         )
         rows = [heading, "-" * len(heading)]
-        for c in [total, *shown]:
+        for c, name in zip([total, *shown], names, strict=True):
             figures = "  ".join(_cell(value) for value in (c.precision, c.recall, c.f1, c.ap50, c.ap))
-            rows.append(f"{c.name:<{width}}  {c.images:>7}  {c.objects:>7}  {figures}")
+            rows.append(f"{name:<{width}}  {c.images:>7}  {c.objects:>7}  {figures}")
         rows.append("")
         rows.append(f"AP   {_cell(self.ap)}   AP50  {_cell(self.ap50)}   AP75  {_cell(self.ap75)}")
         rows.append(f"APs  {_cell(self.ap_small)}   APm   {_cell(self.ap_medium)}   APl   {_cell(self.ap_large)}")

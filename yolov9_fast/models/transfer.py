@@ -68,7 +68,7 @@ def load_pretrained(model: DetectionModel, path: str | Path) -> TransferReport:
     report.origin = f"{path}, {report.origin}"
     if not report.loaded:
         raise CheckpointError(f"{path} holds {content.architecture}; none of its weights fits {model.graph_name}")
-    logger.info("%s", report.summary())
+    logger.info("%s", report.summary(), extra={"lines": True})
     return report
 
 

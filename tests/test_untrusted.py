@@ -9,7 +9,16 @@ from pathlib import Path
 import pytest
 
 from yolov9_fast._text import printable
-from yolov9_fast._untrusted import MissingFileError, parse_yaml, read_bytes, read_json, read_text, read_yaml, user_path
+from yolov9_fast._untrusted import (
+    MissingFileError,
+    parse_yaml,
+    read_bytes,
+    read_json,
+    read_text,
+    read_yaml,
+    shown,
+    user_path,
+)
 from yolov9_fast.errors import CheckpointError, DataError, UserError
 from yolov9_fast.limits import LIMITS, limit
 
@@ -30,7 +39,9 @@ MERGES = "a: &a {x: 1}\n" + "".join(
         ("[" * 100_000, "nest"),
         ("- " * 5000 + "x", "at most 50 levels"),
         ("a: 2024-13-45", "month"),
-        ("a: " + "9" * 5000, "5000 digits"),
+        ("a: " + "9" * 5000, "5,000 digits"),
+        ("a: 0x" + "f" * 5000, "5,002 digits"),
+        ("a: 1" + ":1" * 5000, "10,001 digits"),
         ("{[1]: 2}", "unhashable"),
         ("a: !!python/object/apply:os.system [ls]", "constructor"),
         ("a: !!timestamp foo", "YAML"),
@@ -124,6 +135,12 @@ def test_what_no_file_system_takes_is_no_path(text: object) -> None:
 def test_a_path_with_a_home_is_expanded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     assert user_path("~/a b\udc80", "--data") == tmp_path / "a b\udc80"
+
+
+def test_values_are_shown_shortened() -> None:
+    assert shown({"a": [1, None, "x"]}) == "{'a': [1, None, 'x']}"
+    for value in (["x" * 10**7] * 1000, 16**5000, {str(i): [[[[[[i]]]]]] for i in range(10**5)}, "\x1b" * 1000):
+        assert len(shown(value)) < 1000
 
 
 def test_printable_text_is_one_line_without_control_characters() -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import reprlib
 import stat
 from collections.abc import Hashable
 from pathlib import Path
@@ -19,6 +20,11 @@ from yolov9_fast.errors import DataError, UserError
 from yolov9_fast.limits import above_limit, limit
 
 _SHORT = 300
+_DIGITS = 100  # of an integer
+_SHORT_REPR = reprlib.Repr()
+_SHORT_REPR.maxstring = _SHORT_REPR.maxother = 120
+_SHORT_REPR.maxlist = _SHORT_REPR.maxdict = _SHORT_REPR.maxtuple = 12
+_SHORT_REPR.maxlevel = 4
 # NotADirectoryError: a part of the path is a file.
 _ABSENT = (FileNotFoundError, NotADirectoryError)
 
@@ -121,6 +127,8 @@ def _count(node: Any, known: dict[int, int], yaml: Any) -> int:
         return known[id(node)]
     known[id(node)] = 0
     count = 1
+    if isinstance(node, yaml.ScalarNode) and node.tag == "tag:yaml.org,2002:int" and len(node.value) > _DIGITS:
+        raise ValueError(f"line {node.start_mark.line + 1}: an integer of {len(node.value):,} digits")
     if isinstance(node, yaml.SequenceNode):
         count += sum(_count(child, known, yaml) for child in node.value)
     elif isinstance(node, yaml.MappingNode):
@@ -156,6 +164,14 @@ def user_path(text: object, what: str, error: type[UserError] = DataError) -> Pa
             f"{what}: expected a path of at most 4095 bytes and names of at most 255, got {printable(text, 100)}"
         )
     return path
+
+
+def shown(value: object) -> str:
+    """`repr(value)`, shortened before it is made: a value may hold one long text many times."""
+    try:
+        return printable(_SHORT_REPR.repr(value), _SHORT)
+    except ValueError:  # an integer with more digits than Python converts
+        return f"a {type(value).__name__} that is too long"
 
 
 def reason(problem: BaseException) -> str:

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from yolov9_fast._lazy import require
+from yolov9_fast._untrusted import read_yaml, reason, shown, user_path
 from yolov9_fast.errors import DataError
+from yolov9_fast.limits import above_limit, limit
 
 SPLITS = ("train", "val", "test")
 
@@ -50,72 +51,72 @@ def load_data_config(file: str | Path) -> DataConfig:
     `{images: DIR, annotations: FILE.json}`. Raises `DataError` that names the key at fault. Whether the images exist is
     checked by `load_split`.
     """
-    file = Path(file)
-    content = _read_yaml(file)
+    file = user_path(file, "data")
+    content = read_yaml(file, "data file")
+    if not isinstance(content, Mapping):
+        raise DataError(f"{file}: expected a mapping with names and splits, got {shown(content)}")
     root = _root(content.get("path"), file)
     names = _names(content.get("names"), file)
     nc = content.get("nc")
-    if nc is not None and nc != len(names):
-        raise DataError(f"{file}: nc: expected {len(names)} as there are names, got {nc!r}")
+    if nc is not None and (isinstance(nc, bool) or nc != len(names)):
+        raise DataError(f"{file}: nc: expected {len(names)} as there are names, got {shown(nc)}")
     splits = {key: _split(content[key], root, file, key) for key in SPLITS if content.get(key) not in (None, "")}
     if not splits:
         raise DataError(f"{file}: expected at least one of the keys {', '.join(SPLITS)}, got none")
     return DataConfig(path=root, names=names, splits=splits, file=file)
 
 
-def _read_yaml(file: Path) -> Mapping[str, Any]:
-    yaml = require("yaml")
-    try:
-        text = file.read_text(encoding="utf-8")
-    except FileNotFoundError as error:
-        raise DataError(f"{file}: data file does not exist") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{file}: data file cannot be read: {error}") from error
-    try:
-        content = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise DataError(f"{file}: expected a YAML file: {error}") from error
-    if not isinstance(content, Mapping):
-        raise DataError(f"{file}: expected a mapping with names and splits, got {type(content).__name__}")
-    return content
-
-
 def _root(value: Any, file: Path) -> Path:
-    folder = file.resolve().parent
-    if value is None:
-        return folder
-    if not isinstance(value, str):
-        raise DataError(f"{file}: path: expected a folder's name, got {value!r}")
-    return (folder / Path(value).expanduser()).resolve()
+    try:
+        folder = file.resolve().parent
+        return folder if value is None else (folder / user_path(value, f"{file}: path")).resolve()
+    except (OSError, RuntimeError) as error:  # RuntimeError: a loop of links
+        raise DataError(f"{file}: path: {reason(error)}, got {shown(value)}") from error
 
 
 def _names(value: Any, file: Path) -> dict[int, str]:
     if isinstance(value, list):
         value = dict(enumerate(value))
     if not isinstance(value, Mapping) or not value:
-        raise DataError(f"{file}: names: expected a list of class names or a mapping of index to name, got {value!r}")
+        raise DataError(
+            f"{file}: names: expected a list of class names or a mapping of index to name, got {shown(value)}"
+        )
     if any(isinstance(key, bool) or not isinstance(key, int) for key in value):
-        raise DataError(f"{file}: names: expected integers as keys, got {list(value)}")
+        raise DataError(f"{file}: names: expected integers as keys, got {shown(list(value))}")
+    if len(value) > limit("CLASSES"):
+        raise DataError(f"{file}: names: {above_limit('CLASSES', len(value))}")
     if sorted(value) != list(range(len(value))):
-        raise DataError(f"{file}: names: expected the keys 0 to {len(value) - 1}, got {sorted(value)}")
-    return {index: str(value[index]) for index in range(len(value))}
+        raise DataError(f"{file}: names: expected the keys 0 to {len(value) - 1}, got {shown(sorted(value))}")
+    return {index: _name(value[index], f"{file}: names: class {index}") for index in range(len(value))}
+
+
+def _name(value: Any, place: str) -> str:
+    if not isinstance(value, str):
+        # YAML reads yes, no, on, off, ~, 007, 1.0 and dates as values of their own.
+        kind = "no value" if value is None else f"{shown(value)} ({type(value).__name__})"
+        raise DataError(f"{place}: expected text, got {kind}; put the name in quotes")
+    if not value.strip():
+        raise DataError(f"{place}: expected a name, got {value!r}")
+    if len(value) > limit("CLASS_NAME"):
+        raise DataError(f"{place}: {above_limit('CLASS_NAME', len(value))}")
+    return value
 
 
 def _split(value: Any, root: Path, file: Path, key: str) -> Split:
     if isinstance(value, Mapping):
         unknown = set(value) - {"images", "annotations"}
         if unknown or "images" not in value:
-            raise DataError(f"{file}: {key}: expected `images` and optionally `annotations`, got {dict(value)}")
-        annotations = value.get("annotations")
-        if annotations is not None and not isinstance(annotations, str):
-            raise DataError(f"{file}: {key}.annotations: expected a file's name, got {annotations!r}")
+            raise DataError(f"{file}: {key}: expected `images` and optionally `annotations`, got {shown(value)}")
         images = _paths(value["images"], root, file, f"{key}.images")
-        return Split(images, None if annotations is None else root / Path(annotations).expanduser())
+        annotations = value.get("annotations")
+        if annotations is None:
+            return Split(images)
+        return Split(images, root / user_path(annotations, f"{file}: {key}.annotations"))
     return Split(_paths(value, root, file, key))
 
 
 def _paths(value: Any, root: Path, file: Path, key: str) -> tuple[Path, ...]:
     entries = value if isinstance(value, list) else [value]
     if not entries or not all(isinstance(entry, str) and entry for entry in entries):
-        raise DataError(f"{file}: {key}: expected a folder, a .txt list or a list of those, got {value!r}")
-    return tuple(root / Path(entry).expanduser() for entry in entries)
+        raise DataError(f"{file}: {key}: expected a folder, a .txt list or a list of those, got {shown(value)}")
+    return tuple(root / user_path(entry, f"{file}: {key}") for entry in dict.fromkeys(entries))

@@ -151,4 +151,4 @@ def test_printable_text_is_one_line_without_control_characters() -> None:
     cut = printable("x" * 5000, 100)
     assert cut.startswith("x" * 60)
     assert cut.endswith("x" * 30)
-    assert "4,900 characters" in cut
+    assert " … " in cut

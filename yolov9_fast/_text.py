@@ -13,7 +13,7 @@ def printable(text: object, limit: int = 1000) -> str:
     text = str(text)
     if len(text) > limit:
         head = 2 * limit // 3
-        text = f"{text[:head]} [{len(text) - limit:,} characters] {text[len(text) - limit + head :]}"
+        text = f"{text[:head]} … {text[len(text) - limit + head :]}"
     return _UNSAFE.sub(lambda match: match[0].encode("unicode_escape", "surrogatepass").decode("ascii"), text)
 
 

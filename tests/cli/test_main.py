@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import pytest
 from yolov9_fast import __version__
 from yolov9_fast.cli import main as cli
 from yolov9_fast.cli.main import COMMANDS, main
+from yolov9_fast.cli.output import set_up_logging
 from yolov9_fast.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -95,3 +97,36 @@ def test_help_imports_no_torch() -> None:
         [sys.executable, "-c", script], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}
     )
     assert done.stdout.split()[-1] == "False", done.stderr
+
+
+HOSTILE = "a\nwarning: all is well\x1b[2J\udc80\u202e猫"
+
+
+def test_errors_are_one_line_without_control_characters(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert main(["val", "--weights", str(tmp_path / HOSTILE), "--data", "none.yaml"]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "\x1b" not in error
+    assert r"a\nwarning: all is well\x1b[2J\udc80\u202e猫" in error
+
+
+def test_log_lines_are_printed_without_control_characters(capsys: pytest.CaptureFixture[str]) -> None:
+    set_up_logging()
+    logger = logging.getLogger("yolov9_fast.some.module")
+    logger.warning("skipped: %s", HOSTILE)
+    logger.info("two\nlines\x1b", extra={"lines": True})
+    printed = capsys.readouterr()
+    assert printed.err == "warning: skipped: a\\nwarning: all is well\\x1b[2J\\udc80\\u202e猫\n"
+    assert printed.out == "two\nlines\\x1b\n"
+
+
+def test_a_terminal_without_the_characters_gets_escapes(tmp_path: Path) -> None:
+    (tmp_path / "猫.yaml").write_text("names: [猫]\nval: images\n", encoding="utf-8")
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii:strict", "PYTHONUTF8": "0", "LC_ALL": "C"}
+    command = [sys.executable, "-m", "yolov9_fast", "val", "--weights", "none.pt", "--data", str(tmp_path / "猫.yaml")]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert "Logging error" not in done.stderr

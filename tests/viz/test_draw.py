@@ -169,3 +169,19 @@ def test_bad_batches_are_named() -> None:
         draw_targets(torch.zeros(2, 3, 8, 8), torch.zeros(0, 6), {})
     with pytest.raises(ValueError, match="targets"):
         draw_targets(torch.zeros(2, 3, 8, 8, dtype=torch.uint8), torch.zeros(0, 5), {})
+
+
+@pytest.mark.parametrize("name", ["half \udc80", "two\nlines\x00", "猫 é", "x" * 100_000, ""])
+def test_any_class_name_is_drawn(name: str) -> None:
+    image = np.zeros((200, 300, 3), np.uint8)
+    drawn = draw_detections(image, np.array([[20, 60, 200, 150, 0.9, 0]]), {0: name})
+    assert drawn[100, 20].any()  # the box
+
+
+def test_an_opencv_that_draws_only_ascii_says_so_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(cv2, "__version__", "4.12.0")
+    for _ in range(2):
+        draw_detections(np.zeros((200, 300, 3), np.uint8), np.array([[20, 60, 200, 150, 0.9, 0]]), {0: "猫"})
+    assert [record.getMessage().split(" draws")[0] for record in caplog.records] == ["OpenCV 4.12.0"]

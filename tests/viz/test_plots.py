@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import subprocess
 import sys
 from pathlib import Path
@@ -22,6 +23,7 @@ from yolov9_fast.viz import (
     plot_r_curve,
     plot_results,
 )
+from yolov9_fast.viz import figure as figure_module
 
 HEADER = (
     "epoch,train/box,train/cls,train/dfl,val/box,val/cls,val/dfl,metrics/ap,metrics/ap50,metrics/ap75,"
@@ -237,3 +239,67 @@ def test_peaks_of_a_loss_may_exceed_the_panel() -> None:
     spiked[8] = 4000.0
     assert _loss_limit([descending]) == 6.0
     assert 6.0 <= _loss_limit([descending, spiked]) < 20.0
+
+
+NAMES = ("price_$5_$10", "_hidden", "a\\$b", "two\nlines\x1b[31m", "half \udc80", "x" * 3000)
+
+
+def named(names: tuple[str, ...]) -> PrCurves:
+    return dataclasses.replace(curves(len(names)), names=names)
+
+
+def texts(figure: Any) -> list[str]:
+    """The strings as they are drawn: what matplotlib does to dollar signs is done."""
+    from matplotlib.text import Text
+
+    result = []
+    for text in figure.findobj(Text):
+        drawn, mathematics = text._preprocess_math(text.get_text())
+        assert not mathematics
+        result.append(drawn)
+    return result
+
+
+def test_legends_show_class_names_as_given(tmp_path: Path, figures: list[Any]) -> None:
+    plot_pr_curve(named(NAMES), tmp_path / "a.png")
+    plot_f1_curve(named(NAMES), tmp_path / "b.png")
+    for figure, suffix in ((figures[0], "  0.300"), (figures[1], "")):
+        shown = [text.partition("  ")[0] for text in texts(figure)]
+        for name in ("price_$5_$10", "_hidden", "a\\$b", r"two\nlines\x1b[31m", r"half \udc80"):
+            assert name in shown, suffix
+
+
+def test_axes_show_class_names_as_given(tmp_path: Path, figures: list[Any]) -> None:
+    plot_confusion_matrix(np.eye(len(NAMES) + 1), NAMES, tmp_path / "c.png")
+    plot_labels(np.array([[1, 0.5, 0.5, 0.2, 0.2]]), NAMES, tmp_path / "l.png")
+    for figure in figures:
+        assert {"price_$5_$10", "_hidden", "a\\$b", r"two\nlines\x1b[31m", r"half \udc80"} <= set(texts(figure))
+        assert max(map(len, texts(figure))) < 100
+
+
+def test_characters_without_a_font_are_named_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = "\U000f1234"  # a private character, which no font should have
+    for k in range(2):
+        plot_pr_curve(named((name, "é")), tmp_path / f"{k}.png")
+    assert [record.getMessage() for record in caplog.records] == [
+        f"plots: no installed font has {name}; a Noto font of that script has"
+    ]
+
+
+def test_another_font_is_used_for_missing_characters(tmp_path: Path, figures: list[Any], monkeypatch: Any) -> None:
+    known = figure_module._characters
+    monkeypatch.setattr(
+        figure_module,
+        "_characters",
+        lambda file: known(file) - {ord("Ω")} if Path(file).name == "DejaVuSans.ttf" else known(file),
+    )
+    figure_module._fonts_for.cache_clear()
+    plot_pr_curve(named(("Ω",)), tmp_path / "a.png")
+    first, second = figures
+    label = next(text for text in second.axes[0].get_legend().get_texts())
+    assert label.get_fontfamily()[0] == "DejaVu Sans"
+    assert len(label.get_fontfamily()) > 1
+    assert first is not second
+    figure_module._fonts_for.cache_clear()

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from yolov9_fast import viz
 from yolov9_fast.atomic import atomic_write
 from yolov9_fast.engine.validator import ValidationResult
 from yolov9_fast.metrics import save_detections
+
+log = logging.getLogger(__name__)
 
 _METRICS = ("ap", "ap50", "ap75", "precision", "recall")
 _SIZES = ("small", "medium", "large")
@@ -19,6 +22,14 @@ _SIZES = ("small", "medium", "large")
 def loss_text(losses: Mapping[str, float]) -> str:
     """`box 1.234 cls …`."""
     return " ".join(f"{name} {value:.3f}" for name, value in losses.items())
+
+
+def try_plot(plot: Callable[..., object], *arguments: object) -> None:
+    """Call `plot`; a plot that fails is a warning and ends no run."""
+    try:
+        plot(*arguments)
+    except Exception as error:
+        log.warning(f"{getattr(plot, '__name__', 'plot')}: the plot is left out: {error}")
 
 
 def validation_columns(result: ValidationResult) -> dict[str, float]:
@@ -39,7 +50,7 @@ def save_evaluation(result: ValidationResult, names: dict[int, str], folder: Pat
     atomic_write(folder / "metrics.json", json.dumps(result.metrics.as_dict(), indent=1))
     atomic_write(folder / "per_class.txt", result.metrics.table() + "\n")
     if plots:
-        viz.plot_confusion_matrix(result.confusion.matrix, names, folder / "confusion_matrix.png")
+        try_plot(viz.plot_confusion_matrix, result.confusion.matrix, names, folder / "confusion_matrix.png")
         curves = {"PR": viz.plot_pr_curve, "F1": viz.plot_f1_curve, "P": viz.plot_p_curve, "R": viz.plot_r_curve}
         for name, plot in curves.items():
-            plot(result.metrics.curves, folder / f"{name}_curve.png")
+            try_plot(plot, result.metrics.curves, folder / f"{name}_curve.png")

@@ -9,9 +9,10 @@ import numpy as np
 
 from yolov9_fast import viz
 from yolov9_fast._lazy import import_callable, require
+from yolov9_fast.atomic import atomic_write
 from yolov9_fast.engine.callbacks import BatchResult, Callback, EpochResult
 from yolov9_fast.engine.config import TrainConfig, write_config
-from yolov9_fast.engine.report import loss_text, save_evaluation
+from yolov9_fast.engine.report import loss_text, save_evaluation, try_plot
 from yolov9_fast.engine.run_files import save_state, write_results
 from yolov9_fast.engine.validator import ValidationResult
 from yolov9_fast.errors import UserError
@@ -142,19 +143,23 @@ class Plots(Callback):
 
     def on_train_start(self, trainer: Trainer) -> None:
         if not trainer.resumed:
-            viz.plot_labels(trainer.training_data.labels, trainer.class_names, trainer.run_folder.path / "labels.png")
+            out = trainer.run_folder.path / "labels.png"
+            try_plot(viz.plot_labels, trainer.training_data.labels, trainer.class_names, out)
 
     def on_batch_end(self, trainer: Trainer, result: BatchResult) -> None:
         if result.epoch > 0 or result.index >= _PLOTTED_BATCHES:
             return
-        name = f"train_batch{result.index}"
-        image = viz.draw_targets(result.batch.images, result.batch.targets, trainer.class_names)
-        require("cv2").imwrite(str(trainer.run_folder.path / f"{name}.jpg"), image)
-        if self._tensorboard is not None:
-            self._tensorboard.add_image(name, np.ascontiguousarray(image[..., ::-1]))
+        try_plot(self._draw_batch, trainer, result)
 
     def on_evaluation_end(self, trainer: Trainer, result: ValidationResult) -> None:
-        viz.plot_results(trainer.run_folder.results, trainer.run_folder.path / "results.png")
+        try_plot(viz.plot_results, trainer.run_folder.results, trainer.run_folder.path / "results.png")
+
+    def _draw_batch(self, trainer: Trainer, result: BatchResult) -> None:
+        name = f"train_batch{result.index}"
+        image = viz.draw_targets(result.batch.images, result.batch.targets, trainer.class_names)
+        atomic_write(trainer.run_folder.path / f"{name}.jpg", require("cv2").imencode(".jpg", image)[1].tobytes())
+        if self._tensorboard is not None:
+            self._tensorboard.add_image(name, np.ascontiguousarray(image[..., ::-1]))
 
 
 class Messages(Callback):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -10,11 +12,15 @@ import numpy as np
 from torch import Tensor
 
 from yolov9_fast._lazy import require
+from yolov9_fast._text import printable
 from yolov9_fast.viz.color import class_color, text_color
 
 Names = Mapping[int, str] | Sequence[str]
 
+log = logging.getLogger(__name__)
+
 _MOSAIC_SIDE = 1920
+_LONGEST_NAME = 60
 _GAP = 4
 _GAP_COLOR = 255
 
@@ -94,10 +100,10 @@ def draw_targets(images: Tensor, targets: Tensor, names: Names, *, max_images: i
 
 
 def class_name(names: Names, index: int) -> str:
-    """The name of a class index, or the index itself where `names` has none."""
+    """The name of a class index on one short line, or the index itself where `names` has none."""
     if isinstance(names, Mapping):
-        return str(names.get(index, index))
-    return str(names[index]) if 0 <= index < len(names) else str(index)
+        return printable(names.get(index, index), _LONGEST_NAME)
+    return printable(names[index], _LONGEST_NAME) if 0 <= index < len(names) else str(index)
 
 
 def default_line_width(height: int, width: int) -> int:
@@ -138,6 +144,8 @@ def _draw_label(canvas: np.ndarray, x: int, top: int, rgb: tuple[int, int, int],
     """Draw the label above the box, or inside its upper edge if there is no space above; all of it is visible."""
     cv2 = require("cv2")
     height, breadth = canvas.shape[:2]
+    if not text.isascii():
+        _warn_of_old_opencv(cv2.__version__)
     font, thickness, pad = cv2.FONT_HERSHEY_SIMPLEX, max(1, width - 1), 1 + width
     scale = 0.32 + 0.08 * width
     (text_w, text_h), below = cv2.getTextSize(text, font, scale, thickness)
@@ -154,3 +162,9 @@ def _draw_label(canvas: np.ndarray, x: int, top: int, rgb: tuple[int, int, int],
     cv2.rectangle(canvas, (left, upper), (left + label_w - 1, upper + label_h - 1), rgb[::-1], thickness=cv2.FILLED)
     origin = (left + pad, upper + pad + text_h)
     cv2.putText(canvas, text, origin, font, scale, text_color(rgb), thickness, cv2.LINE_AA)
+
+
+@functools.cache
+def _warn_of_old_opencv(version: str) -> None:
+    if int(version.split(".")[0]) < 5:
+        log.warning(f"OpenCV {version} draws only ASCII names into images; `pip install -U opencv-python-headless`")

@@ -9,7 +9,7 @@ import numpy as np
 
 from yolov9_fast.viz.color import class_color
 from yolov9_fast.viz.draw import Names, class_name
-from yolov9_fast.viz.figure import INK, save_figure, write_empty
+from yolov9_fast.viz.figure import INK, plain, save_figure, write_empty
 
 _NAMED_BARS = 40
 _MAX_POINTS = 20000
@@ -46,7 +46,7 @@ def _class_bars(axes: Any, histogram: np.ndarray, names: Names) -> None:
     bars = axes.bar(range(size), histogram, color=colors, width=0.8 if size > 12 else 0.6)
     many = size > 6
     font = max(4.5, min(10.0, 560.0 / size))
-    labels = [class_name(names, k) for k in range(size)]
+    labels = [plain(class_name(names, k)) for k in range(size)]
     step = -(-size // (2 * _NAMED_BARS))
     axes.set_xticks(range(0, size, step), labels[::step], rotation=90 if many else 0, fontsize=font, ha="center")
     if size <= _NAMED_BARS // 2:

@@ -14,12 +14,13 @@ from yolov9_fast._lazy import require
 from yolov9_fast.errors import DataError
 from yolov9_fast.viz.color import class_color
 from yolov9_fast.viz.draw import Names, class_name
-from yolov9_fast.viz.figure import BLUE, FAINT, GREEN, INK, ORANGE, PURPLE, VERMILION, save_figure, write_empty
+from yolov9_fast.viz.figure import BLUE, FAINT, GREEN, INK, ORANGE, PURPLE, VERMILION, plain, save_figure, write_empty
 
 _LEGEND_CLASSES = 12
 _COUNTED_CELLS = 31
 
 _Series = tuple[str, str, str]  # column, label, colour
+_Entry = tuple[Any, str]  # a line and its text in the legend
 _Panel = tuple[str, str, tuple[_Series, ...]]  # title, unit, series
 
 
@@ -109,9 +110,9 @@ def plot_pr_curve(curves: Curves, out: str | Path) -> Path:
 
     def paint(figure: Any) -> None:
         axes = figure.subplots()
-        _class_curves(axes, curves, curves.recall_grid, curves.precision_at_recall, labels, mean)
+        entries = _class_curves(axes, curves, curves.recall_grid, curves.precision_at_recall, labels, mean)
         axes.set(title="Precision against recall at IoU 0.5", xlabel="recall", ylabel="precision")
-        _legend(axes, "AP50 by class" if len(labels) <= _LEGEND_CLASSES else None)
+        _legend(axes, entries, "AP50 by class" if len(labels) <= _LEGEND_CLASSES else None)
 
     return save_figure(out, (8.6, 5.6), paint)
 
@@ -143,7 +144,7 @@ def plot_confusion_matrix(matrix: np.ndarray, names: Names, out: str | Path, nor
     size = len(counts)
     totals = counts.sum(axis=0, keepdims=True)
     values = counts / np.where(totals > 0, totals, 1.0) if normalize else counts
-    labels = [class_name(names, k) for k in range(size - 1)] + ["background"]
+    labels = [plain(class_name(names, k)) for k in range(size - 1)] + ["background"]
 
     def paint(figure: Any) -> None:
         axes = figure.subplots()
@@ -241,46 +242,65 @@ def _confidence_plot(curves: Curves, values: np.ndarray, what: str, out: str | P
     def paint(figure: Any) -> None:
         axes = figure.subplots()
         mean = f"mean of {len(curves.names)} classes"
-        _class_curves(axes, curves, curves.confidence, values, list(curves.names), mean)
+        entries = _class_curves(axes, curves, curves.confidence, values, list(curves.names), mean)
         if not math.isnan(curves.best_confidence):
-            _mark_confidence(axes, curves.best_confidence, float(values[:, curves.best_index].mean()), what)
+            entries += _mark_confidence(axes, curves.best_confidence, float(values[:, curves.best_index].mean()), what)
         unit = what if what == "F1" else what.lower()
         axes.set(title=f"{what} against confidence at IoU 0.5", xlabel="confidence", ylabel=unit)
-        _legend(axes, None)
+        _legend(axes, entries, None)
 
     return save_figure(out, (8.6, 5.6), paint)
 
 
-def _mark_confidence(axes: Any, confidence: float, height: float, what: str) -> None:
+def _mark_confidence(axes: Any, confidence: float, height: float, what: str) -> list[_Entry]:
     axes.axvline(confidence, color=FAINT, linewidth=1.0, linestyle="--")
     note = f"{what} {height:.3f} at confidence {confidence:.3f},\nwhere the mean F1 is highest"
-    axes.plot([confidence], [height], "o", markersize=8, color=INK, markeredgecolor="white", zorder=3, label=note)
+    (mark,) = axes.plot(
+        [confidence], [height], "o", markersize=8, color=INK, markeredgecolor="white", zorder=3, label=note
+    )
+    return [(mark, note)]
 
 
 def _class_curves(
     axes: Any, curves: Curves, x: np.ndarray, values: np.ndarray, labels: list[str], mean_label: str
-) -> None:
-    """One line per class, labelled while they are few, in grey when they are many; the mean on top."""
+) -> list[_Entry]:
+    """One line per class, coloured while they are few, in grey when they are many; the mean on top. The legend."""
     axes.set(xlim=(0.0, 1.0), ylim=(0.0, 1.02))
     if not labels:
         write_empty(axes, "no objects to find")
-        return
+        return []
     few = len(labels) <= _LEGEND_CLASSES
+    entries: list[_Entry] = []
     for index, label, line in zip(curves.class_indices, labels, values, strict=True):
         if few:
             color = tuple(channel / 255 for channel in class_color(index))
-            axes.plot(x, line, color=color, linewidth=1.4, label=label)
+            entries += [(drawn, plain(label)) for drawn in axes.plot(x, line, color=color, linewidth=1.4, label=label)]
         else:
             axes.plot(x, line, color=FAINT, linewidth=0.6, alpha=0.5)
     if len(labels) > 1:
-        axes.plot(x, values.mean(axis=0), color=INK, linewidth=3.0, label=mean_label)
+        (mean,) = axes.plot(x, values.mean(axis=0), color=INK, linewidth=3.0, label=mean_label)
+        entries.append((mean, mean_label))
     if not few:
-        axes.plot([], [], color=FAINT, linewidth=0.8, label="single classes")
+        (single,) = axes.plot([], [], color=FAINT, linewidth=0.8, label="single classes")
+        entries.append((single, "single classes"))
+    return entries
 
 
-def _legend(axes: Any, title: str | None) -> None:
-    if axes.get_legend_handles_labels()[0]:
-        axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), title=title, alignment="left", borderaxespad=0.0)
+def _legend(axes: Any, entries: list[_Entry], title: str | None) -> None:
+    if not entries:
+        return
+    # matplotlib leaves out lines whose label begins with an underscore: the texts are set afterwards.
+    legend = axes.legend(
+        [line for line, _ in entries],
+        ["" for _ in entries],
+        loc="upper left",
+        bbox_to_anchor=(1.01, 1.0),
+        title=title,
+        alignment="left",
+        borderaxespad=0.0,
+    )
+    for text, (_, label) in zip(legend.get_texts(), entries, strict=True):
+        text.set_text(label)
 
 
 def _write_cells(axes: Any, counts: np.ndarray, values: np.ndarray, normalize: bool, font: float) -> None:

@@ -10,7 +10,8 @@ from typing import BinaryIO
 import pytest
 import torch
 
-from yolov9_fast.atomic import atomic_write
+from yolov9_fast import atomic
+from yolov9_fast.atomic import TemporaryFile, atomic_write, is_temporary, remove_stale
 from yolov9_fast.errors import UserError
 
 
@@ -56,7 +57,8 @@ def test_the_target_changes_only_after_all_is_written(tmp_path: Path) -> None:
 
 _FULL_DISK = """
 import resource, signal, sys, torch
-from yolov9_fast.atomic import atomic_write
+from yolov9_fast import atomic
+from yolov9_fast.atomic import TemporaryFile, atomic_write, is_temporary, remove_stale
 from yolov9_fast.errors import UserError
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
@@ -92,3 +94,59 @@ def test_errors_other_than_the_systems_are_raised_unchanged(tmp_path: Path) -> N
     with pytest.raises(ValueError, match="mine"):
         atomic_write(tmp_path / "x", lambda file: (_ for _ in ()).throw(ValueError("mine")))
     assert not list(tmp_path.iterdir())
+
+
+_KILLED_WRITER = """
+import os, signal, sys
+from yolov9_fast.atomic import atomic_write
+def write(file):
+    file.write(b"half")
+    file.flush()
+    os.kill(os.getpid(), signal.SIGKILL)
+atomic_write(sys.argv[1], write)
+"""
+
+
+def test_what_a_killed_process_left_is_removed_by_the_next_writer_of_the_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = [sys.executable, "-c", _KILLED_WRITER, str(tmp_path / "state.pt")]
+    assert subprocess.run(words, timeout=60).returncode == -9
+    [left] = tmp_path.iterdir()
+    assert is_temporary(left.name)
+    foreign = [tmp_path / name for name in (".state.pt.12345678.tmp", "notes.tmp", ".hidden", "yolov9_fast-1.tmp")]
+    for path in foreign:
+        path.touch()
+    monkeypatch.setattr(atomic, "_cleaned", set())  # as in another process
+    atomic_write(tmp_path / "other", b"")
+    assert sorted(tmp_path.iterdir()) == sorted([*foreign, tmp_path / "other"])
+
+
+def test_a_file_that_another_writer_has_open_stays(tmp_path: Path) -> None:
+    writer = TemporaryFile(tmp_path / "state.pt")
+    remove_stale(tmp_path)
+    writer.file.write(b"all")
+    writer.commit()
+    assert (tmp_path / "state.pt").read_bytes() == b"all"
+    assert [path.name for path in tmp_path.iterdir()] == ["state.pt"]
+
+
+def test_a_writer_whose_file_was_removed_before_it_was_locked_takes_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lock, removed = atomic.fcntl.flock, []
+
+    def late(file: object, operation: int) -> None:
+        if not removed:
+            removed.extend(tmp_path.glob(".*"))
+            removed[0].unlink()
+        lock(file, operation)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(atomic.fcntl, "flock", late)
+    atomic_write(tmp_path / "x", b"all")
+    assert len(removed) == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["x"]
+
+
+def test_the_longest_file_name_can_be_written(tmp_path: Path) -> None:
+    assert atomic_write(tmp_path / ("n" * 255), b"x").read_bytes() == b"x"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import uuid
 from collections.abc import Callable
@@ -11,9 +12,16 @@ from typing import BinaryIO
 
 from yolov9_fast.errors import UserError
 
+_PREFIX = ".yolov9_fast-"
+_cleaned: set[str] = set()
+"""Folders in which this process has removed what killed processes left."""
+
 
 def atomic_write(path: str | Path, content: bytes | str | Callable[[BinaryIO], object]) -> Path:
     """Write `path` so that it never holds half a file, also after a crash or on a full disk.
+
+    A process that is killed while it writes leaves a temporary file, which the next process that writes into the same
+    folder removes.
 
     Args:
         path: the target; missing parent folders are made.
@@ -27,20 +35,17 @@ def atomic_write(path: str | Path, content: bytes | str | Callable[[BinaryIO], o
             they are. The previous file is intact in both cases.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    temporary: TemporaryFile | None = None
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
-            if callable(content):
-                content(file)
-            else:
-                file.write(content.encode() if isinstance(content, str) else content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        _sync_folder(path.parent)
+        temporary = TemporaryFile(path)
+        if callable(content):
+            content(temporary.file)
+        else:
+            temporary.file.write(content.encode() if isinstance(content, str) else content)
+        temporary.commit()
     except BaseException as error:
-        _remove(temporary)
+        if temporary is not None:
+            temporary.discard()
         system_error = _system_error(error)
         if system_error is None:
             raise
@@ -50,16 +55,73 @@ def atomic_write(path: str | Path, content: bytes | str | Callable[[BinaryIO], o
     return path
 
 
-def _remove(temporary: Path) -> None:
-    # The folder may be what failed; the error being raised says more.
+class TemporaryFile:
+    """A new file in the folder of `target`, which it replaces by `commit`.
+
+    It is locked while it is open: `remove_stale` tells it from a file that a killed process left.
+
+    Args:
+        target: the final path; missing parent folders are made.
+        suffix: end of the temporary name, for writers that choose a format by it.
+
+    Attributes:
+        path: the temporary file.
+        file: open for writing bytes.
+
+    Raises:
+        OSError: the folder or the file cannot be made.
+    """
+
+    def __init__(self, target: Path, suffix: str = "") -> None:
+        self.target = target
+        folder = target.parent
+        folder.mkdir(parents=True, exist_ok=True)
+        if os.path.abspath(folder) not in _cleaned:
+            _cleaned.add(os.path.abspath(folder))
+            remove_stale(folder)
+        while True:
+            self.path = folder / f"{_PREFIX}{uuid.uuid4().hex}.tmp{suffix}"
+            self.file: BinaryIO = open(self.path, "xb")  # noqa: SIM115
+            with contextlib.suppress(OSError):  # Not every network file system has locks.
+                fcntl.flock(self.file, fcntl.LOCK_EX)
+            if self.path.exists():
+                return
+            self.file.close()  # Another process has removed it before it was locked.
+
+    def commit(self) -> None:
+        """Flush to disk and rename to the target."""
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        os.replace(self.path, self.target)
+        self.file.close()
+        _sync_folder(self.target.parent)
+
+    def discard(self) -> None:
+        """Remove the file, if there still is one."""
+        with contextlib.suppress(OSError):  # The disk may be what failed; the error being raised says more.
+            self.path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            self.file.close()
+
+
+def is_temporary(name: str) -> bool:
+    """Whether a file of this name is a `TemporaryFile`."""
+    return name.startswith(_PREFIX) and ".tmp" in name
+
+
+def remove_stale(folder: Path) -> None:
+    """Remove the temporary files that killed processes left in `folder`; those that are being written stay."""
     with contextlib.suppress(OSError):
-        temporary.unlink(missing_ok=True)
+        for entry in list(os.scandir(folder)):
+            if is_temporary(entry.name) and entry.is_file(follow_symlinks=False):
+                # Without a lock nobody can know whether it is being written: it stays.
+                with contextlib.suppress(OSError), open(entry.path, "r+b") as file:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    os.unlink(entry.path)
 
 
 def _sync_folder(folder: Path) -> None:
     """Flush the folder: the rename survives a power failure only then."""
-    if os.name != "posix":
-        return
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +12,7 @@ from urllib.parse import urlsplit
 import numpy as np
 
 from yolov9_fast._lazy import require
-from yolov9_fast.atomic import atomic_write
+from yolov9_fast.atomic import TemporaryFile, atomic_write
 from yolov9_fast.data import Frame
 from yolov9_fast.engine.predictor import Prediction
 from yolov9_fast.errors import UserError
@@ -119,13 +118,13 @@ class _Video:
         cv2 = require("cv2")
         self.target = target
         self._size = (first.shape[1], first.shape[0])
-        self._temporary = target.with_name(f".{target.stem}.part.mp4")
         try:
-            target.parent.mkdir(parents=True, exist_ok=True)
+            self._temporary = TemporaryFile(target, ".mp4")
         except OSError as error:
-            raise UserError(f"cannot create the folder {target.parent}: {error.strerror}") from error
-        self._writer = cv2.VideoWriter(str(self._temporary), cv2.VideoWriter_fourcc(*"mp4v"), fps, self._size)
+            raise UserError(f"cannot write the video {target}: {error.strerror}") from error
+        self._writer = cv2.VideoWriter(str(self._temporary.path), cv2.VideoWriter_fourcc(*"mp4v"), fps, self._size)
         if not self._writer.isOpened():
+            self._temporary.discard()
             raise UserError(
                 f"cannot write the video {target}: OpenCV has no encoder for it, or the disk is full or read-only"
             )
@@ -137,7 +136,7 @@ class _Video:
 
     def close(self) -> None:
         self._writer.release()
-        os.replace(self._temporary, self.target)
+        self._temporary.commit()
 
 
 def label_text(prediction: Prediction, confidence: bool) -> str:

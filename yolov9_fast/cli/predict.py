@@ -74,8 +74,9 @@ def run(arguments: argparse.Namespace) -> int:
         amp=arguments.amp,
     )
     frames = open_source(arguments.source)
+    output = new_run(arguments.project, arguments.name)  # Kept to the end: while it is empty, others could take it.
     files = PredictionFiles(
-        new_run(arguments.project, arguments.name).path,
+        output.path,
         images=arguments.save,
         text=arguments.save_txt,
         confidence=arguments.save_conf,

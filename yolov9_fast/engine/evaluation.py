@@ -86,6 +86,6 @@ def evaluate(options: EvaluationOptions) -> tuple[ValidationResult, Path]:
         )
     finally:
         evaluation.loader.close()
-    folder = new_run(options.project, options.name).path
-    save_evaluation(result, data.names, folder, plots=options.plots)
-    return result, folder
+    run = new_run(options.project, options.name)
+    save_evaluation(result, data.names, run.path, plots=options.plots)
+    return result, run.path

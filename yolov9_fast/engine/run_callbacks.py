@@ -71,10 +71,10 @@ class SaveRun(Callback):
         self._error: UserError | None = None
 
     def on_train_start(self, trainer: Trainer) -> None:
-        write_config(trainer.config, trainer.run_folder.config)
         if not trainer.resumed:
             # A run killed in its first epoch can be resumed too, and a full disk is found before any work.
             save_state(trainer.run_folder.state, trainer.state.capture())
+        write_config(trainer.config, trainer.run_folder.config)  # Second: a folder with options can be resumed.
 
     def on_epoch_end(self, trainer: Trainer, result: EpochResult) -> None:
         state, folder, number = trainer.state, trainer.run_folder, result.epoch + 1

@@ -2,18 +2,40 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
+import fcntl
 import io
-from dataclasses import dataclass
+import logging
+import os
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from yolov9_fast.atomic import atomic_write
+from yolov9_fast.atomic import atomic_write, is_temporary, remove_stale
 from yolov9_fast.errors import CheckpointError, UserError
 
+log = logging.getLogger(__name__)
 STATE_VERSION = 1
+
+
+class FolderClaim:
+    """Keeps a folder for this object while it lives: no other run of any process starts in it.
+
+    Raises:
+        BlockingIOError: another claim holds the folder.
+        OSError: the file system has no locks.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._descriptor = os.open(folder, os.O_RDONLY)
+        fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+    def __del__(self) -> None:
+        with contextlib.suppress(AttributeError, OSError):
+            os.close(self._descriptor)
 
 
 @dataclass(frozen=True)
@@ -21,6 +43,7 @@ class RunFolder:
     """Paths inside one run's folder."""
 
     path: Path
+    claim: FolderClaim | None = field(default=None, repr=False, compare=False)
 
     @property
     def weights(self) -> Path:
@@ -54,18 +77,54 @@ class RunFolder:
 
 
 def new_run(project: str | Path, name: str) -> RunFolder:
-    """Make a new folder: `project/name`, or `project/name-2`, `-3`, … if that exists."""
+    """Make a new folder: `project/name`, or `project/name-2`, `-3`, … if that exists.
+
+    A folder that a run left before its first state and options were saved is used again. The folder is this run's as
+    long as the returned object lives, and afterwards if it has files.
+
+    Raises:
+        UserError: the folder cannot be made.
+    """
     number = 1
     while True:
         path = Path(project) / (name if number == 1 else f"{name}-{number}")
+        number += 1
+        made = False
         try:
             path.mkdir(parents=True)
+            made = True
         except FileExistsError:
-            number += 1
-            continue
+            if not _is_unstarted(path):
+                continue
         except OSError as error:
             raise UserError(f"cannot create the run folder {path}: {error.strerror}") from error
-        return RunFolder(path)
+        try:
+            claim = FolderClaim(path)
+        except BlockingIOError:
+            continue
+        except OSError:
+            if not made:  # Without locks another process may be using it.
+                continue
+            return RunFolder(path)
+        if _is_unstarted(path):  # Still: another process may have used it and ended since.
+            if not made:
+                log.info(f"{path} is used again: it holds no saved run")
+            return RunFolder(path, claim)
+
+
+def _is_unstarted(path: Path) -> bool:
+    """Whether the folder has at most what a run leaves that ended before its first state and its options were saved."""
+    if not path.is_dir():
+        return False
+    state = RunFolder(path).state
+    try:
+        for folder in (path, state.parent):
+            for entry in os.scandir(folder) if folder.is_dir() else ():
+                if Path(entry.path) not in (state, state.parent) and not is_temporary(entry.name):
+                    return False
+    except OSError:
+        return False
+    return True
 
 
 def find_run(project: str | Path, name: str | None = None) -> RunFolder:
@@ -80,11 +139,19 @@ def find_run(project: str | Path, name: str | None = None) -> RunFolder:
     else:
         folders = [p for p in project.iterdir() if p.is_dir()] if project.is_dir() else []
         candidates = [RunFolder(p) for p in folders]
-    candidates = [run for run in candidates if run.state.is_file()]
-    if not candidates:
+    resumable = [run for run in candidates if run.state.is_file() and run.config.is_file()]
+    if not resumable:
         where = project / name if name else project
+        if any(_is_unstarted(run.path) for run in candidates):
+            raise UserError(
+                f"{where}: nothing to resume: the run ended before its first state was saved; start it again, with the "
+                "same name it uses the same folder"
+            )
         raise UserError(f"{where}: nothing to resume, no weights/state.pt")
-    return max(candidates, key=lambda run: run.state.stat().st_mtime)
+    run = max(resumable, key=lambda run: run.state.stat().st_mtime)
+    for folder in (run.path, run.weights):
+        remove_stale(folder)
+    return run
 
 
 def save_state(path: Path, state: dict[str, Any]) -> None:

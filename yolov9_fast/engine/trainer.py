@@ -98,8 +98,9 @@ class Trainer:
         model, self.config = build_model(config, self.training_data.config, self.loader, load=not self.resumed)
         self._build_step(model)
         callbacks = [*run_callbacks(self.config), *imported_callbacks(self.config.callbacks), *callbacks]
-        path = run.path if run else new_run(config.project, config.name).path if group.is_main else None
-        self.run_folder = RunFolder(Path(group.broadcast_object(path)))
+        own = run or (new_run(config.project, config.name) if group.is_main else None)
+        path = Path(group.broadcast_object(own and own.path))
+        self.run_folder = own or RunFolder(path)
         self.callbacks = CallbackList([c for c in callbacks if group.is_main or c.every_process])
         self._interrupts = InterruptMonitor()
         self._stop = False

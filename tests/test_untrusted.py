@@ -139,7 +139,7 @@ def test_a_path_with_a_home_is_expanded(monkeypatch: pytest.MonkeyPatch, tmp_pat
 
 def test_values_are_shown_shortened() -> None:
     assert shown({"a": [1, None, "x"]}) == "{'a': [1, None, 'x']}"
-    for value in (["x" * 10**7] * 1000, 16**5000, {str(i): [[[[[[i]]]]]] for i in range(10**5)}, "\x1b" * 1000):
+    for value in (["x" * 10**7] * 1000, 16**5000, {str(i): [[[[[[i]]]]]] for i in range(10**4)}, "\x1b" * 1000):
         assert len(shown(value)) < 1000
 
 

@@ -180,11 +180,22 @@ def reason(problem: BaseException) -> str:
     return printable(" ".join(text.split()) or type(problem).__name__, _SHORT)
 
 
+def absence(path: str | Path) -> str:
+    """Why there is no regular file or folder `path`, such as "does not exist"."""
+    try:
+        mode = os.stat(path).st_mode
+    except _ABSENT:
+        return "is a broken link" if os.path.islink(path) else "does not exist"
+    except (OSError, ValueError) as problem:
+        return f"cannot be read: {reason(problem)}"
+    return f"is {_kind(mode)}"
+
+
 def _without_waiting(path: str, flags: int) -> int:
     """Open, also a pipe without a writer, at once."""
     return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
 
 def _kind(mode: int) -> str:
-    kinds = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
+    kinds = {stat.S_IFREG: "a file", stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
     return kinds.get(stat.S_IFMT(mode), "a device")

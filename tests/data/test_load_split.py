@@ -78,13 +78,6 @@ def test_bad_rows_are_listed_with_file_and_row(tmp_path: Path) -> None:
     assert report.objects == 1
 
 
-def test_binary_label_file_is_a_counted_skip(tmp_path: Path) -> None:
-    add_image(tmp_path, "a.png", PICTURE, LABEL)
-    add_image(tmp_path, "b.png", PICTURE, "")
-    (tmp_path / "labels" / "train" / "b.txt").write_bytes(b"\xff\xfe\x00\x81")
-    assert load(tmp_path)[1].counts() == {"label file cannot be read as text": 1}
-
-
 def test_labels_may_be_next_to_the_images(tmp_path: Path) -> None:
     folder = tmp_path / "pics"
     folder.mkdir()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import cv2
@@ -105,9 +106,48 @@ def test_files_of_several_sources_are_numbered_consecutively(folder: Path) -> No
         ("{0}/empty", "no image or video found in .*empty"),
         ("{0}/*.bmp", "no image or video found"),
         ("77", "webcam 77 cannot be opened"),
+        ("7" * 5000, "expected a path of at most"),
+        ("7" * 30, "777 does not exist"),
+        ("{0}/a\0b.png", "NUL byte"),
+        ("{0}/a\0*.png", "NUL byte"),
+        ("{0}/" + "x" * 300, "expected a path of at most"),
+        ("~nobody-of-this-name/x.png", "expected a path.*home"),
+        ("{0}/gone", "is a broken link"),
+        ("{0}/ring", "cannot be read: Too many levels"),
+        ("{0}/pipe.txt", "is a pipe"),
+        ("/dev/zero", "is a device"),
     ],
 )
 def test_nothing_to_read_is_an_error_at_the_call(folder: Path, source: str, message: str) -> None:
     (folder / "empty").mkdir()
+    (folder / "gone").symlink_to("nowhere")
+    (folder / "ring").symlink_to("ring")
+    os.mkfifo(folder / "pipe.txt")
     with pytest.raises(DataError, match=message):
         open_source(source.format(folder))
+
+
+def test_hidden_files_are_left_out_and_the_rest_is_counted(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    (folder / "._b.png").write_bytes((folder / "b.png").read_bytes())
+    (folder / "c.jfif").write_bytes((folder / "b.png").read_bytes())
+    (folder / "gone.png").symlink_to("nowhere")
+    os.mkfifo(folder / "pipe.png")
+    for source in (folder, folder / "*"):
+        caplog.clear()
+        assert names(open_source(source)) == ["a.JPG", "b.png"]
+        assert "not images or videos, ignored: 1 .jfif, 1 .md" in caplog.text
+        assert f"{folder}/gone.png: skipped: broken link" in caplog.text
+        assert f"{folder}/pipe.png: skipped: not a regular file" in caplog.text
+
+
+def test_a_glob_over_loops_of_links_ends(folder: Path) -> None:
+    for name in ("one", "two", "three"):
+        (folder / name).symlink_to(".")
+        (folder / "deep" / name).symlink_to("..")
+    assert names(open_source(f"{folder}/**/*.png")) == ["b.png", "c.png"]
+
+
+def test_a_home_folder_is_expanded(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(folder))
+    assert names(open_source(["~/b.png", "~/d*/*.png"])) == ["b.png", "c.png"]

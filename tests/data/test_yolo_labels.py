@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from yolov9_fast.data.yolo import parse_yolo
+from yolov9_fast.errors import DataError
 
 GOOD = "1 0.5 0.5 0.25 0.125"
 
@@ -74,3 +75,28 @@ def test_any_text_gives_boxes_inside_the_image(text: str) -> None:
     assert set(boxes[:, 0]) <= {0, 1, 2}
     assert (boxes[:, 1:3] - boxes[:, 3:] / 2 >= -1e-5).all()
     assert (boxes[:, 1:3] + boxes[:, 3:] / 2 <= 1 + 1e-5).all()
+
+
+@pytest.mark.parametrize("text", ["1 0.5 0.5 0.2_5 0.125", "1_0 0.5 0.5 0.1 0.1", "\u0661 0.5 0.5 0.1 0.1"])
+def test_numbers_are_plain(text: str) -> None:
+    assert [reason.split(" (")[0] for _, reason in parse_yolo(text, 20).problems] == ["not a number"]
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_rows_are_counted_whatever_ends_a_line(end: str) -> None:
+    parsed = parse_yolo(end.join([GOOD, "", "x", "0 0.5 0.5\x0c0.1 0.1"]), 3)
+    assert [row for row, _ in parsed.problems] == [3]
+    assert len(parsed.boxes) == 2
+
+
+def test_more_rows_than_the_limit_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("YOLOV9_FAST_MAX_LABEL_ROWS", "2")
+    assert len(parse_yolo(f"{GOOD}\n0 0.5 0.5 0.1 0.1", 3).boxes) == 2
+    with pytest.raises(DataError, match=r"a\.txt: expected at most 2 rows, got 3"):
+        parse_yolo(f"{GOOD}\n\n", 3, "a.txt")
+
+
+@pytest.mark.parametrize("text", ["9" * 5000, "1" * 2**20 + " 0.5 0.5 0.1 0.1", "0 " * 2**20])
+def test_long_rows_have_a_short_reason(text: str) -> None:
+    [(_, reason)] = parse_yolo(text, 3).problems
+    assert len(reason) < 200

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from yolov9_fast._untrusted import MissingFileError, absence, read_text
 from yolov9_fast.data.coco import class_of_category, coco_objects, read_coco
 from yolov9_fast.data.config import DataConfig
 from yolov9_fast.data.listing import label_path, list_images
@@ -40,7 +42,7 @@ def load_split(config: DataConfig, split: str, *, for_training: bool) -> tuple[l
 
 
 def _yolo_records(config: DataConfig, split: str, report: LabelReport, for_training: bool) -> list[ImageRecord]:
-    paths = list_images(config, split)
+    paths = list_images(config, split, report)
     records = []
     missing = 0
     for path, image_id, checked in zip(paths, _image_ids(paths), check_images(paths, _key(config, split)), strict=True):
@@ -50,28 +52,30 @@ def _yolo_records(config: DataConfig, split: str, report: LabelReport, for_train
         record = ImageRecord(
             path, checked.width, checked.height, image_id, np.zeros((0, 5), np.float32), None, path.name
         )
-        missing += not _read_labels(record, config.num_classes, report)
+        try:
+            _read_labels(record, config.num_classes, report)
+        except MissingFileError:
+            missing += 1
+        except DataError as error:
+            file = label_path(path)
+            detail = str(error).removeprefix(f"{file}: ").removeprefix("label file: ")
+            report.skip(str(file), f"label file cannot be used, nor its image ({detail})")
+            continue
         records.append(record)
     if missing:
         report.notes.append(f"  {missing} images have no label file and are used as images without objects")
     return records
 
 
-def _read_labels(record: ImageRecord, num_classes: int, report: LabelReport) -> bool:
-    """Set the objects of a record; False when there is no label file."""
+def _read_labels(record: ImageRecord, num_classes: int, report: LabelReport) -> None:
+    """Set the objects of a record; raises `MissingFileError` without a label file, `DataError` if it is of no use."""
     file = label_path(record.path)
-    try:
-        text = file.read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        return False
-    except (OSError, UnicodeDecodeError):
-        report.skip(str(file), "label file cannot be read as text")
-        return True
-    parsed = parse_yolo(text, num_classes)
+    if os.path.islink(file) and not os.path.exists(file):
+        raise DataError(f"{file}: {absence(file)}")
+    parsed = parse_yolo(read_text(file, "label file", "LABEL_BYTES"), num_classes, str(file))
     record.boxes, record.polygons = parsed.boxes, parsed.polygons
     for row, reason in parsed.problems:
         report.skip(f"{file}:{row}", reason)
-    return True
 
 
 def _image_ids(paths: Sequence[Path]) -> list[int]:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from yolov9_fast._untrusted import read_json
 from yolov9_fast.atomic import atomic_write
 from yolov9_fast.data.cache import cache_folder, digest
 from yolov9_fast.data.images import read_image
@@ -61,7 +62,7 @@ def _check(path: Path) -> Checked:
 def _stamp(path: Path) -> list[int] | None:
     try:
         status = path.stat()
-    except OSError:
+    except (OSError, ValueError):  # ValueError: a NUL byte
         return None
     return [status.st_size, status.st_mtime_ns]
 
@@ -77,8 +78,8 @@ def _cached(entry: Any, stamp: list[int] | None) -> Checked | None:
 
 def _load(file: Path) -> dict[str, Any]:
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        content = read_json(file, "cache")
+    except DataError:
         return {}
     valid = isinstance(content, dict) and content.get("version") == _VERSION and isinstance(content.get("images"), dict)
     return content["images"] if valid else {}

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import glob
+import logging
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -10,12 +12,19 @@ from pathlib import Path
 from typing import Any
 
 from yolov9_fast._lazy import require
+from yolov9_fast._untrusted import absence, user_path
+from yolov9_fast.data.files import find_files, match_files
 from yolov9_fast.data.images import IMAGE_SUFFIXES, Image, read_image
 from yolov9_fast.data.listing import read_image_list
 from yolov9_fast.errors import DataError
 
+_log = logging.getLogger(__name__)
+
 VIDEO_SUFFIXES = frozenset({".avi", ".flv", ".gif", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm", ".wmv"})
 
+_MEDIA_SUFFIXES = IMAGE_SUFFIXES | VIDEO_SUFFIXES
+_LISTED_PROBLEMS = 10
+_WEBCAM_DIGITS = 3
 _STREAM_SCHEMES = ("rtsp://", "rtmp://", "http://", "https://", "tcp://", "udp://")
 
 
@@ -49,31 +58,38 @@ def open_source(source: str | Path | Sequence[str | Path]) -> Iterator[Frame]:
     if not items:
         raise DataError(
             f"source: no image or video found in {', '.join(map(str, parts)) or 'an empty sequence'}; "
-            f"suffixes are {' '.join(sorted(IMAGE_SUFFIXES | VIDEO_SUFFIXES))}"
+            f"suffixes are {' '.join(sorted(_MEDIA_SUFFIXES))}"
         )
     opened = {item: _open_live(item) for item in items if _is_live(item)}
     return chain.from_iterable(_frames(item, index, opened.get(item)) for index, item in enumerate(items))
 
 
 def _expand(source: str) -> list[str]:
-    path = Path(source)
-    if path.is_dir():
-        return [str(file) for file in sorted(path.iterdir()) if _is_media(file)]
-    if path.is_file():
-        return [str(file) for file in read_image_list(path)] if path.suffix.lower() == ".txt" else [source]
     if _is_live(source):
         return [source]
-    if glob.has_magic(source):
-        return [file for file in sorted(glob.glob(source, recursive=True)) if _is_media(Path(file))]
-    raise DataError(f"source: {source} does not exist")
-
-
-def _is_media(file: Path) -> bool:
-    return file.suffix.lower() in IMAGE_SUFFIXES | VIDEO_SUFFIXES and file.is_file()
+    path = user_path(source, "source")
+    if os.path.isdir(path):
+        found = find_files([path], _MEDIA_SUFFIXES, deep=False)
+        if not found.folders:
+            raise DataError(f"source: {path}: {found.problems[0][1]}")
+    elif os.path.isfile(path):
+        return [str(file) for file in read_image_list(path)] if path.suffix.lower() == ".txt" else [str(path)]
+    elif glob.has_magic(source):
+        found = match_files(path, _MEDIA_SUFFIXES)
+    else:
+        raise DataError(f"source: {source} {absence(path)}")
+    if ignored := found.ignored():
+        _log.info("%s: not images or videos, ignored: %s", source, ignored)
+    for place, problem in found.problems[:_LISTED_PROBLEMS]:
+        _log.warning("%s: skipped: %s", place, problem)
+    if len(found.problems) > _LISTED_PROBLEMS:
+        _log.warning("%s: skipped: %d more", source, len(found.problems) - _LISTED_PROBLEMS)
+    return [str(file) for file in found.files]
 
 
 def _is_live(source: str) -> bool:
-    return source.lower().startswith(_STREAM_SCHEMES) or (source.isdecimal() and not Path(source).exists())
+    is_number = source.isdecimal() and len(source) <= _WEBCAM_DIGITS
+    return source.lower().startswith(_STREAM_SCHEMES) or (is_number and not os.path.exists(source))
 
 
 def _open_live(source: str) -> Any:

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from yolov9_fast.data.geometry import Floats
+from yolov9_fast.errors import DataError
+from yolov9_fast.limits import above_limit, limit
 
 # Annotation tools round: coordinates up to this far outside the image are clipped, others are an error.
 TOLERANCE = 1e-3
@@ -25,13 +27,20 @@ class _RowError(Exception):
     pass
 
 
-def parse_yolo(text: str, num_classes: int) -> ParsedLabels:
-    """Read the text of a label file; a bad row becomes a problem, the others are used."""
+def parse_yolo(text: str, num_classes: int, file: str = "labels") -> ParsedLabels:
+    """Read the text of a label file; a bad row becomes a problem, the others are used.
+
+    Raises `DataError`, which begins with `file`, if there are more than `limit("LABEL_ROWS")` rows.
+    """
+    text = text.replace("\r\n", "\n").replace("\r", "\n")
+    count = text.count("\n") + 1
+    if count > limit("LABEL_ROWS"):
+        raise DataError(f"{file}: {above_limit('LABEL_ROWS', count)}")
     boxes: list[list[float]] = []
     polygons: list[Floats | None] = []
     problems: list[tuple[int, str]] = []
     seen: set[tuple[float, ...]] = set()
-    for number, line in enumerate(text.splitlines(), start=1):
+    for number, line in enumerate(text.split("\n"), start=1):
         fields = line.split()
         if not fields:
             continue
@@ -58,9 +67,9 @@ def box_from_corners(x1: float, y1: float, x2: float, y2: float) -> list[float]:
 
 def _parse_row(fields: list[str], num_classes: int) -> tuple[list[float], Floats | None]:
     try:
-        values = [float(text) for text in fields]
+        values = [_number(text) for text in fields]
     except ValueError:
-        raise _RowError(f"not a number ({' '.join(fields)[:60]})") from None
+        raise _RowError(f"not a number ({' '.join(fields[:20])[:60]})") from None
     if not np.isfinite(values).all():
         raise _RowError("NaN or infinite number")
     is_box = len(values) == 5
@@ -80,6 +89,13 @@ def _parse_row(fields: list[str], num_classes: int) -> tuple[list[float], Floats
     box = box_from_corners(float(low[0]), float(low[1]), float(high[0]), float(high[1]))
     _check_area(box)
     return [label, *box], points
+
+
+def _number(text: str) -> float:
+    # Python's float also takes 1_0 and the digits of other scripts.
+    if not text.isascii() or "_" in text:
+        raise ValueError(text)
+    return float(text)
 
 
 def _box(coordinates: list[float]) -> list[float]:

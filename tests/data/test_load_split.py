@@ -149,15 +149,47 @@ def test_second_load_decodes_nothing_until_a_file_changes(tmp_path: Path, monkey
     assert opened == [file]
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", '{"version": 1, "images": 3}', '{"version": 0, "images": {}}'])
-def test_damaged_cache_is_rebuilt(tmp_path: Path, cache_in_tmp: Path, content: str) -> None:
-    add_image(tmp_path, "a.png", PICTURE, LABEL)
+@pytest.mark.parametrize(
+    "damaged", ["", "{", "[]", '{"FILE": 3}', '{"FILE": [SIZE, TIME, 9, "9"]}', '{"FILE": [1, 2, 9, 9]}']
+)
+def test_damaged_cache_is_rebuilt(tmp_path: Path, cache_in_tmp: Path, damaged: str) -> None:
+    image = add_image(tmp_path, "a.png", PICTURE, LABEL)
     load(tmp_path)
     [file] = cache_in_tmp.rglob("*.json")
     content = file.read_text()
-    file.write_text(content)
+    size, time = image.stat().st_size, image.stat().st_mtime_ns
+    file.write_text(damaged.replace("FILE", str(image)).replace("SIZE", str(size)).replace("TIME", str(time)))
     assert load(tmp_path)[1].images == 1
     assert file.read_text() == content
+
+
+def test_another_decoder_or_a_lower_limit_decodes_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    add_image(tmp_path, "a.png", PICTURE, LABEL)
+    before = load(tmp_path)[0][0]
+    with monkeypatch.context() as patch:
+        patch.setattr(scan_module, "read_image", lambda path: np.rot90(PICTURE))
+        assert load(tmp_path)[0][0].width == before.width
+        patch.setattr(cv2, "__version__", "4.10.0")
+        assert load(tmp_path)[0][0].width == before.height
+    with monkeypatch.context() as patch:
+        patch.setenv("YOLOV9_FAST_MAX_IMAGE_PIXELS", "100")
+        with pytest.raises(DataError, match="expected at most 100 pixels"):
+            load(tmp_path)
+    assert load(tmp_path)[1].images == 1
+
+
+def test_an_image_with_a_problem_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path) -> None:
+        raise DataError(f"{path}: image file cannot be read: Permission denied")
+
+    add_image(tmp_path, "a.png", PICTURE, LABEL)
+    add_image(tmp_path, "b.png", PICTURE, LABEL)
+    load(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(scan_module, "read_image", refuse)
+        cv2.imwrite(str(tmp_path / "images" / "train" / "b.png"), paint(50, 50, []))
+        assert load(tmp_path)[1].counts() == {"image file cannot be read: Permission denied": 1}
+    assert load(tmp_path)[1].images == 2
 
 
 def test_loading_writes_nothing_into_the_users_folders(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import cv2
 import pytest
 import torch
 
@@ -82,3 +83,26 @@ def test_changed_image_is_not_read_from_the_cache(records: list[ImageRecord], tm
     records[0].width, records[0].height = records[1].width, records[1].height
     again = DetectionDataset(records, image_size=64, augment=None, cache="disk", cache_dir=tmp_path / "kept")
     assert not torch.equal(again[0].image, before)
+
+
+def test_another_decoder_decodes_again(
+    records: list[ImageRecord], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dataset = DetectionDataset(records, image_size=64, augment=None, cache="disk", cache_dir=tmp_path / "kept")
+    dataset[0]
+    monkeypatch.setattr(cv2, "__version__", "4.10.0")
+    again = DetectionDataset(records, image_size=64, augment=None, cache="disk", cache_dir=tmp_path / "kept")
+    again[0]
+    assert len(list((tmp_path / "kept").iterdir())) == 2
+
+
+def test_a_cache_folder_under_a_file_is_one_warning_that_names_it(
+    records: list[ImageRecord], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "file").write_text("")
+    dataset = DetectionDataset(records, image_size=64, augment=None, cache="disk", cache_dir=tmp_path / "file" / "kept")
+    for index in range(5):
+        assert dataset[index].image.shape == (3, 64, 64)
+    (warning,) = caplog.messages
+    assert str(tmp_path / "file" / "kept") in warning
+    assert "damaged" not in warning

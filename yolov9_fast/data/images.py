@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,40 +12,74 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from yolov9_fast import __version__
 from yolov9_fast._lazy import require
+from yolov9_fast._untrusted import MissingFileError, read_bytes, reason
+from yolov9_fast.data.headers import image_size, without_alpha_scaling
 from yolov9_fast.errors import DataError
+from yolov9_fast.limits import above_limit, limit
 from yolov9_fast.ops._boxes import STRIDES
 
 Image = NDArray[np.uint8]
 
 GREY = 114
+# Raised when the same file is decoded to other pixels than before.
+_FORMAT = 1
 IMAGE_SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".jp2", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 
 
 def read_image(path: str | Path) -> Image:
     """Decode a file to uint8 BGR [H, W, 3], rotated by its EXIF tag.
 
-    Grey, 16-bit and transparent images are converted to 3 channels of 8 bits. Raises `DataError` for a file that is
-    missing, damaged, or truncated: decoders would fill the missing part, whose labels remain, with grey.
+    Grey, 16-bit and transparent images are converted to 3 channels of 8 bits; the colours are those stored, whatever
+    the alpha. Raises `DataError` for a file that is missing, damaged, too large (see `limits`), or truncated: decoders
+    would fill the missing part, whose labels remain, with grey.
     """
     try:
-        data = np.fromfile(path, dtype=np.uint8)
-    except FileNotFoundError as error:
+        data = read_bytes(path, "image file", "IMAGE_BYTES")
+    except MissingFileError as error:
         raise DataError(f"{path}: image file is missing") from error
-    except OSError as error:
-        raise DataError(f"{path}: image file cannot be read: {error}") from error
-    if data.size == 0:
-        raise DataError(f"{path}: image file is empty")
-    if _is_truncated(data.tobytes()):
-        raise DataError(f"{path}: image file is truncated")
+    return decode_image(data, str(path))
+
+
+def decode_image(data: bytes, name: str) -> Image:
+    """As `read_image`, from the contents of a file; errors begin with `name`."""
+    if not data:
+        raise DataError(f"{name}: image file is empty")
+    if _is_truncated(data):
+        raise DataError(f"{name}: image file is truncated")
+    size = image_size(data)
+    if size is None:
+        raise DataError(f"{name}: image file cannot be decoded (its header is cut off, or of an unknown format)")
+    check_pixels(*size, name)
     cv2 = require("cv2")
+    encoded = np.frombuffer(without_alpha_scaling(data), dtype=np.uint8)
     try:
-        image: Image | None = cv2.imdecode(data, cv2.IMREAD_COLOR)
-    except cv2.error as error:
-        raise DataError(f"{path}: image file cannot be decoded: {error}") from error
+        image: Image | None = cv2.imdecode(encoded, cv2.IMREAD_COLOR)
+    except (cv2.error, MemoryError) as error:
+        exceeded = re.search(r"CV_IO_MAX_IMAGE_(PIXELS|WIDTH|HEIGHT)", str(error))
+        why = _above_opencv_limit(exceeded[1], size) if exceeded else f"cannot be decoded ({reason(error)})"
+        raise DataError(f"{name}: image file {why}") from error
     if image is None:
-        raise DataError(f"{path}: image file cannot be decoded")
+        raise DataError(f"{name}: image file cannot be decoded")
     return image
+
+
+def check_pixels(height: int, width: int, name: str) -> None:
+    """Raise `DataError` for an image or video of more than `limit("IMAGE_PIXELS")`."""
+    if height * width > limit("IMAGE_PIXELS"):
+        raise DataError(f"{name}: image of {width}x{height}: {above_limit('IMAGE_PIXELS', height * width)}")
+
+
+def _above_opencv_limit(what: str, size: tuple[int, int]) -> str:
+    variable = f"OPENCV_IO_MAX_IMAGE_{what}"
+    largest = os.environ.get(variable) or (1 << 30 if what == "PIXELS" else 1 << 20)
+    return f"of {size[1]}x{size[0]} is above OpenCV's limit of {largest} {what.lower()} ({variable} raises the limit)"
+
+
+def decoder() -> str:
+    """What the pixels of a decoded image depend on besides its file, for the keys of caches."""
+    return f"yolov9_fast {__version__} format {_FORMAT} OpenCV {require('cv2').__version__}"
 
 
 def _is_truncated(data: bytes) -> bool:

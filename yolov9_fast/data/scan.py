@@ -14,13 +14,14 @@ from typing import Any
 from yolov9_fast._untrusted import read_json
 from yolov9_fast.atomic import atomic_write
 from yolov9_fast.data.cache import cache_folder, digest
-from yolov9_fast.data.images import read_image
+from yolov9_fast.data.images import decoder, read_image
 from yolov9_fast.errors import DataError, UserError
+from yolov9_fast.limits import limit
 
 _log = logging.getLogger(__name__)
 
 MIN_PIXELS = 10
-_VERSION = 1
+_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -33,8 +34,11 @@ class Checked:
 
 
 def check_images(paths: Sequence[Path], key: str) -> list[Checked]:
-    """Decode each image, unless the cache of `key` has the result and the file's size and time are unchanged."""
-    file = cache_folder() / "images" / f"{digest(key)}.json"
+    """Decode each image, unless the cache of `key` has its size and the file's bytes and time are unchanged.
+
+    An image with a problem is tried again: permissions and limits change without the file.
+    """
+    file = cache_folder() / "images" / f"{digest(key, _VERSION, decoder())}.json"
     known = _load(file)
     stamps = [_stamp(path) for path in paths]
     results = [_cached(known.get(str(path)), stamp) for path, stamp in zip(paths, stamps, strict=True)]
@@ -52,7 +56,7 @@ def _check(path: Path) -> Checked:
     try:
         image = read_image(path)
     except DataError as error:
-        return Checked(0, 0, str(error).removeprefix(f"{path}: ").split(": ")[0])
+        return Checked(0, 0, str(error).removeprefix(f"{path}: "))
     height, width = image.shape[:2]
     if min(height, width) < MIN_PIXELS:
         return Checked(width, height, f"image is smaller than {MIN_PIXELS} pixels ({width}x{height})")
@@ -68,31 +72,28 @@ def _stamp(path: Path) -> list[int] | None:
 
 
 def _cached(entry: Any, stamp: list[int] | None) -> Checked | None:
-    if stamp is None or not isinstance(entry, list) or len(entry) != 5 or entry[:2] != stamp:
+    if stamp is None or not isinstance(entry, list) or len(entry) != 4 or entry[:2] != stamp:
         return None
-    width, height, problem = entry[2:]
-    if not isinstance(width, int) or not isinstance(height, int) or not (problem is None or isinstance(problem, str)):
-        return None
-    return Checked(width, height, problem)
+    width, height = entry[2:]
+    known = isinstance(width, int) and isinstance(height, int) and width * height <= limit("IMAGE_PIXELS")
+    return Checked(width, height) if known else None
 
 
 def _load(file: Path) -> dict[str, Any]:
     try:
-        content = read_json(file, "cache")
+        images = read_json(file, "cache")
     except DataError:
         return {}
-    valid = isinstance(content, dict) and content.get("version") == _VERSION and isinstance(content.get("images"), dict)
-    return content["images"] if valid else {}
+    return images if isinstance(images, dict) else {}
 
 
 def _store(file: Path, paths: Sequence[Path], stamps: Sequence[list[int] | None], results: Sequence[Checked]) -> None:
     images = {
-        str(path): [*stamp, result.width, result.height, result.problem]
+        str(path): [*stamp, result.width, result.height]
         for path, stamp, result in zip(paths, stamps, results, strict=True)
-        if stamp is not None
+        if stamp is not None and result.problem is None
     }
-    text = json.dumps({"version": _VERSION, "images": images}, separators=(",", ":"))
     try:
-        atomic_write(file, text)
+        atomic_write(file, json.dumps(images, separators=(",", ":")))
     except UserError as error:
         _log.warning("the sizes of the images are not cached: %s", error)

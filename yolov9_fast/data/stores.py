@@ -13,7 +13,7 @@ import numpy as np
 
 from yolov9_fast.atomic import atomic_write
 from yolov9_fast.data.cache import cache_folder, digest
-from yolov9_fast.data.images import Image, scaled_size
+from yolov9_fast.data.images import Image, decoder, scaled_size
 from yolov9_fast.errors import UserError
 
 _log = logging.getLogger(__name__)
@@ -55,7 +55,7 @@ class MemoryStore:
 
 
 class DiskStore:
-    """One `.npy` per image, written at first use and named by a hash of the image file's path, size and time.
+    """One `.npy` per image, written at first use and named by a hash of the image file's path, size, time and decoder.
 
     When the disk is full or not writable it logs one warning and decodes from then on.
     """
@@ -65,7 +65,7 @@ class DiskStore:
     ) -> None:
         self._load, self._path = load, path
         self._folder = folder or cache_folder() / "pixels"
-        self._form = (image_size, mode)
+        self._form = (image_size, mode, decoder())
         self._writable = True
 
     def get(self, index: int) -> Image:
@@ -119,9 +119,9 @@ def _read(file: Path) -> Image | None:
     try:
         with open(file, "rb") as stream:
             image = np.lib.format.read_array(stream, allow_pickle=False)
-    except FileNotFoundError:
+    except OSError:  # there is none, or writing it will tell why
         return None
-    except (OSError, ValueError):
+    except ValueError:
         _log.warning("the cached image %s is damaged and is written again", file)
         return None
     valid = image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3

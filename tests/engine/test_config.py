@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -89,3 +91,57 @@ def test_a_recipe_needs_no_data_but_a_run_does() -> None:
     TrainConfig(data="x.yaml").require_data()
     with pytest.raises(UserError, match="data: expected a data file, got none"):
         TrainConfig().require_data()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("- a", "expected a table of options, got"),
+        ("no", "expected a table of options, got False"),
+        ("1: x\na: y\n~: z", "unknown option 1, None, a"),
+        ("augment: 5", "augment: expected a table of options, got 5"),
+        ("augment: [mosaic]", "augment: expected a table of options"),
+        ("{[a]: b}", "unhashable"),
+        ("epochs: 2024-99-99", "expected YAML"),
+        ("epochs: 2024-01-31", "epochs: expected int, got datetime"),
+        (f"epochs: {'9' * 5000}", "integer of 5,000 digits"),
+        (f"lr0: 0x{'f' * 5000}", "integer of 5,002 digits"),
+        ("name: 007", "name: expected str, got 7"),
+        ("name: &a [*a]", "alias"),
+        (f"name: {'[' * 10**5}", "options file: "),
+        (f"name: [{'x' * 2**20}]", "name: expected str"),
+        (f"{'x' * 1000}: 1", "unknown option"),
+        ("epochs: [", "expected YAML"),
+        ("epochs: 1\nepochs: 2", "'epochs' appears twice"),
+    ],
+)
+def test_a_hostile_recipe_is_one_short_error(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "recipe.yaml").write_text(text)
+    with pytest.raises(UserError, match=message) as caught:
+        read_config(tmp_path / "recipe.yaml")
+    assert str(caught.value).startswith(str(tmp_path / "recipe.yaml"))
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 1500
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda file: None, "options file does not exist"),
+        (lambda file: file.mkdir(), "got a folder"),
+        (lambda file: os.mkfifo(file), "got a pipe"),
+        (lambda file: file.symlink_to("/dev/urandom"), "got a device"),
+        (lambda file: file.write_bytes(b"name: \xff"), "expected UTF-8 text"),
+    ],
+)
+def test_what_is_no_recipe_file_is_named(tmp_path: Path, make: Callable[[Path], object], message: str) -> None:
+    make(tmp_path / "recipe.yaml")
+    with pytest.raises(UserError, match=message):
+        read_config(tmp_path / "recipe.yaml")
+
+
+def test_an_empty_recipe_and_one_with_a_byte_order_mark_are_read(tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_bytes(b"\xef\xbb\xbfepochs: 7")
+    assert read_config(tmp_path / "recipe.yaml").epochs == 7
+    (tmp_path / "recipe.yaml").write_bytes(b"\xef\xbb\xbf")
+    assert read_config(tmp_path / "recipe.yaml") == TrainConfig()

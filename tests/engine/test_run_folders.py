@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -74,3 +75,73 @@ def test_resuming_removes_what_a_killed_process_left(tiny_config: Callable[..., 
         _abandon(target)
     find_run(run.path.parent, "exp")
     assert not list(run.path.rglob(".*"))
+
+
+@pytest.mark.parametrize(
+    ("project", "name", "message"),
+    [
+        ("a\0b", "exp", "NUL byte"),
+        ("runs", "a\0b", "NUL byte"),
+        ("x" * 300, "exp", "expected a path of at most"),
+        ("runs", "x" * 300, "expected a path of at most"),
+        ("r/" * 3000, "exp", "expected a path of at most"),
+        ("\ud800", "exp", "expected a path"),
+        ("~nobody-of-this-name/runs", "exp", "expected a path.*home"),
+    ],
+)
+def test_what_is_no_path_is_named(project: str, name: str, message: str) -> None:
+    for function in (new_run, find_run):
+        with pytest.raises(UserError, match=f"project and name: .*{message}") as caught:
+            function(project, name)
+        assert len(str(caught.value)) < 500
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda path: path.symlink_to("nowhere"), "runs(/below)? (is a broken link|does not exist)"),
+        (lambda path: path.symlink_to(path), "levels of symbolic links"),
+        (lambda path: path.write_text(""), "Not a directory|runs is a file"),
+        (lambda path: os.mkfifo(path), "Not a directory|runs is a pipe"),
+    ],
+)
+def test_a_project_that_can_have_no_folders_is_an_error_at_once(
+    tmp_path: Path, make: Callable[[Path], object], message: str
+) -> None:
+    make(tmp_path / "runs")
+    for project in (tmp_path / "runs", tmp_path / "runs" / "below"):
+        with pytest.raises(UserError, match=f"cannot create the run folder .*({message})"):
+            new_run(project, "exp")
+        with pytest.raises(UserError, match="nothing to resume"):
+            find_run(project)
+
+
+def test_a_name_that_is_a_broken_link_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "exp").symlink_to("nowhere")
+    assert new_run(tmp_path, "exp").path == tmp_path / "exp-2"
+
+
+def test_a_name_too_long_for_its_number_is_an_error(tmp_path: Path) -> None:
+    name = "x" * 254
+    (new_run(tmp_path, name).path / "file").touch()
+    with pytest.raises(UserError, match=r"cannot create the run folder .*File name too long"):
+        new_run(tmp_path, name)
+
+
+def test_the_home_folder_is_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    run = new_run("~/runs", "exp")
+    assert run.path == tmp_path / "runs" / "exp"
+    run.weights.mkdir()
+    for file in (run.state, run.config):
+        file.touch()
+    assert find_run("~/runs").path == find_run("~/runs", "exp").path == run.path
+
+
+def test_a_folder_of_runs_that_cannot_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(folder: Path) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "iterdir", refuse)
+    with pytest.raises(UserError, match="folder of runs cannot be read: Permission denied"):
+        find_run(tmp_path)

@@ -7,6 +7,7 @@ import platform
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,6 +18,9 @@ import torch
 from yolov9_fast.models import GraphError, create_model, load_graph, network_costs
 from yolov9_fast.models.graph import GRAPH_FOLDER
 
+BOMB = "a: &a [x,x,x,x,x,x,x,x,x,x]\n" + "".join(
+    f"{new}: &{new} [{','.join([f'*{old}'] * 10)}]\n" for old, new in zip("abcdefg", "bcdefgh", strict=True)
+)
 # Parameters and GFLOPs at 640 px: training graph unfused and fused, deployed graph unfused and fused.
 PUBLISHED = {
     "t": ((3_717_680, 3_674_576, 2_442_640, 2_407_632), (16.27, 16.16, 9.90, 9.82)),
@@ -146,7 +150,7 @@ def test_auxiliary_none_builds_the_deployed_graph() -> None:
     ("arguments", "options", "error", "message"),
     [
         (("yolov9-x",), {}, GraphError, "unknown network 'yolov9-x'; known are gelan-c"),
-        (("missing.yaml",), {}, GraphError, "no graph file missing.yaml"),
+        (("missing.yaml",), {}, GraphError, "graph file missing.yaml does not exist"),
         (("gelan-t", 0), {}, ValueError, "num_classes: expected an integer of at least 1, got 0"),
         (("gelan-t", 2.5), {}, ValueError, "num_classes"),
         (("gelan-t",), {"class_tower": 0}, ValueError, "class_tower: expected at least 1"),
@@ -176,14 +180,67 @@ def test_images_of_a_wrong_shape_are_refused(shape: tuple[int, ...]) -> None:
         ("layers: [[3, Conv, [8]]]", "only layers before it exist"),
         ("layers: [[-1, Conv, [8, 3, 2]]]", "the head .* must be the last"),
         ("layers: [[-1, Conv, [8, 3, 2, 5]], [[0, 0, 0], DDetect, []]]", "layer 0, Conv"),
-        ("{", "not a YAML file"),
+        ("{", "expected YAML"),
+        ("", "needs a list `layers`"),
+        ("layers: [[-1, Conv, [2024-99-99]]]", "expected YAML"),
+        (f"layers: [[{'9' * 5000}, Conv, [8]]]", "integer of 5,000 digits"),
+        (f"layers: [[0x{'f' * 5000}, Conv, [8]]]", "integer of 5,002 digits"),
+        (f"layers: [[-1, Conv, {'[' * 60}{']' * 60}]]", "at most 50 levels"),
+        (f"layers: [[-1, Conv, {'[' * 10**5}", "graph file: "),
+        ("{[1]: 2}", "unhashable"),
+        ("layers: &a [*a]", "alias"),
+        (BOMB + "layers: [[-1, Conv, [*h]]]", "at most 1,000,000 values"),
+        ("layers: [[-1, Conv, [8]]]\nname: [a]", "name: expected a short text"),
+        (f"layers: [[-1, Conv, [8]]]\nname: {'x' * 2**20}", "name: expected a short text"),
+        ("layers: [[-1, Conv, [8]]]\nabsolute: 'no'", "absolute: expected true or false, got 'no'"),
+        (f"layers: [[-1, Conv, [{'9' * 30}]], [[0, 0, 0], DDetect, []]]", "layer 0, Conv"),
+        (f"layers: [[-1, Conv, [{'x' * 2**20}]], [[0, 0, 0], DDetect, []]]", "layer 0, Conv"),
+        ("layers: [[-1, Conv, [!!binary YQ==]], [[0, 0, 0], DDetect, []]]", "layer 0, Conv"),
+        (f"layers: [[-1, {'x' * 2**20}, []]]", "unknown block"),
     ],
 )
 def test_a_graph_file_that_describes_no_network_is_refused(tmp_path: Path, text: str, message: str) -> None:
     path = tmp_path / "graph.yaml"
     path.write_text(text)
-    with pytest.raises(GraphError, match=message):
+    began = time.monotonic()
+    with pytest.raises(GraphError, match=message) as caught:
         create_model(path)
+    assert time.monotonic() - began < 5
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("a\0b.yaml", "NUL byte"),
+        ("x" * 300 + ".yaml", "model: expected a path of at most"),
+        ("x" * 3000, "model: expected a path of at most"),
+        ("~nobody-of-this-name/g.yaml", "model: expected a path.*home"),
+        ("folder.yaml", "is a folder"),
+        ("zero.yaml", "is a device"),
+        ("pipe.yaml", "is a pipe"),
+        ("gone.yaml", "is a broken link"),
+        ("latin.yaml", "expected UTF-8 text"),
+    ],
+)
+def test_a_path_that_is_no_graph_file_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("folder.yaml").mkdir()
+    Path("zero.yaml").symlink_to("/dev/zero")
+    Path("gone.yaml").symlink_to("nowhere")
+    Path("latin.yaml").write_bytes(b"name: \xe4")
+    os.mkfifo("pipe.yaml")
+    with pytest.raises(GraphError, match=message) as caught:
+        create_model(name)
+    assert len(str(caught.value)) < 1000
+
+
+def test_a_graph_file_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
+    path = tmp_path / "gelan-t.yaml"
+    path.write_bytes(b"\xef\xbb\xbf" + (GRAPH_FOLDER / "gelan-t.yaml").read_bytes())
+    assert load_graph(path) == load_graph("gelan-t")
 
 
 def test_a_graph_file_may_use_other_names_for_the_same_blocks(tmp_path: Path) -> None:

@@ -7,9 +7,9 @@ import dataclasses
 import os
 import sys
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
+from yolov9_fast._untrusted import user_path
 from yolov9_fast.data import AugmentConfig
 from yolov9_fast.engine.config import TrainConfig, option_fields, plain_type, read_config
 from yolov9_fast.engine.device import device_numbers, parse_device
@@ -116,7 +116,7 @@ def config_from_flags(given: dict[str, Any]) -> TrainConfig:
     """
     augmentation = {field.name for field in dataclasses.fields(AugmentConfig)}
     try:
-        config = read_config(Path(given["config"])) if "config" in given else TrainConfig()
+        config = read_config(user_path(given["config"], "--config", UserError)) if "config" in given else TrainConfig()
         flags = {key: value for key, value in given.items() if key not in ("config", "resume")}
         augment = dataclasses.replace(config.augment, **{k: v for k, v in flags.items() if k in augmentation})
         config = dataclasses.replace(
@@ -132,8 +132,8 @@ def _run_to_resume(given: dict[str, Any]) -> RunFolder:
     """The run that `--resume` selects."""
     folder = given["resume"]
     if folder:
-        path = Path(folder)
-        if not path.is_dir():
+        path = user_path(folder, "--resume", UserError)
+        if not os.path.isdir(path):
             raise UserError(f"--resume: expected a run folder, got {folder}")
         path = path.resolve()
         return find_run(path.parent, path.name)

@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from yolov9_fast._lazy import require
+from yolov9_fast._text import printable
+from yolov9_fast._untrusted import read_yaml, shown
 from yolov9_fast.atomic import atomic_write
 from yolov9_fast.data import AugmentConfig
 from yolov9_fast.errors import UserError
@@ -156,7 +158,7 @@ def _converted(cls: type, name: str, value: Any, origin: str) -> Any:
     if kind is float and isinstance(value, int | float) and not isinstance(value, bool):
         return float(value)
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        raise UserError(f"{origin}: {name}: expected {kind.__name__}, got {value!r}")
+        raise UserError(f"{origin}: {name}: expected {kind.__name__}, got {shown(value)}")
     return value
 
 
@@ -171,14 +173,17 @@ def config_from_dict(data: dict[str, Any], origin: str) -> TrainConfig:
         UserError: an unknown option, or a value of the wrong type or range.
     """
     if not isinstance(data, dict):
-        raise UserError(f"{origin}: expected a table of options, got {type(data).__name__}")
-    flat = {**data, **(data.get("augment") or {})}
+        raise UserError(f"{origin}: expected a table of options, got {shown(data)}")
+    augment = data.get("augment")
+    if not isinstance(augment, dict | None):
+        raise UserError(f"{origin}: augment: expected a table of options, got {shown(augment)}")
+    flat = {**data, **(augment or {})}
     flat.pop("augment", None)
     own = {f.name for f in option_fields()}
     augmentation = {f.name for f in dataclasses.fields(AugmentConfig)}
-    unknown = sorted(set(flat) - own - augmentation)
+    unknown = [name if isinstance(name, str) else shown(name) for name in flat if name not in own | augmentation]
     if unknown:
-        raise UserError(f"{origin}: unknown option {', '.join(unknown)}")
+        raise UserError(f"{origin}: unknown option {printable(', '.join(sorted(unknown)))}")
     options = {k: _converted(TrainConfig, k, v, origin) for k, v in flat.items() if k in own}
     augment = {k: _converted(AugmentConfig, k, v, origin) for k, v in flat.items() if k in augmentation}
     return TrainConfig(**options, augment=AugmentConfig(**augment))
@@ -186,14 +191,8 @@ def config_from_dict(data: dict[str, Any], origin: str) -> TrainConfig:
 
 def read_config(path: Path) -> TrainConfig:
     """Read options from a YAML file; raises `UserError` if it cannot be used."""
-    yaml = require("yaml")
-    try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from error
-    except yaml.YAMLError as error:
-        raise UserError(f"{path}: not a YAML file: {error}") from error
-    return config_from_dict(data or {}, str(path))
+    data = read_yaml(path, "options file", UserError)
+    return config_from_dict({} if data is None else data, str(path))
 
 
 def write_config(config: TrainConfig, path: Path) -> None:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from pathlib import Path
+import os
 
 from torch import Tensor
 
+from yolov9_fast._untrusted import user_path
 from yolov9_fast.data import DataConfig, DetectionLoader
 from yolov9_fast.engine.config import TrainConfig
 from yolov9_fast.errors import UserError
@@ -43,7 +44,7 @@ def build_model(
     """
     layout = None
     if config.weights and load:
-        if not Path(config.weights).is_file():
+        if not os.path.isfile(user_path(config.weights, "weights", UserError)):
             raise UserError(f"weights: expected a file, got {config.weights}")
         layout = suggest_architecture(config.weights)
         config = dataclasses.replace(

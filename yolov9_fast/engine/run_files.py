@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from yolov9_fast._untrusted import absence, reason, user_path
 from yolov9_fast.atomic import atomic_write, is_temporary, remove_stale
 from yolov9_fast.errors import CheckpointError, UserError
 
@@ -85,15 +86,18 @@ def new_run(project: str | Path, name: str) -> RunFolder:
     Raises:
         UserError: the folder cannot be made.
     """
+    first = user_path(Path(project, name), "project and name", UserError)
     number = 1
     while True:
-        path = Path(project) / (name if number == 1 else f"{name}-{number}")
+        path = first if number == 1 else first.parent / f"{first.name}-{number}"
         number += 1
         made = False
         try:
             path.mkdir(parents=True)
             made = True
         except FileExistsError:
+            if not os.path.isdir(path.parent):
+                raise UserError(f"cannot create the run folder {path}: {path.parent} {absence(path.parent)}") from None
             if not _is_unstarted(path):
                 continue
         except OSError as error:
@@ -133,15 +137,14 @@ def find_run(project: str | Path, name: str | None = None) -> RunFolder:
     Raises:
         UserError: there is none with a state to resume from.
     """
-    project = Path(project)
-    if name is not None:
-        candidates = [RunFolder(project / name)]
-    else:
-        folders = [p for p in project.iterdir() if p.is_dir()] if project.is_dir() else []
-        candidates = [RunFolder(p) for p in folders]
-    resumable = [run for run in candidates if run.state.is_file() and run.config.is_file()]
+    where = user_path(project if name is None else Path(project, name), "project and name", UserError)
+    try:
+        folders = [where] if name is not None else list(where.iterdir()) if os.path.isdir(where) else []
+    except OSError as error:
+        raise UserError(f"{where}: the folder of runs cannot be read: {reason(error)}") from error
+    candidates = [RunFolder(folder) for folder in folders]
+    resumable = [run for run in candidates if os.path.isfile(run.state) and os.path.isfile(run.config)]
     if not resumable:
-        where = project / name if name else project
         if any(_is_unstarted(run.path) for run in candidates):
             raise UserError(
                 f"{where}: nothing to resume: the run ended before its first state was saved; start it again, with the "

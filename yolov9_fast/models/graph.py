@@ -7,6 +7,7 @@ A graph is a list of layers `[from, block, arguments]`; a layer's position in th
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import lru_cache
@@ -15,8 +16,9 @@ from typing import Any, cast
 
 from torch.nn import Module
 
-from yolov9_fast._lazy import require
+from yolov9_fast._untrusted import absence, read_yaml, shown, user_path
 from yolov9_fast.errors import UserError
+from yolov9_fast.limits import limit
 from yolov9_fast.nn import BlockSpec, Head, block_names, find_block, load_block
 from yolov9_fast.nn.registry import Channels, is_import_path
 
@@ -151,16 +153,21 @@ def graph_from_dict(data: Any, origin: str, *, import_blocks: bool = False) -> G
     """
     if not isinstance(data, dict) or not isinstance(data.get("layers"), list) or not data["layers"]:
         raise GraphError(f"{origin}: a graph needs a list `layers`")
-    absolute = bool(data.get("absolute", False))
+    absolute = data.get("absolute", False)
+    if not isinstance(absolute, bool):
+        raise GraphError(f"{origin}: absolute: expected true or false, got {shown(absolute)}")
+    name = data.get("name") or Path(origin).stem
+    if not isinstance(name, str) or len(name) > limit("CLASS_NAME"):
+        raise GraphError(f"{origin}: name: expected a short text, got {shown(name)}")
     layers = []
     for index, row in enumerate(data["layers"]):
         where = f"{origin}: layer {index}"
         if not isinstance(row, list) or len(row) != 3:
-            raise GraphError(f"{where}: expected [from, block, arguments], got {row!r}")
+            raise GraphError(f"{where}: expected [from, block, arguments], got {shown(row)}")
         source, block, arguments = row
         sources = source if isinstance(source, list) else [source]
         if not all(isinstance(s, int) for s in sources) or not isinstance(arguments, list):
-            raise GraphError(f"{where}: expected indices of layers and a list of arguments, got {row!r}")
+            raise GraphError(f"{where}: expected indices of layers and a list of arguments, got {shown(row)}")
         block = ALIASES.get(str(block), str(block))
         try:
             if import_blocks:
@@ -178,7 +185,7 @@ def graph_from_dict(data: Any, origin: str, *, import_blocks: bool = False) -> G
             heads = " or ".join(block_names("head"))
             raise GraphError(f"{where}: the head ({heads}) must be the last layer and no other")
         layers.append(Layer(resolved, block, _frozen(arguments)))
-    graph = Graph(str(data.get("name") or Path(origin).stem), tuple(layers))
+    graph = Graph(name, tuple(layers))
     expected = graph.head_class.num_inputs
     if len(graph.head.sources) != expected:
         raise GraphError(f"{origin}: {graph.head.block} reads {expected} layers, got {len(graph.head.sources)}")
@@ -213,12 +220,7 @@ def list_models(pattern: str = "*") -> list[str]:
 
 @lru_cache(maxsize=64)
 def _read(path: Path, modified: float) -> Graph:
-    yaml = require("yaml")
-    try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise GraphError(f"{path}: not a YAML file: {error}") from error
-    return graph_from_dict(data, str(path), import_blocks=True)
+    return graph_from_dict(read_yaml(path, "graph file", GraphError), str(path), import_blocks=True)
 
 
 def load_graph(name: str | Path) -> Graph:
@@ -230,11 +232,11 @@ def load_graph(name: str | Path) -> Graph:
     text = str(name)
     path = GRAPH_FOLDER / f"{text}.yaml"
     if text not in list_models():
-        path = Path(text)
+        path = user_path(name, "model", GraphError)
         if path.suffix not in (".yaml", ".yml"):
             raise GraphError(
-                f"unknown network {text!r}; known are {', '.join(list_models())}, or a path to a graph YAML"
+                f"unknown network {shown(text)}; known are {', '.join(list_models())}, or a path to a graph YAML"
             )
-        if not path.is_file():
-            raise GraphError(f"no graph file {text}")
+        if not os.path.isfile(path):
+            raise GraphError(f"graph file {path} {absence(path)}")
     return _read(path, path.stat().st_mtime)

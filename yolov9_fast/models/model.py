@@ -12,6 +12,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from yolov9_fast._text import printable
+from yolov9_fast._untrusted import reason
 from yolov9_fast.models.graph import Graph, GraphError, build_layer, load_graph
 from yolov9_fast.models.pgi import with_auxiliary
 from yolov9_fast.nn import Conv, DetectionOutput, Head, RepConv, Upsample
@@ -80,7 +82,7 @@ class DetectionModel(nn.Module):
             except (TypeError, ValueError, RuntimeError, IndexError) as error:
                 if layer is graph.head and isinstance(error, ValueError):
                     raise
-                raise GraphError(f"{graph.name}: layer {index}, {layer}: {error}") from error
+                raise GraphError(f"{graph.name}: layer {index}, {printable(layer, 300)}: {reason(error)}") from error
             layers.append(module)
             channels.append(out_channels)
         self.model = nn.ModuleList(layers)

@@ -184,6 +184,68 @@ def test_names_follow_the_sorted_category_ids() -> None:
     assert [c.name for c in by_caller.per_class] == ["first", "second"]
 
 
+def test_given_category_ids_are_the_order_of_the_classes() -> None:
+    gt = dataset([(0, 10, BOX), (0, 20, FAR), (1, 20, FAR), (1, 30, BOX)], categories=3)
+    found = [detection(0, 20, FAR, 0.9), detection(1, 20, FAR, 0.9), detection(1, 30, BOX, 0.8)]
+    metrics = evaluate_coco(gt, found, names={0: "x", 1: "y", 2: "z"}, category_ids=[20, 30, 10])
+    assert [(c.class_index, c.name, c.objects) for c in metrics.per_class] == [(0, "x", 2), (1, "y", 1), (2, "z", 1)]
+    assert [c.ap for c in metrics.per_class] == [ONE, ONE, 0.0]
+    assert metrics.curves.names == ("x", "y", "z")
+    assert metrics.curves.f1.max(axis=1).tolist() == [1, 1, 0]
+    assert "y" in metrics.table().splitlines()[4]
+    by_file = evaluate_coco(gt, found, category_ids=["20", 30.0, 10])  # type: ignore[list-item]
+    assert [c.name for c in by_file.per_class] == ["thing1", "thing2", "thing0"]
+    assert by_file.as_dict() == pytest.approx(metrics.as_dict(), nan_ok=True)
+
+
+@pytest.mark.parametrize("ids", [[10, 10], [10, 99], [10, True], [10, [20]]])
+def test_category_ids_that_are_not_those_of_the_ground_truth_are_refused(ids: list[Any]) -> None:
+    with pytest.raises(DataError, match="expected"):
+        evaluate_coco(dataset([(0, 10, BOX)]), [], category_ids=ids)
+
+
+@pytest.mark.parametrize("mark", [{"iscrowd": 1}, {"iscrowd": "1"}, {"ignore": 1}, {"iscrowd": 0, "ignore": True}])
+def test_crowds_and_ignored_objects_are_equal(mark: dict[str, Any]) -> None:
+    gt = dataset([(0, 10, BOX), (0, 10, FAR)], images=1, categories=1)
+    gt["annotations"][1] |= mark
+    metrics = evaluate_coco(gt, [detection(0, 10, BOX, 0.9), detection(0, 10, FAR, 0.95), detection(0, 10, FAR, 0.94)])
+    assert metrics.per_class[0].objects == 1
+    assert (metrics.ap, metrics.ar100, metrics.precision) == (ONE, ONE, 1.0)
+    assert evaluate_coco(gt, [detection(0, 10, BOX, 0.9)]).recall == 1.0
+
+
+def test_numbers_written_as_text_are_numbers() -> None:
+    gt, found = dataset([(0, 10, BOX), (1, 20, FAR)]), [detection(0, 10, BOX, 0.9), detection(1, 20, BOX, 0.8)]
+    expected = evaluate_coco(gt, found)
+    for image in gt["images"]:
+        image["id"] = str(image["id"])
+    for annotation in gt["annotations"]:
+        annotation |= {"category_id": float(annotation["category_id"]), "iscrowd": "0", "ignore": "0", "area": "2000"}
+        annotation["bbox"] = [str(value) for value in annotation["bbox"]]
+    found[0] |= {"score": "0.9", "bbox": [str(value) for value in BOX], "image_id": "0", "category_id": "10"}
+    assert evaluate_coco(gt, found).as_dict() == pytest.approx(expected.as_dict(), nan_ok=True)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"iscrowd": "no"}, "annotation 0 of image 0: iscrowd: expected 0 or 1, got 'no'"),
+        ({"ignore": 2}, "annotation 0 of image 0: ignore: expected 0 or 1, got 2"),
+        ({"area": True}, "area of annotation 0 of image 0: expected a finite number, got True"),
+        ({"area": "big"}, "area of annotation 0 of image 0: expected a finite number, got 'big'"),
+        ({"bbox": [1, 2, 3, True]}, "bbox of annotation 0 of image 0: expected a finite number, got True"),
+        ({"bbox": [1, 2, 3, 10**400]}, "bbox of annotation 0 of image 0: expected a finite number"),
+        ({"category_id": True}, "id: expected an integer or a string, got True"),
+        ({"image_id": [0]}, r"id: expected an integer or a string, got \[0\]"),
+    ],
+)
+def test_bad_annotations_are_named(change: dict[str, Any], message: str) -> None:
+    gt = dataset([(0, 10, BOX)])
+    gt["annotations"][0] |= change
+    with pytest.raises(DataError, match=message):
+        evaluate_coco(gt, [])
+
+
 def test_nothing_is_printed_and_the_arguments_are_not_changed(capsys: pytest.CaptureFixture[str]) -> None:
     gt, found = dataset([(0, 10, BOX)]), [detection(0, 10, BOX, 0.9)]
     before = copy.deepcopy((gt, found))

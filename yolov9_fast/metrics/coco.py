@@ -7,6 +7,7 @@ import io
 import json
 import logging
 import math
+import reprlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from yolov9_fast._lazy import require
+from yolov9_fast._numbers import finite_number, flag, integer
 from yolov9_fast._text import printable
 from yolov9_fast.atomic import atomic_write
 from yolov9_fast.errors import DataError
@@ -125,20 +127,25 @@ def evaluate_coco(
     detections: Sequence[dict[str, Any]],
     *,
     names: dict[int, str] | None = None,
+    category_ids: Sequence[int | str] | None = None,
     image_ids: Iterable[int | str] | None = None,
 ) -> CocoMetrics:
     """Evaluate boxes by pycocotools with its settings: IoU 0.50:0.95, at most 100 detections per image and class.
 
     `ground_truth`: a COCO dataset with `images`, `annotations`, `categories`; not changed. `info` and `licenses`
-    may be absent, an annotation's `area` defaults to that of its box and `iscrowd` to 0. `detections`: COCO results
-    (`image_id`, `category_id`, `bbox` [x, y, w, h] in pixels, `score`); may be empty. `names`: class index → name,
-    where the class index is the position of the category among the sorted category ids; default the categories' own
-    names. `image_ids`: evaluate only these images (default all). Ids that are digits in a string equal the integer.
+    may be absent, an annotation's `area` defaults to that of its box, `iscrowd` and `ignore` to 0. An annotation with
+    either is a crowd: no object to be found, and a detection inside it counts neither as correct nor as wrong.
+    (pycocotools by itself overwrites `ignore` by `iscrowd`.)
+    `detections`: COCO results (`image_id`, `category_id`, `bbox` [x, y, w, h] in pixels, `score`); may be empty.
+    `category_ids`: the category of each class 0, 1, …, the order of `per_class` and of the curves; annotations of other
+    categories are left out; default all, sorted. `names`: class index → name; default the categories' own names.
+    `image_ids`: evaluate only these images (default all). Ids and numbers in a string equal the number; true and false
+    are no numbers.
 
     Raises `DataError` for a dataset without those lists, an unknown image or category in a detection, or values that
     are not finite numbers.
     """
-    dataset = _normalise_ground_truth(ground_truth)
+    dataset = _normalise_ground_truth(ground_truth, category_ids)
     chosen = _choose_images(dataset, image_ids)
     results = _normalise_detections(detections, dataset)
     evaluation = _run_pycocotools(dataset, results, chosen)
@@ -209,13 +216,13 @@ class _Dataset:
     annotations: list[dict[str, Any]]
 
 
-def _normalise_ground_truth(ground_truth: dict[str, Any]) -> _Dataset:
+def _normalise_ground_truth(ground_truth: dict[str, Any], category_ids: Sequence[int | str] | None) -> _Dataset:
     for key in ("images", "annotations", "categories"):
         if not isinstance(ground_truth, dict) or not isinstance(ground_truth.get(key), list):
             raise DataError(f"COCO ground truth: expected a JSON object with a list '{key}'")
     images = _rank(_id(image, "id", "image") for image in ground_truth["images"])
     names = {_id(c, "id", "category"): str(c.get("name", c["id"])) for c in ground_truth["categories"]}
-    categories = _rank(names)
+    categories = _rank(names) if category_ids is None else _given_order(category_ids, names)
     if not images or not categories:
         raise DataError(f"COCO ground truth: expected images and categories, got {len(images)} and {len(categories)}")
     annotations: list[dict[str, Any]] = []
@@ -224,7 +231,8 @@ def _normalise_ground_truth(ground_truth: dict[str, Any]) -> _Dataset:
         category = categories.get(_id(annotation, "category_id", "annotation"))
         if image is None or category is None:
             continue
-        box = _box(annotation, f"annotation {annotation.get('id', '?')} of image {annotation['image_id']}")
+        place = (annotation.get("id", "?"), annotation["image_id"])
+        box = _box(annotation, "annotation {} of image {}", *place)
         area = annotation.get("area")
         annotations.append(
             {
@@ -232,14 +240,22 @@ def _normalise_ground_truth(ground_truth: dict[str, Any]) -> _Dataset:
                 "image_id": image,
                 "category_id": category,
                 "bbox": box,
-                "area": box[2] * box[3] if area is None else _number(area, "area of an annotation"),
-                "iscrowd": int(bool(annotation.get("iscrowd", 0))),
+                "area": box[2] * box[3] if area is None else _number(area, "area of annotation {} of image {}", *place),
+                "iscrowd": int(_flag(annotation, "iscrowd", *place) | _flag(annotation, "ignore", *place)),
             }
         )
     ignored = len(ground_truth["annotations"]) - len(annotations)
     if ignored:
         log.warning("COCO ground truth: %d annotations of unlisted images or categories are ignored", ignored)
     return _Dataset(images, categories, [names[category] for category in categories], annotations)
+
+
+def _given_order(category_ids: Sequence[int | str], names: dict[int | str, str]) -> dict[int | str, int]:
+    ids = [_normalise_id(category) for category in category_ids]
+    unknown = [category for category in ids if category not in names]
+    if unknown or len(set(ids)) < len(ids):
+        raise DataError(f"category_ids: expected ids of the ground truth's categories, each once, got {ids[:100]}")
+    return {category: rank for rank, category in enumerate(ids, start=1)}
 
 
 def _normalise_detections(detections: Sequence[dict[str, Any]], dataset: _Dataset) -> list[dict[str, Any]]:
@@ -342,34 +358,44 @@ def _rank_of(ranks: dict[int | str, int], entry: dict[str, Any], key: str, what:
 
 
 def _normalise_id(value: Any) -> int | str:
-    if isinstance(value, (int, np.integer)):
-        return int(value)
+    number = integer(value)
+    if number is not None:
+        return number
     if isinstance(value, str):
-        return int(value) if value.isascii() and value.isdigit() else value
-    raise DataError(f"id: expected an integer or a string, got {value!r}")
+        return value
+    raise DataError(f"id: expected an integer or a string, got {_short(value)}")
 
 
 def _id(entry: Any, key: str, what: str) -> int | str:
     if not isinstance(entry, dict) or key not in entry:
-        raise DataError(f"{what}: expected '{key}', got {entry!r}")
+        raise DataError(f"{what}: expected '{key}', got {_short(entry)}")
     return _normalise_id(entry[key])
 
 
-def _box(entry: dict[str, Any], what: str) -> list[float]:
+def _box(entry: dict[str, Any], what: str, *place: object) -> list[float]:
     box = entry.get("bbox")
     if not isinstance(box, (list, tuple, np.ndarray)) or len(box) != 4:
-        raise DataError(f"{what}: expected bbox [x, y, w, h], got {box!r}")
-    return [_number(value, f"bbox of {what}") for value in box]
+        raise DataError(f"{what.format(*place)}: expected bbox [x, y, w, h], got {_short(box)}")
+    return [_number(value, f"bbox of {what}", *place) for value in box]
 
 
-def _number(value: Any, what: str) -> float:
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        number = float("nan")
-    if not math.isfinite(number):
-        raise DataError(f"{what}: expected a finite number, got {value!r}")
+def _number(value: Any, what: str, *place: object) -> float:
+    number = finite_number(value)
+    if number is None:
+        raise DataError(f"{what.format(*place)}: expected a finite number, got {_short(value)}")
     return number
+
+
+def _flag(annotation: dict[str, Any], key: str, *place: object) -> bool:
+    value = flag(annotation.get(key))
+    if value is None:
+        what = "annotation {} of image {}".format(*place)
+        raise DataError(f"{what}: {key}: expected 0 or 1, got {_short(annotation[key])}")
+    return value
+
+
+def _short(value: object) -> str:
+    return printable(reprlib.repr(value), 100)
 
 
 def _mean(values: Iterable[float]) -> float:

@@ -1,7 +1,7 @@
 """Datasets: the data file, checked labels, augmentation, loaders, and sources of images to predict on."""
 
 from yolov9_fast.data.augment import AugmentConfig, LabelledImage
-from yolov9_fast.data.coco import category_ids, coco_ground_truth
+from yolov9_fast.data.coco import category_ids, coco_ground_truth, open_annotations
 from yolov9_fast.data.config import DataConfig, Split, load_data_config
 from yolov9_fast.data.custom import Augmentation
 from yolov9_fast.data.dataset import DetectionDataset, SampleKey
@@ -33,6 +33,7 @@ __all__ = [
     "letterbox",
     "load_data_config",
     "load_split",
+    "open_annotations",
     "open_source",
     "read_image",
     "scale_boxes_to_original",

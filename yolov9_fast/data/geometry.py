@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import NDArray
 
 Floats = NDArray[np.float32]
 
 POLYGON_POINTS = 1000
+_BRIDGE_POINTS = 256
 
 
 def corners_from_normalised(boxes: Floats, width: float, height: float) -> Floats:
@@ -44,6 +47,21 @@ def resample(polygon: Floats, points: int = POLYGON_POINTS) -> Floats:
     where = np.linspace(0, len(closed) - 1, points)
     knots = np.arange(len(closed))
     return np.stack([np.interp(where, knots, closed[:, axis]) for axis in (0, 1)], axis=1).astype(np.float32)
+
+
+def join_polygons(parts: Sequence[Floats]) -> Floats:
+    """One closed polygon [k, 2] of at least one [n, 2], joined by bridges of zero width between points that are near.
+
+    Nearest among at most 256 points of either side, so that time and memory do not grow with the product of lengths.
+    """
+    polygon = parts[0]
+    for part in parts[1:]:
+        steps = [-(-len(points) // _BRIDGE_POINTS) for points in (polygon, part)]
+        distance = ((polygon[:: steps[0], None] - part[None, :: steps[1]]) ** 2).sum(-1)
+        nearest = np.unravel_index(int(distance.argmin()), distance.shape)
+        i, j = (int(place) * step for place, step in zip(nearest, steps, strict=True))
+        polygon = np.concatenate((polygon[: i + 1], part[j:], part[: j + 1], polygon[i:]))
+    return polygon
 
 
 def transform(points: Floats, matrix: NDArray[np.float64]) -> Floats:

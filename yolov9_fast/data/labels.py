@@ -3,31 +3,39 @@
 from __future__ import annotations
 
 import os
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
+from yolov9_fast._numbers import LARGEST_INTEGER
 from yolov9_fast._untrusted import MissingFileError, absence, read_text
-from yolov9_fast.data.coco import class_of_category, coco_objects, read_coco
+from yolov9_fast.data.coco import category_ids, open_annotations, place_objects, record_objects
+from yolov9_fast.data.coco_file import CocoFile, CocoImage
 from yolov9_fast.data.config import DataConfig
 from yolov9_fast.data.listing import label_path, list_images
 from yolov9_fast.data.records import ImageRecord, LabelReport
 from yolov9_fast.data.scan import check_images
 from yolov9_fast.data.yolo import parse_yolo
 from yolov9_fast.errors import DataError
+from yolov9_fast.limits import above_limit, limit
 
 
-def load_split(config: DataConfig, split: str, *, for_training: bool) -> tuple[list[ImageRecord], LabelReport]:
+def load_split(
+    config: DataConfig, split: str, *, for_training: bool, coco: CocoFile | None = None
+) -> tuple[list[ImageRecord], LabelReport]:
     """All usable images of a split with their objects, and a report of what was skipped.
+
+    `coco`: the split's COCO JSON, if it has been read (`open_annotations`).
 
     Raises `DataError` when the split has no usable image, and in training when no image has an object.
     """
     report = LabelReport()
-    coco = config.split(split).annotations is not None
-    records = (_coco_records if coco else _yolo_records)(config, split, report, for_training)
+    coco = coco or open_annotations(config, split)
+    if coco is None:
+        records = _yolo_records(config, split, report)
+    else:
+        records = _coco_records(config, split, coco, report, for_training)
     for record in records:
         report.add(record)
     if not records:
@@ -41,7 +49,7 @@ def load_split(config: DataConfig, split: str, *, for_training: bool) -> tuple[l
     return records, report
 
 
-def _yolo_records(config: DataConfig, split: str, report: LabelReport, for_training: bool) -> list[ImageRecord]:
+def _yolo_records(config: DataConfig, split: str, report: LabelReport) -> list[ImageRecord]:
     paths = list_images(config, split, report)
     records = []
     missing = 0
@@ -49,9 +57,8 @@ def _yolo_records(config: DataConfig, split: str, report: LabelReport, for_train
         if checked.problem:
             report.skip(str(path), checked.problem)
             continue
-        record = ImageRecord(
-            path, checked.width, checked.height, image_id, np.zeros((0, 5), np.float32), None, path.name
-        )
+        name = _name_in(config.path, path)
+        record = ImageRecord(path, checked.width, checked.height, image_id, np.zeros((0, 5), np.float32), None, name)
         try:
             _read_labels(record, config.num_classes, report)
         except MissingFileError:
@@ -78,64 +85,77 @@ def _read_labels(record: ImageRecord, num_classes: int, report: LabelReport) -> 
         report.skip(f"{file}:{row}", reason)
 
 
+def _name_in(root: Path, path: Path) -> str:
+    """The path relative to the dataset's root if it lies in it: unlike the last part alone, no two images share it."""
+    path = Path(os.path.normpath(path))
+    return path.relative_to(root).as_posix() if path.is_relative_to(root) else path.as_posix()
+
+
 def _image_ids(paths: Sequence[Path]) -> list[int]:
-    """The file names as numbers, as in COCO, if all are numbers and differ; otherwise 1..n."""
+    """The file names as numbers, as in COCO, if all are numbers of 63 bits and differ; otherwise 1..n."""
     stems = [path.stem for path in paths]
     if all(stem.isascii() and stem.isdigit() for stem in stems):
         ids = [int(stem) for stem in stems]
-        if len(set(ids)) == len(ids):
+        if len(set(ids)) == len(ids) and max(ids) <= LARGEST_INTEGER:
             return ids
     return list(range(1, len(paths) + 1))
 
 
-def _coco_records(config: DataConfig, split: str, report: LabelReport, for_training: bool) -> list[ImageRecord]:
-    definition = config.split(split)
-    assert definition.annotations is not None
-    coco = read_coco(definition.annotations)
-    classes = class_of_category(coco, config)
-    if not coco.images:
-        raise DataError(f"{config.file}: split '{split}' is empty: {coco.file} lists no images")
-    _check_unique_ids(coco.images, coco.file)
-    paths = [_find(image["file_name"], definition.images) for image in coco.images]
-    if not any(path.is_file() for path in paths):
-        places = ", ".join(str(folder) for folder in definition.images)
+def _coco_records(
+    config: DataConfig, split: str, coco: CocoFile, report: LabelReport, for_training: bool
+) -> list[ImageRecord]:
+    folders = config.split(split).images
+    classes = {category: label for label, category in enumerate(category_ids(config, split, coco=coco))}
+    report.skipped += coco.skipped
+    report.notes += [*coco.notes, *_category_notes(config, coco, classes)]
+    paths = [_find(image.file_name, folders) for image in coco.images]
+    if paths and not any(map(os.path.isfile, paths)):
+        places = ", ".join(str(folder) for folder in folders)
         raise DataError(
             f"{config.file}: split '{split}': none of the {len(paths)} images of {coco.file} is in {places}"
         )
     records = []
     for image, path, checked in zip(coco.images, paths, check_images(paths, _key(config, split)), strict=True):
-        problem = checked.problem or _size_mismatch(image, checked.width, checked.height)
-        if problem:
-            report.skip(str(path), problem)
-            continue
-        annotations = coco.annotations.get(image["id"], [])
         size = (checked.height, checked.width)
-        boxes, polygons = coco_objects(annotations, size, classes, report, for_training=for_training)
-        name = str(image["file_name"])
-        records.append(ImageRecord(path, checked.width, checked.height, image["id"], boxes, polygons, name))
-    unlisted = set(coco.annotations) - {image["id"] for image in coco.images}
+        objects = coco.objects.get(image.id, [])
+        problem = checked.problem or _size_mismatch(image, checked.width, checked.height)
+        if problem or len(objects) > limit("IMAGE_OBJECTS"):
+            report.skip(str(path), problem or f"too many objects ({above_limit('IMAGE_OBJECTS', len(objects))})")
+            continue
+        placed = place_objects(objects, size, classes, report)
+        for entry in placed if for_training else ():
+            if entry.found.crowd:
+                report.skip(entry.found.place, "crowd or ignored region, not used in training")
+        boxes, polygons = record_objects(placed, size)
+        records.append(ImageRecord(path, checked.width, checked.height, image.id, boxes, polygons, image.file_name))
+    listed = {image.id for image in coco.images}
+    unlisted = sum(len(objects) for image_id, objects in coco.objects.items() if image_id not in listed)
     if unlisted:
-        count = sum(len(coco.annotations[key]) for key in unlisted)
-        report.notes.append(f"  {count} annotations belong to images that are not listed in {coco.file.name}")
+        report.notes.append(f"  {unlisted} annotations belong to images that are not listed in {coco.file.name}")
     return records
 
 
-def _check_unique_ids(images: list[dict[str, Any]], file: Path) -> None:
-    repeated = [image_id for image_id, count in Counter(image["id"] for image in images).items() if count > 1]
-    if repeated:
-        raise DataError(f"{file}: images: expected unique ids, got {repeated[0]} more than once")
+def _category_notes(config: DataConfig, coco: CocoFile, classes: dict[int, int]) -> list[str]:
+    category_of = {label: category for category, label in classes.items()}
+    return [
+        f"  {coco.file.name} has no category '{name}': no objects, detections get category id {category_of[label]}"
+        for label, name in config.names.items()
+        if category_of[label] not in coco.categories
+    ]
 
 
 def _find(name: str, folders: tuple[Path, ...]) -> Path:
-    candidates = [folder / name for folder in folders]
-    return next((path for path in candidates if path.is_file()), candidates[0])
+    """The image in one of the folders; a name with backslashes that is no file is read as a path of Windows."""
+    names = dict.fromkeys((name, name.replace("\\", "/")))
+    candidates = [folder / name for name in names for folder in folders]
+    # Not Path.is_file, which raises for a path that is too long.
+    return next((path for path in candidates if os.path.isfile(path)), candidates[-1])
 
 
-def _size_mismatch(image: dict[str, Any], width: int, height: int) -> str | None:
-    stated = (image.get("width", width), image.get("height", height))
-    if stated == (width, height):
+def _size_mismatch(image: CocoImage, width: int, height: int) -> str | None:
+    if image.size in (None, (width, height)):
         return None
-    return f"image size differs from the annotations' ({width}x{height}, annotated {stated[0]}x{stated[1]})"
+    return f"image size differs from the annotations' ({width}x{height}, annotated {image.size[0]}x{image.size[1]})"
 
 
 def _key(config: DataConfig, split: str) -> str:

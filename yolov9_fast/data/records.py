@@ -16,7 +16,7 @@ class ImageRecord:
 
     `boxes`: float32 [n, 5] rows (class, cx, cy, w, h), normalised to the image; `polygons`: per object None or float32
     [k, 2] normalised points, or None when no object has one; `width`, `height`: pixels of the decoded image, rotated by
-    its EXIF tag.
+    its EXIF tag; `file_name`: as in the COCO JSON, or relative to the dataset's root.
     """
 
     path: Path

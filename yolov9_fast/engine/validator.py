@@ -21,6 +21,7 @@ from yolov9_fast.data import (
     coco_ground_truth,
     create_loader,
     load_split,
+    open_annotations,
     scale_boxes_to_original,
 )
 from yolov9_fast.engine.clock import PhaseClock
@@ -54,7 +55,8 @@ class ValidationResult:
     Attributes:
         metrics: COCO metrics; None on other ranks than 0.
         loss: term → loss of the main branch, the mean over all images; None without a criterion.
-        detections: COCO results of all images on rank 0, of this process's share elsewhere.
+        detections: COCO results of all images on rank 0, of this process's share elsewhere; each with the `file_name`
+            of its image: as in the COCO JSON, or relative to the dataset's root.
         confusion: of all images on rank 0, of this process's share elsewhere.
         images: number of images in the split.
         seconds: phase → seconds.
@@ -90,7 +92,8 @@ def open_evaluation_set(
     Raises:
         DataError: no such split, or nothing usable in it.
     """
-    records, report = load_split(data, split, for_training=False)
+    coco = open_annotations(data, split)
+    records, report = load_split(data, split, for_training=False, coco=coco)
     dataset = DetectionDataset(
         records,
         image_size=image_size,
@@ -101,9 +104,9 @@ def open_evaluation_set(
     )
     rank, size = (process_group.rank, process_group.size) if process_group else (0, 1)
     loader = create_loader(dataset, batch_size=batch_size, workers=workers, shuffle=False, rank=rank, world_size=size)
-    return EvaluationSet(
-        split, data.names, records, report, coco_ground_truth(data, split, records), category_ids(data, split), loader
-    )
+    ground_truth = coco_ground_truth(data, split, records, coco=coco)
+    categories = category_ids(data, split, coco=coco)
+    return EvaluationSet(split, data.names, records, report, ground_truth, categories, loader)
 
 
 @contextlib.contextmanager
@@ -180,7 +183,8 @@ def validate(
                 rows[:, :4] = scale_boxes_to_original(
                     rows[:, :4], batch.ratios[position], batch.pads[position], batch.original_shapes[position]
                 )
-                detections.extend(detections_to_coco(rows.numpy(), record.image_id, evaluation.categories))
+                results = detections_to_coco(rows.numpy(), record.image_id, evaluation.categories)
+                detections.extend(result | {"file_name": record.file_name} for result in results)
                 confusion.update(rows, torch.from_numpy(_labels_in_pixels(record)).float())
             warn_if_cut(found)
             clock.end("nms")
@@ -194,6 +198,7 @@ def validate(
             evaluation.ground_truth,
             detections,
             names=evaluation.names,
+            category_ids=evaluation.categories,
             image_ids=[record.image_id for record in evaluation.records],
         )
         clock.end("metrics")

@@ -7,7 +7,6 @@ import io
 import json
 import logging
 import math
-import reprlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -18,6 +17,7 @@ import numpy as np
 from yolov9_fast._lazy import require
 from yolov9_fast._numbers import finite_number, flag, integer
 from yolov9_fast._text import printable
+from yolov9_fast._untrusted import shown
 from yolov9_fast.atomic import atomic_write
 from yolov9_fast.errors import DataError
 from yolov9_fast.metrics.curves import PrCurves, curves_from_evaluation
@@ -363,26 +363,26 @@ def _normalise_id(value: Any) -> int | str:
         return number
     if isinstance(value, str):
         return value
-    raise DataError(f"id: expected an integer or a string, got {_short(value)}")
+    raise DataError(f"id: expected an integer or a string, got {shown(value)}")
 
 
 def _id(entry: Any, key: str, what: str) -> int | str:
     if not isinstance(entry, dict) or key not in entry:
-        raise DataError(f"{what}: expected '{key}', got {_short(entry)}")
+        raise DataError(f"{what}: expected '{key}', got {shown(entry)}")
     return _normalise_id(entry[key])
 
 
 def _box(entry: dict[str, Any], what: str, *place: object) -> list[float]:
     box = entry.get("bbox")
     if not isinstance(box, (list, tuple, np.ndarray)) or len(box) != 4:
-        raise DataError(f"{what.format(*place)}: expected bbox [x, y, w, h], got {_short(box)}")
+        raise DataError(f"{what.format(*place)}: expected bbox [x, y, w, h], got {shown(box)}")
     return [_number(value, f"bbox of {what}", *place) for value in box]
 
 
 def _number(value: Any, what: str, *place: object) -> float:
     number = finite_number(value)
     if number is None:
-        raise DataError(f"{what.format(*place)}: expected a finite number, got {_short(value)}")
+        raise DataError(f"{what.format(*place)}: expected a finite number, got {shown(value)}")
     return number
 
 
@@ -390,12 +390,8 @@ def _flag(annotation: dict[str, Any], key: str, *place: object) -> bool:
     value = flag(annotation.get(key))
     if value is None:
         what = "annotation {} of image {}".format(*place)
-        raise DataError(f"{what}: {key}: expected 0 or 1, got {_short(annotation[key])}")
+        raise DataError(f"{what}: {key}: expected 0 or 1, got {shown(annotation[key])}")
     return value
-
-
-def _short(value: object) -> str:
-    return printable(reprlib.repr(value), 100)
 
 
 def _mean(values: Iterable[float]) -> float:

@@ -67,8 +67,8 @@ def test_the_kernel_compiles_in_one_graph(shifted: Any) -> None:
 def test_a_block_restores_the_registered_implementation(shifted: Any) -> None:
     registered = operators["adown_pool"].implementations["cpu"]
     with ops.implementation("adown_pool", "cpu", ops.reference("adown_pool")):
-        assert operators["adown_pool"].implementations["cpu"] is not registered
-    assert operators["adown_pool"].implementations["cpu"] is registered
+        assert operators["adown_pool"].found("cpu") is not registered
+    assert operators["adown_pool"].found("cpu") is registered
 
 
 def test_kernels_that_the_operator_does_not_have_are_refused() -> None:

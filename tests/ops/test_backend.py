@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextvars
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -16,6 +20,7 @@ from yolov9_fast import ops
 from yolov9_fast.errors import UserError
 from yolov9_fast.ops import Operator
 from yolov9_fast.ops import _backend as backends
+from yolov9_fast.ops._operator import operators
 
 
 @pytest.fixture
@@ -91,6 +96,114 @@ def test_with_blocks_nest(operator: Operator[Any]) -> None:
     assert yf.get_backend() == "auto"
 
 
+def test_set_backend_in_a_block_holds_until_its_end(operator: Operator[Any]) -> None:
+    with yf.backend("eager"):
+        yf.set_backend("cpu")
+        assert run(operator) == "cpu"
+        yf.set_backend(None)
+        assert yf.get_backend() == "auto"
+        yf.set_backend("eager", "example")
+    assert yf.get_backend("example") == yf.get_backend() == "auto"
+
+
+def interleaved(operator: Operator[Any], first: Any, second: Any) -> list[str]:
+    """Two threads that enter a block each, in turns: what the operator runs inside both, and after both."""
+    steps, results = [threading.Event() for _ in range(3)], []
+
+    def outer() -> None:
+        with first:
+            steps[0].set()
+            steps[1].wait(10)
+            results.append(run(operator))
+        steps[2].set()
+
+    def inner() -> None:
+        steps[0].wait(10)
+        with second:
+            steps[1].set()
+            steps[2].wait(10)
+            results.append(run(operator))
+
+    threads = [threading.Thread(target=target) for target in (outer, inner)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    return [*results, run(operator)]
+
+
+def test_a_block_holds_for_its_thread_only(operator: Operator[Any]) -> None:
+    assert interleaved(operator, yf.backend("eager"), yf.backend("cpu")) == ["eager", "cpu", "cpu"]
+    assert interleaved(operator, yf.backend("eager", "example"), yf.backend("auto")) == ["eager", "cpu", "cpu"]
+    assert yf.get_backend() == yf.get_backend("example") == "auto"
+
+
+def test_an_implementation_of_a_block_holds_for_its_thread_only(operator: Operator[Any]) -> None:
+    def block(name: str) -> Any:
+        return ops.implementation("example", "cpu", lambda x: name)
+
+    before = dict(operator.implementations)
+    assert interleaved(operator, block("first"), block("second")) == ["first", "second", "cpu"]
+    assert operator.implementations == before
+
+
+def test_a_block_may_add_an_implementation_and_set_a_backend(operator: Operator[Any]) -> None:
+    with ops.implementation("example", "triton", lambda x: "triton"), yf.backend("triton"):
+        assert run(operator) == "triton"
+        with ops.implementation("example", "eager", lambda x: "other"), yf.backend("eager"):
+            assert (run(operator), ops.reference("example")(1)) == ("other", "other")
+    assert run(operator) == "cpu"
+    assert operator.why_not("triton") is not None
+
+
+def test_a_block_holds_for_its_asyncio_task_only(operator: Operator[Any]) -> None:
+    async def task(name: str, others: int) -> list[str]:
+        with yf.backend(name):
+            found = []
+            for _ in range(others):
+                await asyncio.sleep(0)
+                found.append(run(operator))
+        return [*found, run(operator)]
+
+    async def both() -> list[list[str]]:
+        return await asyncio.gather(task("eager", 2), task("cpu", 4))
+
+    assert asyncio.run(both()) == [["eager"] * 2 + ["cpu"], ["cpu"] * 5]
+
+
+def test_a_new_thread_takes_the_settings_of_the_process(operator: Operator[Any]) -> None:
+    with yf.backend("eager"), ThreadPoolExecutor(1) as pool:
+        assert pool.submit(run, operator).result() == "cpu"
+        assert pool.submit(contextvars.copy_context().run, run, operator).result() == "eager"
+    yf.set_backend("eager")
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(run, operator).result() == "eager"
+
+
+def test_blocks_in_one_thread_do_not_change_what_layers_run_in_another() -> None:
+    conv = yf.nn.Conv(4, 4, 3).train()
+    x = torch.rand(2, 4, 8, 8)
+
+    def saved(name: str, rounds: int) -> set[int]:
+        """How many tensors autograd saves: the eager form and the compiled one differ."""
+        kept: list[torch.Tensor] = []
+        counts = set()
+        for _ in range(rounds):
+            with (
+                yf.backend(name),
+                torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t),
+            ):
+                conv(x)
+            counts.add(len(kept))
+            kept.clear()
+        return counts
+
+    alone = saved("eager", 1), saved("auto", 1)
+    with ThreadPoolExecutor(2) as pool:
+        together = list(pool.map(saved, ["eager", "auto"], [100, 100]))
+    assert tuple(together) == alone
+
+
 def test_unknown_names_are_refused_with_the_choices() -> None:
     with pytest.raises(ValueError, match="backend: expected one of auto, cpu, triton, cuda, eager, got 'gpu'"):
         yf.set_backend("gpu")
@@ -149,3 +262,36 @@ def test_a_choice_is_seen_by_compiled_code() -> None:
         assert compiled(boxes, boxes).item() == 1
     with yf.backend("triton"), pytest.raises(Exception, match="only eager, cpu, cuda"):
         compiled(boxes, boxes)
+
+
+def test_compiled_code_sees_the_block_of_its_thread() -> None:
+    boxes = torch.tensor([[0.0, 0.0, 2.0, 2.0]])
+    compiled = torch.compile(yf.ops.box_iou, fullgraph=True, backend="eager")
+    with ops.implementation("box_iou", "eager", lambda a, b: a[:, :1] * 0 + 7):
+        with yf.backend("eager"), ThreadPoolExecutor(1) as pool:
+            assert compiled(boxes, boxes).item() == 7
+            assert pool.submit(compiled, boxes, boxes).result().item() == 1
+        assert compiled(boxes, boxes).item() == 1
+    with yf.backend("eager"):
+        assert compiled(boxes, boxes).item() == 1
+
+
+def test_a_block_inside_compiled_code() -> None:
+    boxes = torch.tensor([[0.0, 0.0, 2.0, 2.0]])
+
+    def both(boxes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        with yf.backend("eager"):
+            first = yf.ops.box_iou(boxes, boxes)
+        return first, yf.ops.box_iou(boxes, boxes)
+
+    graphs: list[list[str]] = []
+
+    def look(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        graphs.append([str(node.target) for node in graph.graph.nodes if "box_iou" in str(node.target)])
+        return graph
+
+    first, second = torch.compile(both, fullgraph=True, backend=look)(boxes)
+    assert (first.item(), second.item()) == (1, 1)
+    compiled = operators["box_iou"].why_not("cpu") is None
+    assert graphs == [["yolov9_fast.box_iou.default"] if compiled else []]
+    assert yf.get_backend() == "auto"

@@ -64,7 +64,7 @@ def fused(x: Any) -> bool:
         return _fused_like(x)
     if any(_GLOBAL_HOOKS):
         return False
-    key = (_backend.generation, x.device.type, torch.is_grad_enabled())
+    key = (_backend.generation, id(_backend.current()), x.device.type, torch.is_grad_enabled())
     known = _decisions.get(key)
     if known is None:
         _decisions.clear()
@@ -72,7 +72,7 @@ def fused(x: Any) -> bool:
     return known
 
 
-_decisions: dict[tuple[int, str, bool], bool] = {}
+_decisions: dict[tuple[int, int, str, bool], bool] = {}
 
 
 def _fused_like(x: Tensor) -> bool:

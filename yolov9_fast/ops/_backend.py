@@ -1,15 +1,22 @@
 """Backends by name, and which one is set: for one operator, or for all.
 
 A setting for one operator wins over the one for all. `YOLOV9_FAST_BACKEND` and `YOLOV9_FAST_BACKEND_<OP>`, read at
-import, give the first settings; `set_backend` replaces them. Without a setting it is "auto".
+import, give the first settings; `set_backend` replaces them. Without a setting it is "auto". These hold for the
+process; a `with` block holds for the thread (or the asyncio task) that entered it.
 """
 
 from __future__ import annotations
 
+import itertools
 import os
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
+from typing import Any
+
+import torch
 
 from yolov9_fast.errors import UserError
 
@@ -40,11 +47,61 @@ backends: dict[str, Backend] = {}
 """In the order in which "auto" tries them: the fastest on its devices first, "eager" last."""
 operator_names: set[str] = set()
 generation = 0
-"""Counts the changes of settings, backends and operators, so that callers can cache what they derived from them."""
+"""Another number after each change of settings, backends and operators: with `id(current())` a key to cache by."""
+_generations = itertools.count(1)
 
-settings: dict[str, str] = {}
-"""The backend set for each operator, and under "" the one for all; empty while everything is "auto"."""
+
+@dataclass(frozen=True)
+class Scope:
+    """What is in force: in the process, or in the `with` blocks around the caller."""
+
+    settings: dict[str, str]
+    """The backend set for each operator, and under "" the one for all; empty while everything is "auto"."""
+    implementations: dict[tuple[str, str], Any]
+    """By operator and backend: an `Implementation` of a `with` block, before that of the operator."""
+
+
+process = Scope({}, {})
+settings = process.settings
+scope: ContextVar[Scope] = ContextVar("yolov9_fast_scope", default=process)
+
+
+class _OfThread(threading.local):
+    """The scope for torch.compile, which cannot trace a ContextVar, but checks at each call what this holds."""
+
+    def __init__(self) -> None:
+        self.scope = process
+
+
+_of_thread = _OfThread()
+compiling = torch.compiler.is_dynamo_compiling
 _ALL = ""
+
+
+def current() -> Scope:
+    """The scope of the caller."""
+    return _of_thread.scope if compiling() else scope.get()
+
+
+@contextmanager
+def entered(inner: Scope) -> Iterator[None]:
+    """`inner` is the scope of the caller inside a `with` block."""
+    if compiling():
+        outer, _of_thread.scope = _of_thread.scope, inner
+        try:
+            yield
+        finally:
+            _of_thread.scope = outer
+        return
+    token = scope.set(inner)
+    _of_thread.scope = inner
+    changed()
+    try:
+        yield
+    finally:
+        scope.reset(token)
+        _of_thread.scope = scope.get()
+        changed()
 
 
 def register_backend(
@@ -75,21 +132,25 @@ def register_backend(
 def changed() -> None:
     """Count a change of settings, backends or operators."""
     global generation
-    generation += 1
+    generation = next(_generations)
 
 
 def set_backend(name: str | None, op: str | None = None) -> None:
     """Use backend `name` ("auto", "eager", "cpu", "triton", "cuda", or a registered one) for operator `op`, or for all.
 
+    It holds in all threads of the process; inside a `with backend(...)` block it holds in the block, until its end.
     None removes a setting. Raises `ValueError` for an unknown name. Whether the backend can run is decided at
     each call, by its arguments; the call raises `RuntimeError` with the reason if it cannot.
     """
-    key = _key(op)
+    _set(current().settings, name, _key(op))
+    changed()
+
+
+def _set(settings: dict[str, str], name: str | None, key: str) -> None:
     if name is None or (name == AUTO and key == _ALL):
         settings.pop(key, None)
     else:
         settings[key] = _checked(name, "backend")
-    changed()
 
 
 def get_backend(op: str | None = None) -> str:
@@ -99,19 +160,23 @@ def get_backend(op: str | None = None) -> str:
 
 def chosen(key: str = _ALL) -> str:
     """`get_backend` without a check of the name."""
+    settings = current().settings
     return settings.get(key) or settings.get(_ALL) or AUTO
 
 
 @contextmanager
 def backend(name: str, op: str | None = None) -> Iterator[None]:
-    """`set_backend` inside a `with` block; the previous setting is restored at its end, also after an error."""
-    key = _key(op)
-    before = settings.get(key)
-    set_backend(name, op)
-    try:
+    """`set_backend` inside a `with` block, for the thread or asyncio task that enters it.
+
+    The block starts with the settings that hold where it is entered; they hold again at its end, also after an error.
+    Other threads keep theirs, and a thread that is started in the block has those of the process, as has
+    `nn.DataParallel`; `contextvars.copy_context().run` carries the block's into a thread.
+    """
+    outer = current()
+    settings = dict(outer.settings)
+    _set(settings, name, _key(op))
+    with entered(Scope(settings, outer.implementations)):
         yield
-    finally:
-        set_backend(before, op)
 
 
 def add_operator_name(name: str) -> None:
@@ -123,7 +188,7 @@ def add_operator_name(name: str) -> None:
 
 def check_setting(op: str) -> None:
     """Raises `UnknownBackend` where a variable of the environment set a backend for `op` that does not exist."""
-    key = op if op in settings else _ALL
+    key = op if op in current().settings else _ALL
     _checked(chosen(op), f"backend (set_backend or {_variable(key)})")
 
 

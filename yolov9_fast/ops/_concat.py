@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from yolov9_fast._layout import empty_map, layout_of, memory_format_of
+from yolov9_fast.ops import _backend
 from yolov9_fast.ops._checks import check_map
 from yolov9_fast.ops._operator import AutogradFunction, Compiled, Kernel, Operator, not_on
 
@@ -308,6 +309,7 @@ class _Tap(AutogradFunction):
     @staticmethod
     def forward(ctx: Any, x: Tensor, start: int, channels: int) -> tuple[Tensor, Tensor]:
         ctx.set_materialize_grads(False)
+        ctx.scope = _backend.current()
         ctx.start = start
         ctx.channels = x.shape[1]
         return x.view_as(x), x.narrow(1, start, channels)
@@ -323,7 +325,8 @@ class _Tap(AutogradFunction):
             return _assemble([None, part, None], [ctx.start, part.shape[1], after]), None, None
         if torch.is_grad_enabled():
             return tap_backward_reference(whole, part, ctx.start), None, None
-        return OPERATOR(whole, part, ctx.start), None, None
+        with _backend.entered(ctx.scope):  # on a GPU this is a thread of autograd
+            return OPERATOR(whole, part, ctx.start), None, None
 
 
 class _Split(AutogradFunction):

@@ -26,7 +26,8 @@ from torch.autograd.function import once_differentiable as _once_differentiable
 
 from yolov9_fast.ops import _backend, _library
 from yolov9_fast.ops._backend import BackendUnavailable, UnknownBackend, add_operator_name, chosen, register_backend
-from yolov9_fast.ops._backend import settings as _settings
+from yolov9_fast.ops._backend import compiling as _compiling
+from yolov9_fast.ops._backend import scope as _scope
 
 Function = Callable[..., Any]
 Kernels = TypeVar("Kernels", bound=tuple[Any, ...])
@@ -142,7 +143,8 @@ class Operator(Generic[Kernels]):
 
     def __call__(self, *args: Any) -> Any:
         # As `select`, without its calls: an operator runs hundreds of times in a training step.
-        if not _settings:
+        scope = _backend.current() if _compiling() else _scope.get()
+        if not scope.settings and not scope.implementations:
             for implementation in self._automatic:
                 if implementation.supports(*args) is None:
                     return implementation.call(*args)
@@ -151,23 +153,34 @@ class Operator(Generic[Kernels]):
 
     def select(self, *args: Any) -> Function:
         """The callable that runs these arguments."""
-        name = _settings.get(self.name) or _settings.get("") or "auto"
+        scope = _backend.current()
+        name = scope.settings.get(self.name) or scope.settings.get("") or "auto"
         if name == "auto":
-            for implementation in self._automatic:
+            for implementation in self._ordered(scope) if scope.implementations else self._automatic:
                 if implementation.supports(*args) is None:
                     return implementation.call
-            return self.implementations["eager"].call
-        found = self.implementations.get(name)
+            return self.eager.call
+        found = self.found(name)
         if found is not None and found.unavailable is None and found.supports(*args) is None:
             return found.call
         _backend.check_setting(self.name)
         raise BackendUnavailable(f"{self.name}: backend {name!r} is set and cannot run: {self.why_not(name, *args)}")
 
+    def found(self, backend: str) -> Implementation | None:
+        """The implementation in force for `backend`: one of a `with` block, or the operator's own."""
+        inner: Implementation | None = _backend.current().implementations.get((self.name, backend))
+        return inner or self.implementations.get(backend)
+
+    @property
+    def eager(self) -> Implementation:
+        """The definition."""
+        return self.found("eager") or self.implementations["eager"]
+
     def why_not(self, backend: str, *args: Any) -> str | None:
         """Why `backend` cannot run (with these arguments, if there are any); None when it can."""
         if backend not in _backend.backends:
             raise UnknownBackend(f"backend: expected one of {', '.join(_backend.backends)}, got {backend!r}")
-        implementation = self.implementations.get(backend)
+        implementation = self.found(backend)
         if implementation is None:
             return f"the operator has no such implementation, only {', '.join(self.implementations)}"
         if implementation.unavailable is not None:
@@ -177,7 +190,7 @@ class Operator(Generic[Kernels]):
     def first(self, device: str) -> str:
         """The backend that "auto" tries first on tensors of this device type."""
         for name, backend in _backend.backends.items():
-            implementation = self.implementations.get(name)
+            implementation = self.found(name)
             if implementation is not None and implementation.unavailable is None and device in backend.devices:
                 return name
         return "eager"
@@ -227,12 +240,17 @@ class Operator(Generic[Kernels]):
         return kernels[0] if self._run is None else functools.partial(self._run, kernels)
 
     def _order(self) -> None:
-        self._automatic = tuple(
-            self.implementations[name]
-            for name in _backend.backends
-            if name != "eager" and name in self.implementations and self.implementations[name].unavailable is None
-        )
+        self._automatic = self._ordered(_backend.process)
         _backend.changed()
+
+    def _ordered(self, scope: _backend.Scope) -> tuple[Implementation, ...]:
+        """What "auto" tries, without the eager form."""
+        found = [
+            scope.implementations.get((self.name, name)) or self.implementations.get(name)
+            for name in _backend.backends
+            if name != "eager"
+        ]
+        return tuple(one for one in found if one is not None and one.unavailable is None)
 
 
 def _named(declared: tuple[Any, ...], functions: list[Function]) -> Any:
@@ -338,7 +356,7 @@ def register_implementation(
 
     Raises `ValueError` for an unknown operator or backend, or kernels that are not the operator's.
     """
-    made = _made(op, backend, function, kernels, supports, why_not)
+    made = _made(op, backend, function, kernels=kernels, supports=supports, why_not=why_not)
     operator = _operator(op)
     _replaced.setdefault((op, backend), operator.implementations.get(backend))
     operator.add(backend, made)
@@ -347,10 +365,11 @@ def register_implementation(
 def _made(
     op: str,
     backend: str,
-    function: Function | None,
-    kernels: Mapping[str, Function] | None,
-    supports: Callable[..., str | None],
-    why_not: Callable[[], str | None] | None,
+    function: Function | None = None,
+    *,
+    kernels: Mapping[str, Function] | None = None,
+    supports: Callable[..., str | None] = supports_anything,
+    why_not: Callable[[], str | None] | None = None,
 ) -> Implementation:
     operator = _operator(op)
     if backend not in _backend.backends:
@@ -386,16 +405,11 @@ def unregister_implementation(op: str, backend: str) -> None:
 
 @contextmanager
 def implementation(op: str, backend: str, function: Function | None = None, **options: Any) -> Iterator[None]:
-    """`register_implementation` inside a `with` block; the backend's previous implementation is restored at its end."""
-    before = _operator(op).implementations.get(backend) if (op, backend) in _replaced else None
-    register_implementation(op, backend, function, **options)
-    try:
+    """`register_implementation` inside a `with` block, for the thread or asyncio task that enters it, as `backend`."""
+    made = _made(op, backend, function, **options)
+    outer = _backend.current()
+    with _backend.entered(_backend.Scope(outer.settings, {**outer.implementations, (op, backend): made})):
         yield
-    finally:
-        if before is None:
-            unregister_implementation(op, backend)
-        else:
-            _operator(op).add(backend, before)
 
 
 def register_operator(name: str, summary: str, reference: Function) -> Operator[Any]:
@@ -419,7 +433,8 @@ def unregister_operator(name: str) -> None:
     for backend in operators.pop(name).implementations:
         _replaced.pop((name, backend), None)
     _backend.operator_names.discard(name)
-    _settings.pop(name, None)
+    for settings in (_backend.settings, _backend.current().settings):
+        settings.pop(name, None)
     _backend.changed()
 
 
@@ -433,8 +448,9 @@ def unregister_backend(name: str) -> None:
     for op, operator in operators.items():
         if name in operator.implementations:
             unregister_implementation(op, name)
-    for op in [op for op, chosen_name in _settings.items() if chosen_name == name]:
-        del _settings[op]
+    for settings in (_backend.settings, _backend.current().settings):
+        for op in [op for op, chosen_name in settings.items() if chosen_name == name]:
+            del settings[op]
     del _backend.backends[name]
     _backend.changed()
 
@@ -451,7 +467,7 @@ def list_operators() -> list[str]:
 
 def reference(op: str) -> Function:
     """The definition of operator `op` in eager PyTorch; it takes the arguments that all implementations take."""
-    return _operator(op).implementations["eager"].call
+    return _operator(op).eager.call
 
 
 def _operator(op: str) -> Operator[Any]:

@@ -32,6 +32,11 @@ LIMITS = {
     "LIST_LINES": Limit(10_000_000, "lines", "a list of images"),
     "IMAGE_BYTES": Limit(1 << 30, "bytes", "an image file"),
     "IMAGE_PIXELS": Limit(1 << 28, "pixels", "an image, decoded"),
+    "CHECKPOINT_BYTES": Limit(8 << 30, "bytes", "a file of weights, or the state of a run"),
+    "PICKLE_BYTES": Limit(64 << 20, "bytes", "the pickle inside a checkpoint, its numbers not counted"),
+    "PICKLE_STEPS": Limit(2_000_000, "steps", "instructions of such a pickle, and elements that they copy"),
+    "TENSORS": Limit(100_000, "tensors", "a file of weights"),
+    "LAYERS": Limit(1000, "layers", "a graph, in YAML or inside a file of weights"),
     "CLASSES": Limit(100_000, "classes", "class names of a data file or of weights"),
     "CLASS_NAME": Limit(1000, "characters", "the name of one class"),
 }

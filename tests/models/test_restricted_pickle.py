@@ -23,7 +23,8 @@ from torch import nn
 
 from yolov9_fast.errors import CheckpointError
 from yolov9_fast.models.foreign import restricted_load
-from yolov9_fast.models.restricted_pickle import GlobalName, PickleError, Stub, restricted_unpickle
+from yolov9_fast.models.pickle_calls import GlobalName, PickleError, Stub
+from yolov9_fast.models.restricted_pickle import restricted_unpickle
 
 
 def unpickle(data: bytes) -> Any:
@@ -282,7 +283,7 @@ def test_what_is_no_checkpoint_is_an_error(content: bytes, tmp_path: Path) -> No
 
 def test_a_missing_file_or_folder_is_an_error(tmp_path: Path) -> None:
     for path in (tmp_path / "none.pt", tmp_path):
-        with pytest.raises(CheckpointError, match="cannot read"):
+        with pytest.raises(CheckpointError, match=r"no such checkpoint|cannot read .* regular file"):
             restricted_load(path)
 
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 # Wrappers' prefixes in any order before the layer's index: DDP, compile, Lightning, EMA copies.
-_WRAPPED = re.compile(r"^((?:(?:module|model|_orig_mod|ema|ema_model|net)\.)*)(\d+\..+)$")
+_WRAPPED = re.compile(r"^((?:(?:module|model|_orig_mod|ema|ema_model|net)\.)*)([0-9]{1,6}\..+)$")
+_INDEX = re.compile(r"([0-9]{1,6})\.")
 _BOOKKEEPING = ("n_averaged", "total_ops", "total_params")
 
 # Layers of the published training graphs ← layers of MultimediaTechLab/YOLO, where detection sits at 22 and what serves
@@ -58,15 +59,19 @@ def _unwrapped(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return groups[chosen] | others
 
 
+def layer_index(key: str) -> int:
+    """The number that a key begins with; -1 if it begins with anything else."""
+    match = _INDEX.match(key)
+    return int(match[1]) if match else -1
+
+
 def _from_mit(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    heads = {int(key.split(".", 1)[0]) for key in state if ".heads." in key}
-    auxiliary = max(heads)
+    auxiliary = max(layer_index(key) for key in state if ".heads." in key)
     layers, head = _MIT_LAYERS.get(auxiliary, ({i: i for i in range(_MIT_HEAD)}, _MIT_HEAD))
     dual = auxiliary in _MIT_LAYERS
     renamed: dict[str, Tensor] = {}
     for key, value in state.items():
-        index_text, _, rest = key.partition(".")
-        index = int(index_text) if index_text.isdigit() else -1
+        index, rest = layer_index(key), key.partition(".")[2]
         if rest.startswith("heads."):
             branch = 1 if dual and index == _MIT_HEAD else 0
             name = _mit_head_child(rest, branch)

@@ -18,7 +18,7 @@ from torch.nn import Module
 
 from yolov9_fast._untrusted import absence, read_yaml, shown, user_path
 from yolov9_fast.errors import UserError
-from yolov9_fast.limits import limit
+from yolov9_fast.limits import above_limit, limit
 from yolov9_fast.nn import BlockSpec, Head, block_names, find_block, load_block
 from yolov9_fast.nn.registry import Channels, is_import_path
 
@@ -28,6 +28,12 @@ ALIASES = {"ELAN1": "ELAN", "RepNCSPELAN4": "CSPELAN", "nn.Upsample": "Upsample"
 """Names that other implementations' graph files use for the same blocks."""
 ATTACHED = "+"
 """Separates the name of a graph from the auxiliary branch attached to it: gelan-s+fpn, deployed as gelan-s."""
+
+
+MAX_ARGUMENT = 1 << 20
+"""The largest number that a block's argument may be: a width, a depth, a factor."""
+_MAX_ARGUMENTS = 1000
+_MAX_TEXT = 200
 
 
 class GraphError(UserError):
@@ -153,6 +159,8 @@ def graph_from_dict(data: Any, origin: str, *, import_blocks: bool = False) -> G
     """
     if not isinstance(data, dict) or not isinstance(data.get("layers"), list) or not data["layers"]:
         raise GraphError(f"{origin}: a graph needs a list `layers`")
+    if len(data["layers"]) > limit("LAYERS"):
+        raise GraphError(f"{origin}: {above_limit('LAYERS', len(data['layers']))}")
     absolute = data.get("absolute", False)
     if not isinstance(absolute, bool):
         raise GraphError(f"{origin}: absolute: expected true or false, got {shown(absolute)}")
@@ -166,9 +174,12 @@ def graph_from_dict(data: Any, origin: str, *, import_blocks: bool = False) -> G
             raise GraphError(f"{where}: expected [from, block, arguments], got {shown(row)}")
         source, block, arguments = row
         sources = source if isinstance(source, list) else [source]
-        if not all(isinstance(s, int) for s in sources) or not isinstance(arguments, list):
+        if not all(type(s) is int for s in sources) or not isinstance(arguments, list):
             raise GraphError(f"{where}: expected indices of layers and a list of arguments, got {shown(row)}")
-        block = ALIASES.get(str(block), str(block))
+        if not isinstance(block, str) or len(block) > _MAX_TEXT or len(sources) > limit("LAYERS"):
+            raise GraphError(f"{where}: expected the name of a block and the layers that it reads, got {shown(row)}")
+        block = ALIASES.get(block, block)
+        _check_arguments(arguments, where)
         try:
             if import_blocks:
                 for name in filter(is_import_path, [block, *arguments]):
@@ -190,6 +201,26 @@ def graph_from_dict(data: Any, origin: str, *, import_blocks: bool = False) -> G
     if len(graph.head.sources) != expected:
         raise GraphError(f"{origin}: {graph.head.block} reads {expected} layers, got {len(graph.head.sources)}")
     return graph
+
+
+def _check_arguments(arguments: list[Any], where: str) -> None:
+    """Raise `GraphError` for arguments that are not numbers of a usable size, texts, or a few lists of these."""
+    level, count = arguments, 0
+    for _ in range(4):
+        count += len(level)
+        if count > _MAX_ARGUMENTS:
+            raise GraphError(f"{where}: expected at most {_MAX_ARGUMENTS} arguments")
+        for value in level:
+            is_number = isinstance(value, int | float) and -MAX_ARGUMENT <= value <= MAX_ARGUMENT
+            is_text = isinstance(value, str) and len(value) <= _MAX_TEXT
+            if not (value is None or is_number or is_text or isinstance(value, list | tuple)):
+                raise GraphError(
+                    f"{where}: arguments: expected numbers up to {MAX_ARGUMENT:,}, texts and lists of them, "
+                    f"got {shown(value)}"
+                )
+        level = [inner for value in level if isinstance(value, list | tuple) for inner in value]
+    if level:
+        raise GraphError(f"{where}: arguments: expected lists within one another up to 3 times")
 
 
 def build_layer(layer: Layer, inputs: list[Any], head_options: dict[str, Any]) -> tuple[Module, Channels | None]:

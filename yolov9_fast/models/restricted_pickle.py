@@ -2,7 +2,9 @@
 
 A pickle is a program for a stack machine; its REDUCE instruction calls any function the file names. Here the machine
 is interpreted instruction by instruction: what it names stays a name, and a call becomes a record of that call
-(`Stub`), save for the few rebuilders of tensors and plain containers in `_REBUILDERS`, which are our own functions.
+(`Stub`), save for the few rebuilders of tensors and plain containers in `pickle_calls`, which are our own functions.
+Every instruction, and every element that one copies, is a step; there is a limit of steps, so small files that
+multiply what they hold take neither much memory nor much time.
 
 `torch.load(weights_only=True)` with stub classes for `get_unsafe_globals_in_checkpoint` was tried (torch 2.13): it
 runs nothing either, but it never returns on a tuple that contains itself as a dictionary key, inflates a compressed
@@ -13,15 +15,12 @@ whole in the legacy format.
 from __future__ import annotations
 
 import pickletools
-from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from typing import Any, Protocol, cast
 
-import torch
-from torch import Tensor
-
-MAX_DIMENSIONS = 16
+from yolov9_fast._untrusted import reason
+from yolov9_fast.limits import above_limit, limit
+from yolov9_fast.models.pickle_calls import GlobalName, PickleError, Stub, call, checked_key, class_path
 
 
 class ByteStream(Protocol):
@@ -30,48 +29,6 @@ class ByteStream(Protocol):
     def read(self, count: int, /) -> bytes: ...
 
     def readline(self) -> bytes: ...
-
-
-class PickleError(ValueError):
-    """A pickle that is damaged, truncated, or of a kind that is not read."""
-
-
-@dataclass(frozen=True)
-class GlobalName:
-    """A class or function that the file names, not imported."""
-
-    module: str
-    name: str
-
-    def __str__(self) -> str:
-        return f"{self.module}.{self.name}"
-
-
-@dataclass(eq=False)
-class Stub:
-    """An object of the file that was not built: what it would have been made by, from what, and its state.
-
-    Attributes:
-        path: the class or function, such as "models.yolo.DetectionModel".
-        args: the arguments of its call.
-        state: what `__setstate__` would have received, or None.
-        items: list items and (key, value) pairs that the file adds.
-    """
-
-    path: str
-    args: tuple[Any, ...] = ()
-    state: Any = None
-    items: list[Any] = field(default_factory=list)
-
-    def __repr__(self) -> str:
-        return f"Stub({self.path})"
-
-
-@dataclass(frozen=True)
-class Storage:
-    """Flat numbers that tensors of the file are views of: data [n] of its own dtype."""
-
-    data: Tensor
 
 
 def restricted_unpickle(stream: ByteStream, load_persistent: Callable[[Any], Any] | None = None) -> Any:
@@ -85,7 +42,7 @@ def restricted_unpickle(stream: ByteStream, load_persistent: Callable[[Any], Any
         Numbers, strings, containers, tensors, and `Stub` or `GlobalName` for everything else.
 
     Raises:
-        PickleError: not a pickle, truncated, or ill-formed.
+        PickleError: not a pickle, truncated, ill-formed, or of more than `limit("PICKLE_STEPS")` steps.
     """
     return _Machine(stream, load_persistent).run()
 
@@ -126,17 +83,24 @@ class _Machine:
         self.load_persistent = load_persistent
         self.stack: list[Any] = []
         self.memo: dict[int, Any] = {}
+        self.steps = limit("PICKLE_STEPS")
+
+    def spend(self, steps: int) -> None:
+        self.steps -= steps
+        if self.steps < 0:
+            raise PickleError(f"the pickle: {above_limit('PICKLE_STEPS')}")
 
     def run(self) -> Any:
         try:
             for opcode, argument, _ in pickletools.genops(cast(Any, self.stream)):
                 if opcode.name == "STOP":
                     return self.pop()
+                self.spend(1 + _size(argument))
                 self.step(opcode.name, argument)
         except PickleError:
             raise
         except (ValueError, TypeError, IndexError, KeyError, OverflowError, AttributeError, RuntimeError) as error:
-            raise PickleError(f"not a readable pickle: {error}") from error
+            raise PickleError(f"not a readable pickle: {reason(error)}") from error
         raise PickleError("the pickle has no end")
 
     def step(self, name: str, argument: Any) -> None:
@@ -236,7 +200,7 @@ class _Machine:
         self.stack.append(dict(_pairs(self.pop_to_mark())))
 
     def do_frozenset(self, _: Any) -> None:
-        self.stack.append(frozenset(map(_key, self.pop_to_mark())))
+        self.stack.append(frozenset(map(checked_key, self.pop_to_mark())))
 
     def do_append(self, _: Any) -> None:
         value = self.pop()
@@ -276,7 +240,7 @@ class _Machine:
         if isinstance(target, Stub):
             target.items.extend(values)
         elif isinstance(target, set):
-            target.update(map(_key, values))
+            target.update(map(checked_key, values))
         else:
             raise PickleError(f"the pickle adds items to a {type(target).__name__}")
 
@@ -293,23 +257,29 @@ class _Machine:
 
     def do_reduce(self, _: Any) -> None:
         arguments, function = self.pop(), self.pop()
-        self.stack.append(_call(function, arguments))
+        self.stack.append(call(function, self.arguments(arguments, function)))
 
-    def do_newobj(self, _: Any) -> None:
-        arguments, cls = self.pop(), self.pop()
-        self.stack.append(_call(cls, arguments))
+    do_newobj = do_reduce
 
     def do_newobj_ex(self, _: Any) -> None:
         keywords, arguments, cls = self.pop(), self.pop(), self.pop()
-        self.stack.append(Stub(_path(cls), (*_arguments(arguments), keywords)))
+        self.stack.append(Stub(class_path(cls), (*self.arguments(arguments, cls), keywords)))
+
+    def arguments(self, arguments: Any, function: Any) -> tuple[Any, ...]:
+        """The tuple that a function is called with; copies of it and of its elements are paid for."""
+        if not isinstance(arguments, tuple):
+            raise PickleError(f"the pickle calls {class_path(function)} with a {type(arguments).__name__}, not a tuple")
+        self.spend(len(arguments))
+        self.spend(sum(map(_size, arguments)))
+        return arguments
 
     def do_inst(self, argument: str) -> None:
         module, _, name = argument.partition(" ")
-        self.stack.append(Stub(f"{module}.{name}", tuple(self.pop_to_mark())))
+        self.stack.append(Stub(str(GlobalName(module, name)), tuple(self.pop_to_mark())))
 
     def do_obj(self, _: Any) -> None:
         cls, *arguments = self.pop_to_mark()
-        self.stack.append(Stub(_path(cls), tuple(arguments)))
+        self.stack.append(Stub(class_path(cls), tuple(arguments)))
 
     def do_build(self, _: Any) -> None:
         state = self.pop()
@@ -332,151 +302,11 @@ class _Machine:
 def _pairs(values: list[Any]) -> Iterator[tuple[Any, Any]]:
     if len(values) % 2:
         raise PickleError("the pickle has a key without a value")
-    return zip(map(_key, values[::2]), values[1::2], strict=True)
+    return zip(map(checked_key, values[::2]), values[1::2], strict=True)
 
 
-def _key(value: Any) -> Any:
-    """`value`, where hashing it is cheap: a tuple that holds itself twice over, sixty times, would hash for ever."""
-    pending, budget = [value], 1000
-    while pending:
-        item = pending.pop()
-        budget -= 1
-        if budget < 0 or isinstance(item, list | dict | set | bytearray):
-            raise PickleError("a dictionary or set in the pickle has a key that is no plain value")
-        if isinstance(item, tuple | frozenset):
-            if len(item) > budget:
-                raise PickleError("a dictionary or set in the pickle has a key that is no plain value")
-            pending.extend(item)
-    return value
-
-
-def _path(cls: Any) -> str:
-    return str(cls) if isinstance(cls, GlobalName) else f"<{type(cls).__name__}>"
-
-
-def _arguments(arguments: Any) -> tuple[Any, ...]:
-    return arguments if isinstance(arguments, tuple) else (arguments,)
-
-
-def _call(function: Any, arguments: Any) -> Any:
-    if not isinstance(arguments, tuple):
-        raise PickleError(f"the pickle calls {_path(function)} with a {type(arguments).__name__}, not a tuple")
-    rebuild = _REBUILDERS.get(str(function)) if isinstance(function, GlobalName) else None
-    return Stub(_path(function), arguments) if rebuild is None else rebuild(*arguments)
-
-
-def rebuild_tensor(storage: Any, offset: Any, size: Any, stride: Any, *_: Any) -> Tensor:
-    """The view [size] of a storage, with every bound checked before PyTorch sees it.
-
-    Raises:
-        PickleError: not a storage, negative or fractional numbers, or a view that leaves the storage or repeats it.
-    """
-    if not isinstance(storage, Storage):
-        raise PickleError("a tensor without storage")
-    size, stride = _whole(size), _whole(stride)
-    (offset,) = _whole((offset,))
-    if len(size) != len(stride) or len(size) > MAX_DIMENSIONS:
-        raise PickleError(f"a tensor of size {size} with strides {stride}")
-    count, last = 1, offset
-    for n, step in zip(size, stride, strict=True):
-        count *= n
-        last += (n - 1) * step
-    available = storage.data.numel()
-    if count and (last >= available or count > available):
-        raise PickleError(f"a tensor of size {size}, strides {stride}, offset {offset} in {available} stored numbers")
-    return storage.data.as_strided(size, stride, offset) if count else storage.data.new_empty(size)
-
-
-def _whole(values: Any) -> tuple[int, ...]:
-    if not isinstance(values, tuple | list):
-        raise PickleError(f"expected sizes, found {type(values).__name__}")
-    for value in values:
-        if type(value) is not int or not 0 <= value < 2**62:
-            raise PickleError(f"a size that is no whole number in [0, 2^62) (a {type(value).__name__})")
-    return tuple(values)
-
-
-def _rebuild_parameter(data: Any, *_: Any) -> Any:
-    return data
-
-
-def _rebuild_from_type(function: Any, _cls: Any, arguments: Any, _state: Any) -> Any:
-    return _call(function, arguments)
-
-
-def _encode(text: Any, encoding: Any = "utf-8") -> bytes:
-    if not isinstance(text, str) or encoding not in ("latin1", "utf-8"):
-        raise PickleError("bytes in an unknown encoding")
-    return text.encode(encoding)
-
-
-def _sequence(kind: Callable[[Any], Any]) -> Callable[..., Any]:
-    def rebuild(values: Any = ()) -> Any:
-        # Only real containers: iterating over anything else (a range, an object) is not needed, so not offered.
-        if not isinstance(values, tuple | list | set | frozenset | dict):
-            raise PickleError(f"a {getattr(kind, '__name__', 'container')} of a {type(values).__name__}")
-        return kind([_key(v) for v in values] if kind in (set, frozenset) else values)
-
-    return rebuild
-
-
-def _ordered_dict(pairs: Any = ()) -> OrderedDict[Any, Any]:
-    if not isinstance(pairs, tuple | list | dict):
-        raise PickleError(f"an OrderedDict of a {type(pairs).__name__}")
-    if isinstance(pairs, dict):
-        return OrderedDict(pairs)
-    result: OrderedDict[Any, Any] = OrderedDict()
-    for pair in pairs:
-        if not isinstance(pair, tuple | list) or len(pair) != 2:
-            raise PickleError("an OrderedDict of something that is no pair")
-        result[_key(pair[0])] = pair[1]
-    return result
-
-
-def _default_dict(*_: Any) -> dict[Any, Any]:
-    return {}
-
-
-def _bytes(*values: Any) -> bytes:
-    if values:
-        raise PickleError("bytes made by a call")
-    return b""
-
-
-def _device(*arguments: Any) -> str:
-    return ":".join(str(a) for a in arguments if isinstance(a, str | int))
-
-
-_REBUILDERS: dict[str, Callable[..., Any]] = {
-    "torch._utils._rebuild_tensor": rebuild_tensor,
-    "torch._utils._rebuild_tensor_v2": rebuild_tensor,
-    "torch._utils._rebuild_parameter": _rebuild_parameter,
-    "torch._utils._rebuild_parameter_with_state": _rebuild_parameter,
-    "torch._tensor._rebuild_from_type_v2": _rebuild_from_type,
-    "torch.Size": _sequence(tuple),
-    "torch.device": _device,
-    "collections.OrderedDict": _ordered_dict,
-    "collections.defaultdict": _default_dict,
-    "builtins.set": _sequence(set),
-    "builtins.frozenset": _sequence(frozenset),
-    "builtins.list": _sequence(list),
-    "builtins.tuple": _sequence(tuple),
-    "builtins.bytes": _bytes,
-    "__builtin__.bytes": _bytes,
-    "__builtin__.set": _sequence(set),
-    "__builtin__.frozenset": _sequence(frozenset),
-    "_codecs.encode": _encode,
-}
-
-STORAGE_DTYPES: dict[str, torch.dtype] = {
-    "torch.DoubleStorage": torch.float64,
-    "torch.FloatStorage": torch.float32,
-    "torch.HalfStorage": torch.float16,
-    "torch.BFloat16Storage": torch.bfloat16,
-    "torch.LongStorage": torch.int64,
-    "torch.IntStorage": torch.int32,
-    "torch.ShortStorage": torch.int16,
-    "torch.CharStorage": torch.int8,
-    "torch.ByteStorage": torch.uint8,
-    "torch.BoolStorage": torch.bool,
-}
+def _size(value: Any) -> int:
+    """How many steps a copy of `value` is worth: elements, or groups of 64 characters."""
+    if isinstance(value, str | bytes | bytearray):
+        return len(value) // 64
+    return len(value) if isinstance(value, tuple | list | dict | set | frozenset) else 0

@@ -161,17 +161,22 @@ def load_block(name: str) -> BlockSpec:
         ValueError: an unknown name, a path that leads nowhere, or to something that cannot be called.
     """
     if is_import_path(name):
-        import_module(name.partition(":")[0])
+        module, _, attribute = name.partition(":")
+        import_module(module)
+        make = getattr(sys.modules[module], attribute, None)
+        if name not in _specs and callable(make) and not _is_module_class(make):
+            _specs[name] = BlockSpec(name, make)
     return find_block(name)
 
 
 def find_block(name: str) -> BlockSpec:
     """The block of a name, or of an import path whose module is loaded already.
 
-    Nothing is imported: a graph that comes inside a weights file must not be able to run code.
+    Nothing is imported, and a path leads to classes of modules only, unless `load_block` has met it: a graph that comes
+    inside a weights file must not be able to run code, such as that of a function that happens to be loaded.
 
     Raises:
-        ValueError: an unknown name, a module that is not loaded, or something that cannot be called.
+        ValueError: an unknown name, a module that is not loaded, or something other than a class of modules.
     """
     if name in _specs:
         return _specs[name]
@@ -186,7 +191,13 @@ def find_block(name: str) -> BlockSpec:
     make = getattr(sys.modules[module], attribute, None)
     if not callable(make):
         raise ValueError(f"block {name!r}: {module} has no class or function {attribute}")
+    if not _is_module_class(make):
+        raise ValueError(f"block {name!r}: expected a class of modules; a function is registered with register_block")
     return next((spec for spec in _specs.values() if spec.make is make), BlockSpec(name, make))
+
+
+def _is_module_class(make: object) -> bool:
+    return isinstance(make, type) and issubclass(make, nn.Module)
 
 
 def is_import_path(text: object) -> bool:

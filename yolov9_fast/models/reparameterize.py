@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from yolov9_fast.models.model import DetectionModel, conv_units, model_device, rep_convs
+from yolov9_fast.models.module_options import norm_options, set_norm_options
 from yolov9_fast.nn import Conv, RepConv
 from yolov9_fast.nn.blocks import BN_EPS, BN_MOMENTUM
 
@@ -31,6 +32,9 @@ def to_deploy(model: DetectionModel) -> DetectionModel:
     wanted = deployed.state_dict()
     state = {key: source[deployed_key_origin(model, key, origin)] for key in wanted}
     deployed.load_state_dict(state)
+    norms = norm_options(model)
+    origins = {name: deployed_key_origin(model, f"{name}.", origin).rstrip(".") for name in norm_options(deployed)}
+    set_norm_options(deployed, {name: norms[source_name] for name, source_name in origins.items()})
     deployed.names = dict(model.names)
     deployed.to(model_device(model)).train(model.training)
     _check_same(model, deployed, "to_deploy")

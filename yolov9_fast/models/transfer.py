@@ -18,6 +18,7 @@ from yolov9_fast.models.foreign import Architecture, identify
 from yolov9_fast.models.foreign_keys import official_keys
 from yolov9_fast.models.graph import Graph
 from yolov9_fast.models.model import DetectionModel
+from yolov9_fast.models.module_options import set_norm_options
 from yolov9_fast.models.reparameterize import deployed_key_origin, fuse, unfuse
 
 _BOX_TOWER = re.compile(r"\.cv[24]\.\d\.[12]\.(?:conv\.)?weight$")
@@ -59,6 +60,8 @@ class TransferReport:
 
 def load_pretrained(model: DetectionModel, path: str | Path) -> TransferReport:
     """Start `model` from a file's weights as far as they fit, and log what was loaded and what not.
+
+    A loaded BatchNorm takes the eps and momentum that the file holds for it.
 
     Raises:
         CheckpointError: a file that fits no known network, or has nothing for this one.
@@ -113,6 +116,9 @@ def _transfer(model: DetectionModel, content: CheckpointContent) -> TransferRepo
         else:
             target[name].copy_(_fit(name, value, target[name]))
             report.loaded.append(name)
+    norms = {key: pair for name, pair in content.norms.items() if (key := names.get(f"{name}.running_var"))}
+    loaded = set(report.loaded)
+    set_norm_options(model, {key.removesuffix(".running_var"): pair for key, pair in norms.items() if key in loaded})
     met = {*report.loaded, *(key for key, _ in report.skipped)}
     report.missing = [key for key in target if key not in met]
     return report

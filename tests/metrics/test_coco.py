@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 
 from yolov9_fast.errors import DataError, UserError
-from yolov9_fast.metrics import detections_to_coco, evaluate_coco, save_detections
+from yolov9_fast.metrics import coco, detections_to_coco, evaluate_coco, save_detections
 
 KEYS = [
     "ap",
@@ -327,3 +328,29 @@ def test_a_refused_save_names_the_file(tmp_path: Path) -> None:
     (tmp_path / "blocked").write_text("a file where a folder should be")
     with pytest.raises(UserError, match=r"predictions\.json"):
         save_detections(tmp_path / "blocked" / "predictions.json", [])
+
+
+def test_many_objects_of_an_image_give_the_results_of_pycocotools(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(0)
+    boxes = np.concatenate((rng.uniform(0, 400, (300, 2)), rng.uniform(5, 120, (300, 2))), axis=1)
+    gt = dataset([(k % 2, 10, boxes[k].tolist()) for k in range(300)], categories=1)
+    for annotation in gt["annotations"][::9]:
+        annotation["iscrowd"] = 1
+    moved = boxes[::2] + rng.normal(0, 4, (150, 4))
+    found = [detection(int(rng.integers(2)), 10, box.tolist(), float(rng.random())) for box in moved]
+    found += [detection(0, 10, [900, 900, 5, 5], 0.5)]
+    ours = evaluate_coco(gt, found)
+    monkeypatch.setattr(coco, "_MANY_OBJECTS", 10**9)
+    theirs = evaluate_coco(gt, found)
+    assert 0.01 < ours.ap < 0.9
+    assert ours.as_dict() == pytest.approx(theirs.as_dict(), abs=0)
+    np.testing.assert_array_equal(ours.curves.f1, theirs.curves.f1)
+    assert evaluate_coco(gt, [found[-1]]).ap == 0.0
+
+
+def test_thousands_of_objects_of_an_image_are_evaluated_in_seconds() -> None:
+    gt = dataset([(0, 10, [k % 100 * 20, k // 100 * 20, 10, 10]) for k in range(10_000)], images=1, categories=1)
+    found = [detection(0, 10, [k * 20, 0, 10, 10], 1 - k / 200) for k in range(100)]
+    started = time.perf_counter()
+    assert evaluate_coco(gt, found).ar100 == pytest.approx(0.01)
+    assert time.perf_counter() - started < 5  # 13 s by pycocotools alone

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import json
 import logging
 import math
@@ -25,6 +26,7 @@ from yolov9_fast.metrics.curves import PrCurves, curves_from_evaluation
 log = logging.getLogger(__name__)
 
 _LONGEST_NAME = 60  # of a class in the table
+_MANY_OBJECTS = 50  # of a class in an image
 
 
 @dataclass(frozen=True)
@@ -294,7 +296,7 @@ def _run_pycocotools(dataset: _Dataset, results: list[dict[str, Any]], images: l
     coco = require("pycocotools.coco")
     cocoeval = require("pycocotools.cocoeval")
     with contextlib.redirect_stdout(io.StringIO()):
-        evaluation = cocoeval.COCOeval(
+        evaluation = _faster(cocoeval.COCOeval)(
             _coco_object(coco, dataset, dataset.annotations), _coco_object(coco, dataset, results), "bbox"
         )
         evaluation.params.imgIds = images
@@ -303,6 +305,32 @@ def _run_pycocotools(dataset: _Dataset, results: list[dict[str, Any]], images: l
         evaluation.accumulate()
         evaluation.summarize()
     return evaluation
+
+
+def _faster(base: Any) -> Any:
+    """`COCOeval` with the same results in images of many objects, of which most are near no detection.
+
+    Its time is the product of objects and detections. Objects without an IoU of the lowest threshold never match: they
+    are left out of its search, and counted afterwards.
+    """
+
+    class Evaluation(base):  # type: ignore[misc]
+        def evaluateImg(self, image: int, category: int, area: list[float], detections: int) -> Any:
+            key = image, category
+            objects, overlaps = self._gts[key], self.ious[key]
+            if len(objects) < _MANY_OBJECTS or not len(overlaps):
+                return super().evaluateImg(image, category, area, detections)
+            near = overlaps.max(axis=0) >= self.params.iouThrs.min() - 1e-6
+            self._gts[key], self.ious[key] = list(itertools.compress(objects, near)), overlaps[:, near]
+            try:
+                result = super().evaluateImg(image, category, area, detections)
+            finally:
+                self._gts[key], self.ious[key] = objects, overlaps
+            outside = [o["ignore"] or not area[0] <= o["area"] <= area[1] for o in itertools.compress(objects, ~near)]
+            result["gtIgnore"] = np.concatenate((result["gtIgnore"], np.array(outside, dtype=np.int64)))
+            return result
+
+    return Evaluation
 
 
 def _coco_object(coco: Any, dataset: _Dataset, annotations: list[dict[str, Any]]) -> Any:

@@ -6,6 +6,7 @@ import json
 import time
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 
@@ -145,7 +146,19 @@ def test_outlines_of_many_points_or_parts_take_little_time(tmp_path: Path) -> No
     )
     assert time.perf_counter() - started < 5
     outlines = [found.outline for found in coco.objects[1]]
-    assert [len(outline) for outline in outlines if outline is not None] == [100_000 + 2, 50_000 + 2 * 999]
+    assert [len(outline) for outline in outlines if outline is not None] == [100_000 + 2, 50_000 + 1000 + 999]
+
+
+@pytest.mark.parametrize("count", [3, 40])
+def test_parts_of_an_object_are_filled_and_what_is_between_is_not(tmp_path: Path, count: int) -> None:
+    """A row of squares of 10 pixels: filled like a mask, the joined outline has them and lines between them only."""
+    squares = [[x, 10, x + 10, 10, x + 10, 20, x, 20] for x in range(10, 20 * count, 20)]
+    outline = only(tmp_path, segmentation=squares)[0].outline
+    assert outline is not None
+    mask = cv2.fillPoly(np.zeros((40, 20 * count + 40), np.uint8), [outline.astype(np.int32)], 1)
+    for x in range(10, 20 * count, 20):
+        assert mask[11:19, x + 1 : x + 9].all()
+        assert mask[:, x + 11 : x + 19].sum() <= 2 * 9
 
 
 @pytest.mark.parametrize("segmentation", [[[1, 2] * 8], [[1, 2, 3, 4, 5, 6]] * 2])

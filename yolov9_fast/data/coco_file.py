@@ -9,6 +9,7 @@ import posixpath
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import accumulate, chain, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -221,29 +222,29 @@ def _outline(segmentation: Any, largest: int) -> tuple[Floats | None, str | None
         return None, f"segmentation is not a list of polygons, only the box is used ({shown(segmentation)})"
     if sum(map(len, segmentation)) > 2 * largest or len(segmentation) > largest // 100:
         return None, f"segmentation is too long, only the box is used ({above_limit('OUTLINE_POINTS')})"
-    parts = [_points(part) for part in segmentation]
-    usable = [part for part in parts if part is not None]
+    parts = [part for part in segmentation if len(part) >= 6 and len(part) % 2 == 0]
+    points = _points(list(chain.from_iterable(parts)))
+    if points is None:
+        return None, f"segmentation has no usable numbers, only the box is used ({shown(segmentation)})"
     problem = None
-    if len(usable) < len(parts):
-        short = shown(segmentation)
-        problem = f"segmentation has parts that are not x, y of 3 points or more, which are not used ({short})"
-    return join_polygons(usable) if usable else None, problem
+    if len(parts) < len(segmentation):
+        problem = f"segmentation has parts that are not x, y of 3 points or more, not used ({shown(segmentation)})"
+    ends = [0, *accumulate(len(part) // 2 for part in parts)]
+    return join_polygons([points[start:end] for start, end in pairwise(ends)]) if parts else None, problem
 
 
-def _points(part: list[Any]) -> Floats | None:
-    """float32 [k, 2] of x1, y1, x2, y2, …; None unless they are 3 points or more."""
-    if len(part) < 6 or len(part) % 2:
-        return None
-    if not {*map(type, part)} <= {int, float}:
-        part = [finite_number(value) for value in part]
-        if None in part:
+def _points(numbers: list[Any]) -> Floats | None:
+    """float32 [k, 2] of x1, y1, x2, y2, …; None if one is no number or too large."""
+    if not {*map(type, numbers)} <= {int, float}:
+        numbers = [finite_number(value) for value in numbers]
+        if None in numbers:
             return None
     try:
-        points = np.array(part, dtype=np.float64).reshape(-1, 2)
+        points = np.array(numbers, dtype=np.float64).reshape(-1, 2)
     except OverflowError:
         return None
     # Also false for NaN.
-    return points.astype(np.float32) if float(np.abs(points).max()) <= LARGEST_COORDINATE else None
+    return points.astype(np.float32) if np.abs(points).max(initial=0) <= LARGEST_COORDINATE else None
 
 
 def _merge_repeated(images: list[CocoImage], coco: CocoFile) -> None:

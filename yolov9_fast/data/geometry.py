@@ -11,6 +11,7 @@ Floats = NDArray[np.float32]
 
 POLYGON_POINTS = 1000
 _BRIDGE_POINTS = 256
+_NEAR_PARTS = 16
 
 
 def corners_from_normalised(boxes: Floats, width: float, height: float) -> Floats:
@@ -50,10 +51,15 @@ def resample(polygon: Floats, points: int = POLYGON_POINTS) -> Floats:
 
 
 def join_polygons(parts: Sequence[Floats]) -> Floats:
-    """One closed polygon [k, 2] of at least one [n, 2], joined by bridges of zero width between points that are near.
+    """One closed polygon [k, 2] of at least one [n, 2], joined by bridges of zero width.
 
-    Nearest among at most 256 points of either side, so that time and memory do not grow with the product of lengths.
+    Bridges lie between points that are near: nearest among at most 256 of either side, so that time and memory do not
+    grow with the product of lengths. More than 16 parts are joined by their first points, one after the other.
     """
+    if len(parts) > _NEAR_PARTS:
+        firsts = [part[:1] for part in parts]
+        there = [points for part, first in zip(parts, firsts, strict=True) for points in (part, first)]
+        return np.concatenate((*there, *reversed(firsts[:-1])))
     polygon = parts[0]
     for part in parts[1:]:
         steps = [-(-len(points) // _BRIDGE_POINTS) for points in (polygon, part)]

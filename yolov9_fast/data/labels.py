@@ -108,14 +108,19 @@ def _coco_records(
     classes = {category: label for label, category in enumerate(category_ids(config, split, coco=coco))}
     report.skipped += coco.skipped
     report.notes += [*coco.notes, *_category_notes(config, coco, classes)]
-    paths = [_find(image.file_name, folders) for image in coco.images]
-    if paths and not any(map(os.path.isfile, paths)):
+    paths = {image.id: path for image in coco.images if (path := _find(image.file_name, folders))}
+    if coco.images and not paths:
         places = ", ".join(str(folder) for folder in folders)
         raise DataError(
-            f"{config.file}: split '{split}': none of the {len(paths)} images of {coco.file} is in {places}"
+            f"{config.file}: split '{split}': none of the {len(coco.images)} images of {coco.file} is in {places}"
         )
+    checked_images = dict(zip(paths, check_images(list(paths.values()), _key(config, split)), strict=True))
     records = []
-    for image, path, checked in zip(coco.images, paths, check_images(paths, _key(config, split)), strict=True):
+    for image in coco.images:
+        if image.id not in paths:
+            report.skip(image.file_name, "image file is missing")
+            continue
+        path, checked = paths[image.id], checked_images[image.id]
         size = (checked.height, checked.width)
         objects = coco.objects.get(image.id, [])
         problem = checked.problem or _size_mismatch(image, checked.width, checked.height)
@@ -144,12 +149,12 @@ def _category_notes(config: DataConfig, coco: CocoFile, classes: dict[int, int])
     ]
 
 
-def _find(name: str, folders: tuple[Path, ...]) -> Path:
-    """The image in one of the folders; a name with backslashes that is no file is read as a path of Windows."""
+def _find(name: str, folders: tuple[Path, ...]) -> Path | None:
+    """The image file in one of the folders; a name with backslashes that is no file is read as a path of Windows."""
     names = dict.fromkeys((name, name.replace("\\", "/")))
-    candidates = [folder / name for name in names for folder in folders]
+    candidates = (folder / name for name in names for folder in folders)
     # Not Path.is_file, which raises for a path that is too long.
-    return next((path for path in candidates if os.path.isfile(path)), candidates[-1])
+    return next((path for path in candidates if os.path.isfile(path)), None)
 
 
 def _size_mismatch(image: CocoImage, width: int, height: int) -> str | None:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from tests.data.drawing import box_of_colour, paint
-from yolov9_fast.data import AugmentConfig
+from yolov9_fast.data import AugmentConfig, augment
 from yolov9_fast.data.augment import LabelledImage, copy_paste, mixup, random_affine, random_flips, random_hsv
 
 NOTHING = AugmentConfig(0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0)
@@ -61,6 +61,32 @@ def test_affine_moves_the_box_with_the_pixels(change: dict, tolerance: float, po
         assert seen is not None
         np.testing.assert_allclose(result.boxes[0], seen, atol=tolerance)
     assert found >= 10
+
+
+@pytest.mark.parametrize("extra", [{}, {"degrees": 45.0, "shear": 20.0, "scale": 0.9, "translate": 0.5}])
+def test_the_strongest_perspective_leaves_every_label_on_its_object(
+    extra: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    matrices = []
+
+    def keep_matrix(image: np.ndarray, matrix: np.ndarray, shape: tuple[int, int], *, perspective: bool) -> np.ndarray:
+        matrices.append(matrix)
+        return np.zeros((*shape, 3), np.uint8)
+
+    monkeypatch.setattr(augment, "_warp", keep_matrix)
+    canvas = np.zeros((2560, 2560, 3), np.uint8)
+    corners = [(x, y) for x in (0, 1200, 2400) for y in (0, 1200, 2400)]
+    boxes = np.array([(x, y, x + 160, y + 160) for x, y in corners], np.float32)
+    inner = np.stack(np.meshgrid(np.linspace(0, 160, 33), np.linspace(0, 160, 33)), axis=-1).reshape(-1, 2)
+    for seed in range(40):
+        start = LabelledImage(canvas, np.arange(9, dtype=np.float32), boxes)
+        result = random_affine(start, (1280, 1280), replace(NOTHING, perspective=0.001, **extra), rng(seed))
+        matrix = matrices[-1]
+        assert (matrix[2, :2] @ np.array([[0, 0, 2560, 2560], [0, 2560, 0, 2560]]) + matrix[2, 2] > 0).all()
+        for label, (x1, y1, x2, y2) in zip(result.classes, result.boxes, strict=True):
+            x, y, w = matrix @ np.column_stack((inner + corners[int(label)], np.ones(len(inner)))).T
+            drawn = (x1 - 3 <= x / w) & (x / w <= x2 + 3) & (y1 - 3 <= y / w) & (y / w <= y2 + 3)
+            assert drawn.any(), (seed, label)
 
 
 def test_affine_without_strength_changes_nothing() -> None:

@@ -12,6 +12,9 @@ from yolov9_fast._lazy import require
 from yolov9_fast.data.geometry import Floats, clip, covered_share, resample, transform
 from yolov9_fast.data.images import GREY, Image
 
+# Of a corner of the image towards the horizon of a perspective: there it is enlarged to 1 / (1 - 0.8) = 5 times.
+_LARGEST_REACH = 0.8
+
 
 @dataclass(frozen=True)
 class AugmentConfig:
@@ -177,7 +180,10 @@ def _random_matrix(
 ) -> tuple[NDArray[np.float64], float]:
     centre, perspective, rotation, shear, translation = (np.eye(3) for _ in range(5))
     centre[0, 2], centre[1, 2] = -size[1] / 2, -size[0] / 2
-    perspective[2, :2] = rng.uniform(-config.perspective, config.perspective, 2)
+    slope = rng.uniform(-config.perspective, config.perspective, 2)
+    # How far a corner comes towards the horizon, where 1 + slope · point is 0; behind it a point appears mirrored.
+    reach = np.abs(slope) @ (size[1] / 2, size[0] / 2)
+    perspective[2, :2] = slope * min(1.0, _LARGEST_REACH / max(reach, 1e-12))
     angle = np.deg2rad(rng.uniform(-config.degrees, config.degrees))
     scale = float(rng.uniform(1 - config.scale, 1 + config.scale))
     rotation[:2, :2] = scale * np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])

@@ -137,7 +137,7 @@ def fresh_folder(folder: Path) -> Path:
 def _predict(weights: Path, images: Path, folder: Path, config: TrainConfig) -> None:
     predictor = Predictor(weights, config.imgsz, device=config.device)
     files = PredictionFiles(folder, text=True, json=True)
-    number, _ = predict_all(predictor, open_source(images), files, verbose=False)
+    number, *_ = predict_all(predictor, open_source(images), files, verbose=False)
     log.info(f"{number} annotated images in {folder}")
 
 

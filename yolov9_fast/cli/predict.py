@@ -16,6 +16,7 @@ from yolov9_fast.engine.run_files import new_run
 from yolov9_fast.errors import UserError
 
 _REPORTED_FRAMES = 100
+_LISTED_FAILURES = 10
 _EPILOG = """examples:
   yolov9-fast predict --weights best.safetensors --source images/
   yolov9-fast predict --weights yolov9-c.pt --source "images/**/*.jpg" clip.mp4 --classes person dog
@@ -24,7 +25,8 @@ _EPILOG = """examples:
   yolov9-fast predict --weights best.safetensors --source list.txt --save-txt --save-json --no-save
 
 Files in PROJECT/NAME: annotated images (videos as .mp4), labels/*.txt with --save-txt, predictions.json with
---save-json. A file that cannot be read is named, counted and skipped; the exit code is 1 if none could be read."""
+--save-json. A file that cannot be read or written is named, counted and skipped, so are the frames of a video; the
+exit code is 1 if none could be read, or one could not be written."""
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -87,30 +89,48 @@ def run(arguments: argparse.Namespace) -> int:
         frame_step=arguments.vid_stride,
     )
     say(f"{arguments.weights}: {predictor.model.graph_name}, fused, on {predictor.device}, {predictor.image_size} px")
-    read, skipped = predict_all(predictor, _every_nth(frames, arguments.vid_stride), files)
+    read, skipped, failed = predict_all(predictor, _every_nth(frames, arguments.vid_stride), files)
     rest = f", {skipped} unreadable and skipped" if skipped else ""
+    rest += f", {failed} not written" if failed else ""
     say(f"{read} image{'s' if read != 1 else ''}{rest}; results in {files.folder}")
-    return 0 if read else 1
+    return 0 if read and not failed else 1
 
 
 def predict_all(
     predictor: Predictor, frames: Iterator[Frame], files: PredictionFiles, *, verbose: bool = True
-) -> tuple[int, int]:
-    """Predict, write and, if `verbose`, print a line per image; the numbers of readable and unreadable ones."""
-    read = skipped = 0
+) -> tuple[int, int, int]:
+    """Predict, write and, if `verbose`, print a line per image.
+
+    Returns:
+        The numbers of images that were read, that could not be read, and whose files could not all be written.
+    """
+    read = skipped = failed = 0
     try:
         for frame, prediction in predictor.stream(frames):
             if prediction is None:
-                skipped += 1
-                print(f"warning: skipped: {printable(frame.error)}", file=sys.stderr)
+                skipped += frame.lost
+                _warn(f"skipped: {frame.error}")
                 continue
             read += 1
-            files.write(frame, prediction)
+            try:
+                files.write(frame, prediction)
+            except UserError as error:
+                failed += 1
+                if failed <= _LISTED_FAILURES:
+                    _warn(f"not written: {error}")
             if verbose and (frame.frame // files.frame_step) % _REPORTED_FRAMES == 0:
                 say(_line(frame, prediction))
     finally:
-        files.close()
-    return read, skipped
+        try:
+            files.close()
+        except UserError as error:
+            failed += 1
+            _warn(f"not written: {error}")
+    return read, skipped, failed
+
+
+def _warn(text: str) -> None:
+    print(f"warning: {printable(text)}", file=sys.stderr)
 
 
 def _line(frame: Frame, prediction: Prediction) -> str:
@@ -121,4 +141,4 @@ def _line(frame: Frame, prediction: Prediction) -> str:
 
 
 def _every_nth(frames: Iterator[Frame], step: int) -> Iterator[Frame]:
-    return (frame for frame in frames if frame.frame % step == 0)
+    return (frame for frame in frames if frame.image is None or frame.frame % step == 0)

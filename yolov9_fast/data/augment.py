@@ -182,7 +182,7 @@ def _random_matrix(
     centre[0, 2], centre[1, 2] = -size[1] / 2, -size[0] / 2
     slope = rng.uniform(-config.perspective, config.perspective, 2)
     # How far a corner comes towards the horizon, where 1 + slope · point is 0; behind it a point appears mirrored.
-    reach = np.abs(slope) @ (size[1] / 2, size[0] / 2)
+    reach = float(np.abs(slope) @ (size[1] / 2, size[0] / 2))
     perspective[2, :2] = slope * min(1.0, _LARGEST_REACH / max(reach, 1e-12))
     angle = np.deg2rad(rng.uniform(-config.degrees, config.degrees))
     scale = float(rng.uniform(1 - config.scale, 1 + config.scale))

@@ -51,15 +51,21 @@ def read_image_list(file: Path, root: Path | None = None) -> list[Path]:
 
     A backslash separates folders where no file has it in its name.
     """
+    return [listed_path(line, file.parent, root) for line in read_lines(file)]
+
+
+def read_lines(file: Path) -> list[str]:
+    """Lines of a `.txt` list without empty ones, comments and repetitions."""
     text = read_text(file, "image list", "LIST_BYTES")
     count = text.count("\n") + 1
     if count > limit("LIST_LINES"):
         raise DataError(f"{file}: image list: {above_limit('LIST_LINES', count)}")
     lines = dict.fromkeys(line.strip() for line in text.split("\n"))
-    return [_listed(line, file.parent, root) for line in lines if line and not line.startswith("#")]
+    return [line for line in lines if line and not line.startswith("#")]
 
 
-def _listed(line: str, *folders: Path | None) -> Path:
+def listed_path(line: str, *folders: Path | None) -> Path:
+    """The path that a line of a list stands for: in the first of `folders` that has it, else in the first."""
     names = [line, line.replace("\\", "/")] if "\\" in line else [line]
     paths = [folder / name for name in names for folder in folders if folder is not None]
     # Not Path.exists, which raises for a name that is too long.

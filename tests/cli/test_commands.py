@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import cv2
@@ -10,6 +11,8 @@ import numpy as np
 import pytest
 
 from yolov9_fast.cli.main import main
+from yolov9_fast.engine.prediction_files import PredictionFiles
+from yolov9_fast.errors import UserError
 
 
 def test_val_prints_tables_and_writes_its_files(
@@ -74,9 +77,49 @@ def test_predict_skips_and_counts_what_it_cannot_read(
     assert main([*words, "--source", str(images / "bad.jpg")]) == 1
 
 
+def test_predict_goes_on_after_what_it_cannot_read_or_write(
+    weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = tmp_path / "images"
+    images.mkdir()
+    names = [os.fsdecode(b"\xff\n.jpg"), "a.jpg", "n" * 245 + ".jpg", "z.jpg"]
+    for name in names:
+        (images / name).write_bytes(cv2.imencode(".jpg", np.full((40, 60, 3), 90, np.uint8))[1].tobytes())
+    writer = cv2.VideoWriter(str(images / "v.avi"), cv2.VideoWriter_fourcc(*"MJPG"), 5.0, (64, 48))
+    for _ in range(9):
+        writer.write(np.zeros((48, 64, 3), np.uint8))
+    writer.release()
+    film = bytearray((images / "v.avi").read_bytes())
+    start = film.index(b"movi") + 12
+    size = int.from_bytes(film[start - 4 : start], "little")
+    film[start : start + size] = bytes(size)
+    (images / "v.avi").write_bytes(film)
+    write = PredictionFiles._write_image
+
+    def write_all_but_a(files: PredictionFiles, suffix: str, stem: str, image: np.ndarray) -> None:
+        if stem == "a":
+            raise UserError("a.jpg: cannot be written: No space left on device")
+        write(files, suffix, stem, image)
+
+    monkeypatch.setattr(PredictionFiles, "_write_image", write_all_but_a)
+    words = ["predict", "--weights", str(weights), "--imgsz", "64", "--project", str(tmp_path / "runs"), "--save-txt"]
+    assert main([*words, "--source", str(images), "--vid-stride", "4"]) == 1
+    shown = capsys.readouterr()
+    assert "warning: not written: a.jpg: cannot be written: No space left on device\n" in shown.err
+    assert "v.avi: 1 of 9 frames cannot be decoded, the first is frame 0\n" in shown.err
+    assert "6 images, 1 unreadable and skipped, 1 not written; results in" in shown.out
+    assert r"\udcff\n.jpg: 60x40" in shown.out
+    assert len(list((tmp_path / "runs" / "exp" / "labels").iterdir())) == 6
+    assert len(list((tmp_path / "runs" / "exp").glob("*.*"))) == 4
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
+        (
+            ["--source", "rtsp://user:secret@127.0.0.1:9/x"],
+            "error: source: stream rtsp://127.0.0.1:9/x cannot be opened",
+        ),
         (["--source", "absent.jpg"], "absent.jpg does not exist"),
         (["--source", ".", "--classes", "cat"], "got 'cat'"),
         (["--source", ".", "--iou", "2"], "iou: expected a value in [0, 1]"),

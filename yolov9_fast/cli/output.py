@@ -53,7 +53,12 @@ class _ConsoleHandler(logging.Handler):
 
 
 def set_up_logging() -> None:
-    """Send the package's log to the console, what it cannot show as escapes; repeated calls have no effect."""
+    """Send the package's log to the console, what it cannot show as escapes; repeated calls have no effect.
+
+    OpenCV prints nothing of its own: the commands tell what cannot be read.
+    """
+    os.environ.setdefault("OPENCV_LOG_LEVEL", "SILENT")
+    os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")

@@ -88,11 +88,12 @@ def run(arguments: argparse.Namespace) -> int:
         hide_conf=arguments.hide_conf,
         frame_step=arguments.vid_stride,
     )
-    say(f"{arguments.weights}: {predictor.model.graph_name}, fused, on {predictor.device}, {predictor.image_size} px")
+    network = f"{predictor.model.graph_name}, fused, on {predictor.device}, {predictor.image_size} px"
+    say(printable(f"{arguments.weights}: {network}"))
     read, skipped, failed = predict_all(predictor, _every_nth(frames, arguments.vid_stride), files)
     rest = f", {skipped} unreadable and skipped" if skipped else ""
     rest += f", {failed} not written" if failed else ""
-    say(f"{read} image{'s' if read != 1 else ''}{rest}; results in {files.folder}")
+    say(printable(f"{read} image{'s' if read != 1 else ''}{rest}; results in {files.folder}"))
     return 0 if read and not failed else 1
 
 
@@ -119,7 +120,7 @@ def predict_all(
                 if failed <= _LISTED_FAILURES:
                     _warn(f"not written: {error}")
             if verbose and (frame.frame // files.frame_step) % _REPORTED_FRAMES == 0:
-                say(_line(frame, prediction))
+                say(printable(_line(frame, prediction)))
     finally:
         try:
             files.close()

@@ -16,7 +16,8 @@ import torch
 from yolov9_fast.cli import train
 from yolov9_fast.cli.main import main
 from yolov9_fast.data import AugmentConfig
-from yolov9_fast.engine.config import TrainConfig, option_fields
+from yolov9_fast.engine.config import TrainConfig, option_fields, read_config, write_config
+from yolov9_fast.engine.run_files import RunFolder
 from yolov9_fast.errors import UserError
 from yolov9_fast.models import DetectionModel
 
@@ -135,7 +136,7 @@ def test_a_run_trains_is_resumed_and_writes_its_files(
 ) -> None:
     from yolov9_fast.engine.trainer import Trainer
 
-    options = ["--model", "gelan-t", "--imgsz", "64", "--batch", "4", "--workers", "0", "--device", "cpu"]
+    options = ["--model", "gelan-t", "--imgsz", "60", "--batch", "4", "--workers", "0", "--device", "cpu"]
     options += ["--no-plots", "--no-tensorboard", "--close-mosaic", "1", "--project", str(tmp_path), "--name", "run"]
     validate = Trainer._validate
 
@@ -161,6 +162,41 @@ def test_a_run_trains_is_resumed_and_writes_its_files(
     assert (tmp_path / "run" / "weights" / "best.safetensors").is_file()
     assert main(["train", "--resume", str(tmp_path / "run")]) == 2
     assert "has finished" in capsys.readouterr().err
+
+
+def _stored_run(folder: Path, **options: Any) -> RunFolder:
+    run = RunFolder(folder)
+    write_config(TrainConfig(**{"data": "d.yaml", "imgsz": 96, **options}), run.config)
+    return run
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--imgsz", "70"],
+        ["--weights", "w.pt", "--model", "net.yaml", "--data", "d.yaml", "--project", "p", "--name", "n"],
+        ["--data", "elsewhere.yaml", "--device", "cpu", "--workers", "3"],
+        ["--hsv-h", "0.1"],
+    ],
+)
+def test_a_run_accepts_the_command_that_started_it_and_data_elsewhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    run = _stored_run(tmp_path / "run", weights="w.pt", model="net.yaml", augment=AugmentConfig(hsv_h=0.1))
+    assert train._unchanged_config(run, given("--resume", str(run.path), *words)) == read_config(run.config)
+
+
+def test_the_recipe_of_the_starting_command_is_compared_too(tmp_path: Path) -> None:
+    run = _stored_run(tmp_path / "run", lr0=0.1, class_tower=64)
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("data: d.yaml\nimgsz: 70\nlr0: 0.5\nclass_tower: null\naugment: {mosaic: 1}\n")
+    words = ["--resume", str(run.path), "--config", str(recipe)]
+    assert train._unchanged_config(run, given(*words, "--lr0", "0.1")).lr0 == 0.1
+    with pytest.raises(UserError, match=r"may change\), got --lr0 0\.5 \(the run has 0\.1\)$"):
+        train._unchanged_config(run, given(*words))
+    with pytest.raises(UserError, match="got --imgsz 100 "):
+        train._unchanged_config(run, given("--resume", str(run.path), "--imgsz", "100"))
 
 
 def test_ranks_other_than_0_print_errors_only(monkeypatch: pytest.MonkeyPatch) -> None:

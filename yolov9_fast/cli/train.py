@@ -7,12 +7,20 @@ import dataclasses
 import os
 import sys
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 from yolov9_fast._untrusted import user_path
 from yolov9_fast.data import AugmentConfig
-from yolov9_fast.engine.config import TrainConfig, option_fields, plain_type, read_config
-from yolov9_fast.engine.device import device_numbers, parse_device
+from yolov9_fast.engine.config import (
+    TrainConfig,
+    option_fields,
+    plain_type,
+    read_config,
+    read_options,
+    with_absolute_paths,
+)
+from yolov9_fast.engine.device import device_numbers, parse_device, round_image_size
 from yolov9_fast.engine.distributed import leave_process_group
 from yolov9_fast.engine.run_files import RunFolder, find_run
 from yolov9_fast.errors import UserError
@@ -23,6 +31,8 @@ _GROUPS = (
     ("loss", "box"),
     ("data, validation, files", "close_mosaic"),
 )
+_MAY_CHANGE = frozenset({"device", "workers", "data", "project", "name"})
+"""Options that a resumed run may have otherwise than when it began, or that only say where it is."""
 _AUGMENT_HELP = {
     "hsv_h": "largest relative change of hue",
     "hsv_s": "largest relative change of saturation",
@@ -45,6 +55,7 @@ _EPILOG = """examples:
   yolov9-fast train --data my.yaml --device 0,1 --batch 64            two GPUs
   yolov9-fast train --resume runs/train/exp                           continue after the last finished epoch
   yolov9-fast train --resume                                          the newest run in runs/train
+  yolov9-fast train --resume runs/train/exp --data moved/my.yaml      the data is in another place
   torchrun --nproc-per-node 4 -m yolov9_fast train --data my.yaml     your own launcher
 
 A recipe file is YAML with the same names (`config.yaml` of an earlier run is one)."""
@@ -98,7 +109,11 @@ def run(arguments: argparse.Namespace) -> int:
     try:
         if resumed:
             trainer = Trainer.resume(
-                resumed.path.parent, resumed.path.name, device=given.get("device"), workers=given.get("workers")
+                resumed.path.parent,
+                resumed.path.name,
+                device=given.get("device"),
+                workers=given.get("workers"),
+                data=given.get("data"),
             )
         else:
             trainer = Trainer(config)
@@ -114,18 +129,14 @@ def config_from_flags(given: dict[str, Any]) -> TrainConfig:
     Raises:
         UserError: a recipe that cannot be read, or a value that no run can use.
     """
-    augmentation = {field.name for field in dataclasses.fields(AugmentConfig)}
-    try:
-        config = read_config(user_path(given["config"], "--config", UserError)) if "config" in given else TrainConfig()
-        flags = {key: value for key, value in given.items() if key not in ("config", "resume")}
-        augment = dataclasses.replace(config.augment, **{k: v for k, v in flags.items() if k in augmentation})
-        config = dataclasses.replace(
-            config, augment=augment, **{k: v for k, v in flags.items() if k not in augmentation}
-        )
-    except ValueError as error:
-        raise UserError(str(error)) from error
+    config = read_config(_recipe(given)) if "config" in given else TrainConfig()
+    config = _replaced(config, {key: value for key, value in given.items() if key not in ("config", "resume")})
     config.require_data()
     return config
+
+
+def _recipe(given: dict[str, Any]) -> Path:
+    return user_path(given["config"], "--config", UserError)
 
 
 def _run_to_resume(given: dict[str, Any]) -> RunFolder:
@@ -141,21 +152,43 @@ def _run_to_resume(given: dict[str, Any]) -> RunFolder:
 
 
 def _unchanged_config(run: RunFolder, given: dict[str, Any]) -> TrainConfig:
-    """The run's own options; options of the command line that differ from them are refused."""
+    """The run's own options; other ones in the command line or its recipe file, but those that may change, are refused.
+
+    The command that started the run is accepted: its options are compared as the run has stored them.
+    """
     config = read_config(run.config)
-    own = {**dataclasses.asdict(config), **dataclasses.asdict(config.augment)}
-    free = {"resume", "config", "device", "workers", "project", "name"}
+    own = _flat(config)
+    recipe = read_options(_recipe(given)) if "config" in given else {}
+    wanted = {k: v for k, v in {**recipe, **given}.items() if k in own and k not in _MAY_CHANGE and v is not None}
+    changed = _replaced(config, wanted)
+    stored = _flat(with_absolute_paths(dataclasses.replace(changed, imgsz=round_image_size(changed.imgsz))))
     differing = [
-        f"--{key.replace('_', '-')} {value} (the run has {own[key]})"
-        for key, value in sorted(given.items())
-        if key not in free and own[key] != value
+        f"--{key.replace('_', '-')} {wanted[key]} (the run has {own[key]})"
+        for key in sorted(wanted)
+        if stored[key] != own[key]
     ]
     if differing:
         raise UserError(
-            "--resume: expected the run's own options (only --device and --workers may change), got "
+            "--resume: expected the run's own options (only --device, --workers and --data may change), got "
             + ", ".join(differing)
         )
     return config
+
+
+def _flat(config: TrainConfig) -> dict[str, Any]:
+    return {**dataclasses.asdict(config), **dataclasses.asdict(config.augment)}
+
+
+def _replaced(config: TrainConfig, options: dict[str, Any]) -> TrainConfig:
+    """`config` with other options, also of the augmentation; raises `UserError` for a value that no run can use."""
+    augmentation = {field.name for field in dataclasses.fields(AugmentConfig)}
+    try:
+        augment = dataclasses.replace(config.augment, **{k: v for k, v in options.items() if k in augmentation})
+        return dataclasses.replace(
+            config, augment=augment, **{k: v for k, v in options.items() if k not in augmentation}
+        )
+    except ValueError as error:
+        raise UserError(str(error)) from error
 
 
 def start_processes(device: str | None) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import sys
 import types
 import typing
@@ -14,7 +15,7 @@ from typing import Any, Literal
 
 from yolov9_fast._lazy import require
 from yolov9_fast._text import printable
-from yolov9_fast._untrusted import read_yaml, shown
+from yolov9_fast._untrusted import read_yaml, shown, user_path
 from yolov9_fast.atomic import atomic_write
 from yolov9_fast.data import AugmentConfig
 from yolov9_fast.errors import UserError
@@ -172,13 +173,7 @@ def config_from_dict(data: dict[str, Any], origin: str) -> TrainConfig:
     Raises:
         UserError: an unknown option, or a value of the wrong type or range.
     """
-    if not isinstance(data, dict):
-        raise UserError(f"{origin}: expected a table of options, got {shown(data)}")
-    augment = data.get("augment")
-    if not isinstance(augment, dict | None):
-        raise UserError(f"{origin}: augment: expected a table of options, got {shown(augment)}")
-    flat = {**data, **(augment or {})}
-    flat.pop("augment", None)
+    flat = _flat_options(data, origin)
     own = {f.name for f in option_fields()}
     augmentation = {f.name for f in dataclasses.fields(AugmentConfig)}
     unknown = [name if isinstance(name, str) else shown(name) for name in flat if name not in own | augmentation]
@@ -189,13 +184,43 @@ def config_from_dict(data: dict[str, Any], origin: str) -> TrainConfig:
     return TrainConfig(**options, augment=AugmentConfig(**augment))
 
 
+def _flat_options(data: Any, origin: str) -> dict[str, Any]:
+    if not isinstance(data, dict):
+        raise UserError(f"{origin}: expected a table of options, got {shown(data)}")
+    augment = data.get("augment")
+    if not isinstance(augment, dict | None):
+        raise UserError(f"{origin}: augment: expected a table of options, got {shown(augment)}")
+    return {key: value for key, value in {**data, **(augment or {})}.items() if key != "augment"}
+
+
 def read_config(path: Path) -> TrainConfig:
     """Read options from a YAML file; raises `UserError` if it cannot be used."""
+    return config_from_dict(_read_options(path), str(path))
+
+
+def read_options(path: Path) -> dict[str, Any]:
+    """The options that a YAML file names, those of the augmentation among them; raises `UserError` as `read_config`."""
+    data = _read_options(path)
+    config = config_from_dict(data, str(path))
+    values = {**dataclasses.asdict(config), **dataclasses.asdict(config.augment)}
+    return {name: values[name] for name in _flat_options(data, str(path))}
+
+
+def _read_options(path: Path) -> Any:
     data = read_yaml(path, "options file", UserError)
-    return config_from_dict({} if data is None else data, str(path))
+    return {} if data is None else data
+
+
+def with_absolute_paths(config: TrainConfig) -> TrainConfig:
+    """`config` with its paths as they can be used from any working directory."""
+    paths: dict[str, Any] = {"data": config.data, "weights": config.weights, "project": config.project}
+    if Path(config.model).suffix in (".yaml", ".yml"):
+        paths["model"] = config.model
+    absolute = {name: os.path.abspath(user_path(path, name, UserError)) for name, path in paths.items() if path}
+    return dataclasses.replace(config, **absolute)
 
 
 def write_config(config: TrainConfig, path: Path) -> None:
-    """Write all options as YAML."""
+    """Write all options as YAML, paths as absolute ones."""
     yaml = require("yaml")
-    atomic_write(path, yaml.safe_dump(dataclasses.asdict(config), sort_keys=False))
+    atomic_write(path, yaml.safe_dump(dataclasses.asdict(with_absolute_paths(config)), sort_keys=False))

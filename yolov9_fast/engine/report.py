@@ -17,6 +17,7 @@ log = logging.getLogger(__name__)
 
 _METRICS = ("ap", "ap50", "ap75", "precision", "recall")
 _SIZES = ("small", "medium", "large")
+_CURVES = {"PR": viz.plot_pr_curve, "F1": viz.plot_f1_curve, "P": viz.plot_p_curve, "R": viz.plot_r_curve}
 
 
 def loss_text(losses: Mapping[str, float]) -> str:
@@ -43,6 +44,13 @@ def validation_columns(result: ValidationResult) -> dict[str, float]:
     return columns | {"seconds/val": sum(result.seconds.values())}
 
 
+def evaluation_files(plots: bool) -> list[str]:
+    """Names of the files that the final evaluation of a run leaves in its folder."""
+    data = ["predictions.json", "metrics.json", "per_class.txt"]
+    drawn = ["confusion_matrix.png", *(f"{name}_curve.png" for name in _CURVES), "results.png"]
+    return data + drawn if plots else data
+
+
 def save_evaluation(result: ValidationResult, names: dict[int, str], folder: Path, *, plots: bool = True) -> None:
     """Write detections (COCO JSON), metrics (JSON), the per-class table, and the plots into `folder`."""
     assert result.metrics is not None
@@ -51,6 +59,5 @@ def save_evaluation(result: ValidationResult, names: dict[int, str], folder: Pat
     atomic_write(folder / "per_class.txt", result.metrics.table() + "\n")
     if plots:
         try_plot(viz.plot_confusion_matrix, result.confusion.matrix, names, folder / "confusion_matrix.png")
-        curves = {"PR": viz.plot_pr_curve, "F1": viz.plot_f1_curve, "P": viz.plot_p_curve, "R": viz.plot_r_curve}
-        for name, plot in curves.items():
+        for name, plot in _CURVES.items():
             try_plot(plot, result.metrics.curves, folder / f"{name}_curve.png")

@@ -29,11 +29,11 @@ def run_callbacks(config: TrainConfig) -> list[Callback]:
     """What `config` asks for, in the order of the calls: an epoch is saved before it is reported."""
     tensorboard = TensorBoard() if config.tensorboard else None
     callbacks = [
+        EarlyStopping(config.patience) if config.patience else None,  # First: the state that is saved knows of it.
         SaveRun(config.save_period),
         tensorboard,
         Plots(tensorboard) if config.plots else None,
         Messages(),
-        EarlyStopping(config.patience) if config.patience else None,
     ]
     return [callback for callback in callbacks if callback is not None]
 
@@ -69,8 +69,10 @@ class SaveRun(Callback):
     def __init__(self, period: int = 0) -> None:
         self.period = period
         self._error: UserError | None = None
+        self._saved_stop = ""
 
     def on_train_start(self, trainer: Trainer) -> None:
+        self._saved_stop = trainer.state.stopped
         if not trainer.resumed:
             # A run killed in its first epoch can be resumed too, and a full disk is found before any work.
             save_state(trainer.run_folder.state, trainer.state.capture())
@@ -89,7 +91,7 @@ class SaveRun(Callback):
                 save_weights(state.ema.model, target, metadata=metadata)
             write_results(folder.results, state.rows)
             save_state(folder.state, state.capture())  # Last: a state never counts an epoch whose weights are missing.
-            self._error = None
+            self._error, self._saved_stop = None, state.stopped
         except UserError as error:
             log.error("epoch %d was not saved: %s; training continues", number, error)
             self._error = error
@@ -97,6 +99,8 @@ class SaveRun(Callback):
     def on_train_end(self, trainer: Trainer) -> None:
         if self._error is not None:
             raise self._error
+        if trainer.state.stopped != self._saved_stop:  # A callback that is called after this one stopped the run.
+            save_state(trainer.run_folder.state, trainer.state.capture())
 
     def on_evaluation_end(self, trainer: Trainer, result: ValidationResult) -> None:
         save_evaluation(result, trainer.class_names, trainer.run_folder.path, plots=trainer.config.plots)
@@ -114,7 +118,8 @@ class TensorBoard(Callback):
         except ImportError:
             log.info("TensorBoard events are off: `pip install tensorboard` turns them on")
             return
-        purge_step = trainer.state.epoch + 1 if trainer.resumed else None
+        # The step of an epoch is its number, counted from 1; what is purged begins with the next epoch.
+        purge_step = trainer.state.epoch + 2 if trainer.resumed else None
         self._writer = SummaryWriter(str(trainer.run_folder.path), purge_step=purge_step)
 
     def on_epoch_end(self, trainer: Trainer, result: EpochResult) -> None:
@@ -142,8 +147,8 @@ class Plots(Callback):
         self._tensorboard = tensorboard
 
     def on_train_start(self, trainer: Trainer) -> None:
-        if not trainer.resumed:
-            out = trainer.run_folder.path / "labels.png"
+        out = trainer.run_folder.path / "labels.png"
+        if not out.is_file():  # Also where a run was killed before it drew them.
             try_plot(viz.plot_labels, trainer.training_data.labels, trainer.class_names, out)
 
     def on_batch_end(self, trainer: Trainer, result: BatchResult) -> None:
@@ -203,4 +208,4 @@ class EarlyStopping(Callback):
     def on_epoch_end(self, trainer: Trainer, result: EpochResult) -> None:
         best = trainer.state.best_epoch
         if result.epoch - best >= self.patience:
-            trainer.stop(f"no improvement for {self.patience} epochs: stopped; best was epoch {best + 1}")
+            trainer.stop(f"no improvement for {self.patience} epochs; best was epoch {best + 1}")

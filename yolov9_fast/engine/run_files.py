@@ -19,7 +19,7 @@ from yolov9_fast.atomic import atomic_write, is_temporary, remove_stale
 from yolov9_fast.errors import CheckpointError, UserError
 
 log = logging.getLogger(__name__)
-STATE_VERSION = 1
+STATE_VERSION = 2
 
 
 class FolderClaim:
@@ -171,8 +171,13 @@ def load_state(path: Path) -> dict[str, Any]:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many types for damaged files
         raise CheckpointError(f"{path}: not a usable training state: {error}") from error
-    if not isinstance(state, dict) or state.get("version") != STATE_VERSION:
-        raise CheckpointError(f"{path}: not a training state of version {STATE_VERSION}")
+    if not isinstance(state, dict) or "version" not in state:
+        raise CheckpointError(f"{path}: expected a training state, got something else")
+    if state["version"] != STATE_VERSION:
+        raise CheckpointError(
+            f"{path}: expected a training state of version {STATE_VERSION}, got {state['version']!r}; it can only be "
+            f"resumed by the version of yolov9_fast that wrote it"
+        )
     return state
 
 

@@ -10,15 +10,19 @@ import contextlib
 import copy
 import dataclasses
 import logging
+import os
 import random
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from yolov9_fast._lazy import require
+from yolov9_fast.data import load_data_config
 from yolov9_fast.engine.callbacks import BatchResult, Callback, CallbackList, EpochResult
 from yolov9_fast.engine.clock import PhaseClock
 from yolov9_fast.engine.config import TrainConfig, read_config
@@ -29,13 +33,14 @@ from yolov9_fast.engine.initial_weights import build_model
 from yolov9_fast.engine.interrupts import InterruptMonitor
 from yolov9_fast.engine.optimizer import Schedule, build_optimizer
 from yolov9_fast.engine.report import loss_text, validation_columns
+from yolov9_fast.engine.resumption import check_classes, check_unfinished, data_changes, reading_state
 from yolov9_fast.engine.run_callbacks import imported_callbacks, run_callbacks
-from yolov9_fast.engine.run_files import RunFolder, find_run, load_state, new_run
+from yolov9_fast.engine.run_files import RunFolder, find_run, load_state, new_run, save_state
 from yolov9_fast.engine.step import PHASES, TrainStep
 from yolov9_fast.engine.training_data import open_training_data
 from yolov9_fast.engine.training_state import TrainingState
 from yolov9_fast.engine.validator import ValidationResult, validate
-from yolov9_fast.errors import CheckpointError, UserError
+from yolov9_fast.errors import UserError
 from yolov9_fast.losses import DetectionLoss, parse_terms
 from yolov9_fast.models import DetectionModel, load_checkpoint
 from yolov9_fast.models.model import MAX_STRIDE
@@ -103,7 +108,6 @@ class Trainer:
         self.run_folder = own or RunFolder(path)
         self.callbacks = CallbackList([c for c in callbacks if group.is_main or c.every_process])
         self._interrupts = InterruptMonitor()
-        self._stop = False
 
     @classmethod
     def resume(
@@ -113,34 +117,37 @@ class Trainer:
         *,
         device: str | None = None,
         workers: int | None = None,
+        data: str | Path | None = None,
         callbacks: Sequence[Callback] = (),
     ) -> Trainer:
-        """Continue a run after its last finished epoch; only device, workers and callbacks may differ.
+        """Continue a run after its last finished epoch, or make up for its final evaluation.
+
+        Only device, workers, callbacks, and images and labels may differ, the classes may not. A warning tells how the
+        data differs from what the run had before.
 
         Args:
             project: the folder of runs.
             name: the run; None: the newest.
+            data: data file; None: the run's own.
 
         Raises:
-            UserError: there is no run with a state, or it has finished.
+            UserError: there is no run with a state, or the data has other classes.
+            RunFinishedError: nothing is left to do.
             CheckpointError: its state is damaged.
         """
         run = find_run(project, name)
         saved = load_state(run.state)
         config = read_config(run.config)
-        if saved["epoch"] + 1 >= config.epochs:
-            raise UserError(f"{run.path} has finished its {config.epochs} epochs; nothing to resume")
-        config = dataclasses.replace(
-            config,
-            device=config.device if device is None else device,
-            workers=config.workers if workers is None else workers,
-        )
+        changes = {"device": device, "workers": workers, "data": None if data is None else str(data)}
+        config = dataclasses.replace(config, **{k: v for k, v in changes.items() if v is not None})  # type: ignore[arg-type]
+        with reading_state(run):
+            check_unfinished(run, config, saved)
+            check_classes(load_data_config(config.data), saved)
         trainer = cls(config, callbacks=callbacks, run=run)
-        try:
-            trainer.state.restore(saved)
-        except (RuntimeError, ValueError, KeyError) as error:
-            raise CheckpointError(f"{run.state} does not belong to this run: {error}") from error
-        log.info(f"resuming {run.path}: {saved['epoch'] + 1} of {config.epochs} epochs are done")
+        with reading_state(run):
+            trainer._restore(saved)
+        left = "" if trainer._epochs_left() else "; the final evaluation is left to do"
+        log.info(f"resuming {run.path}: {saved['epoch'] + 1} of {config.epochs} epochs are done{left}")
         return trainer
 
     def _build_step(self, model: DetectionModel) -> None:
@@ -164,7 +171,14 @@ class Trainer:
             weight_decay=config.weight_decay * config.batch * self.schedule.accumulate / config.nominal_batch,
         )
         scaler = torch.amp.GradScaler(group.device.type, enabled=self.amp == "fp16")
-        self.state = TrainingState(model, ModelEMA(model, config.ema_decay), optimizer, scaler)
+        self.state = TrainingState(
+            model,
+            ModelEMA(model, config.ema_decay),
+            optimizer,
+            scaler,
+            warmup_iterations=self.schedule.warmup_iterations,
+            data=self.training_data.description,
+        )
         self.criterion = DetectionLoss(
             model.num_classes,
             lead_head_guided=config.lead_head_guided,
@@ -192,6 +206,13 @@ class Trainer:
             processes=group.size,
         )
 
+    def _restore(self, saved: dict[str, Any]) -> None:
+        self.state.restore(saved)
+        self.schedule = dataclasses.replace(self.schedule, warmup_iterations=self.state.warmup_iterations)
+        changes = data_changes(saved, self.state.data)
+        if changes:
+            log.warning(f"{self.training_data.config.file}: the run continues on other data: {changes}")
+
     @property
     def model(self) -> DetectionModel:
         """The network that is trained; `state.ema.model` has the averaged weights, which are validated and saved."""
@@ -209,14 +230,16 @@ class Trainer:
 
     @property
     def resume_command(self) -> str:
-        """The command that continues this run."""
-        path = self.run_folder.path
-        return f"yolov9-fast train --resume --project {path.parent} --name {path.name}"
+        """The command that continues this run, as a shell takes it, from any working directory."""
+        path = Path(os.path.abspath(self.run_folder.path))
+        return f"yolov9-fast train --resume --project {shlex.quote(str(path.parent))} --name {shlex.quote(path.name)}"
 
     def stop(self, reason: str) -> None:
-        """End training after this epoch (in every process); for callbacks."""
-        log.info(reason)
-        self._stop = True
+        """End training after this epoch (in every process); for callbacks. The run has then finished."""
+        self.state.stopped = reason or "stopped by a callback"
+
+    def _epochs_left(self) -> range:
+        return range(self.config.epochs if self.state.stopped else self.state.epoch + 1, self.config.epochs)
 
     def run(self) -> ValidationResult | None:
         """Train to the last epoch, or until a callback stops the run, and evaluate the best weights.
@@ -228,20 +251,23 @@ class Trainer:
             TrainingDivergedError: an epoch without one finite optimiser step.
             UserError: the last epoch could not be saved.
         """
+        epochs = self._epochs_left()
         with contextlib.ExitStack() as stack:
             for resource in (self.training_data.evaluation.loader, self.loader, *self.callbacks):
                 stack.callback(resource.close)
             try:
                 with self._interrupts:
                     self.callbacks.call(Callback.on_train_start, self)
-                    for epoch in range(self.state.epoch + 1, self.config.epochs):
+                    for epoch in epochs:
                         self._run_epoch(epoch)
-                        if self.process_group.any(self._stop):
+                        if self.state.stopped:
+                            log.info(f"stopped: {self.state.stopped}")
                             break
                 self.callbacks.call(Callback.on_train_end, self)
                 return self._evaluate_best()
             except KeyboardInterrupt:
-                log.info(f"interrupted; the last finished epoch is saved; continue with: {self.resume_command}")
+                if not self.state.finished:
+                    log.info(f"interrupted; the last finished epoch is saved; continue with: {self.resume_command}")
                 raise
 
     def _run_epoch(self, epoch: int) -> None:
@@ -250,7 +276,7 @@ class Trainer:
         group.broadcast_state(state.ema.model)
         title = f"epoch {epoch + 1}/{self.config.epochs} val"
         validation = self._validate(state.ema.model, title, self.criterion)
-        state.epoch = epoch
+        state.epoch, state.iteration = epoch, state.iteration + len(self.loader)
         # Pending gradients are each process's own until the next update; averaged, one state serves all processes.
         group.average_gradients(state.model)
         if group.is_main:
@@ -265,6 +291,8 @@ class Trainer:
                 state.best_fitness, state.best_epoch = validation.fitness, epoch
             state.rows.append(row)
         self.callbacks.call(Callback.on_epoch_end, self, result)
+        reasons = group.gather_objects(state.stopped)
+        state.stopped = group.broadcast_object(next(filter(None, reasons), ""))
 
     def _train_epoch(self, epoch: int) -> dict[str, float]:
         """Train on every batch once; returns the training columns of results.csv."""
@@ -282,7 +310,7 @@ class Trainer:
         clock = PhaseClock(*PHASES)
         for index, batch in enumerate(bar):
             self._interrupts.check()
-            iteration = epoch * batches + index
+            iteration = state.iteration + index
             accumulate = self.schedule.apply(state.optimizer, iteration, epoch)
             update = iteration - state.last_step >= accumulate
             size = self._image_size(iteration)
@@ -341,6 +369,7 @@ class Trainer:
 
     def _evaluate_best(self) -> ValidationResult | None:
         group = self.process_group
+        self.state.finished = False
         group.barrier()
         model = copy.deepcopy(self.state.ema.model)
         if group.is_main:
@@ -348,6 +377,9 @@ class Trainer:
         group.broadcast_state(model)
         result = self._validate(model, "best weights")
         self.callbacks.call(Callback.on_evaluation_end, self, result)
+        self.state.finished = True
+        if group.is_main:
+            save_state(self.run_folder.state, self.state.capture())
         return result if group.is_main else None
 
 

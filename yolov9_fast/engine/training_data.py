@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from yolov9_fast.data import DataConfig, DetectionDataset, DetectionLoader, create_loader, load_data_config, load_split
+from yolov9_fast.data import (
+    DataConfig,
+    DetectionDataset,
+    DetectionLoader,
+    ImageRecord,
+    create_loader,
+    load_data_config,
+    load_split,
+)
 from yolov9_fast.engine.config import TrainConfig
 from yolov9_fast.engine.device import default_workers
 from yolov9_fast.engine.distributed import ProcessGroup
@@ -26,12 +37,23 @@ class TrainingData:
         labels: float32 [n, 5], all training boxes: class, then centre and size, normalised.
         loader: of augmented training images.
         evaluation: the validation split.
+        description: class names, batches per epoch, and of each split the number of images and a digest of names, sizes
+            and boxes; the same wherever the images are.
     """
 
     config: DataConfig
     labels: NDArray[np.float32]
     loader: DetectionLoader
     evaluation: EvaluationSet
+    description: dict[str, Any]
+
+
+def _describe(records: Sequence[ImageRecord]) -> dict[str, Any]:
+    digest = hashlib.sha256()
+    for record in records:
+        digest.update(f"{record.path.name} {record.width} {record.height}".encode("utf-8", "surrogateescape"))
+        digest.update(record.boxes.tobytes())
+    return {"images": len(records), "digest": digest.hexdigest()}
 
 
 def open_training_data(config: TrainConfig, process_group: ProcessGroup) -> TrainingData:
@@ -78,4 +100,10 @@ def open_training_data(config: TrainConfig, process_group: ProcessGroup) -> Trai
         world_size=process_group.size,
     )
     labels = np.concatenate([record.boxes for record in records]) if records else np.zeros((0, 5), np.float32)
-    return TrainingData(data, labels, loader, evaluation)
+    description = {
+        "names": list(data.names.values()),
+        "batches": len(loader),
+        "train": _describe(records),
+        "val": _describe(evaluation.records),
+    }
+    return TrainingData(data, labels, loader, evaluation, description)

@@ -18,7 +18,12 @@ class TrainingState:
 
     Attributes:
         epoch: last finished epoch, counted from 0; −1 before the first.
+        iteration: batches of all finished epochs, whatever their number in each.
         last_step: iteration of the last optimiser step; gradients since then are pending and part of the state.
+        warmup_iterations: of the whole run, by the number of batches that its first epoch had.
+        stopped: why a callback ended the run before its last epoch; empty if none did.
+        finished: the final evaluation is done.
+        data: what the run trains on (`TrainingData.description`); saved, and not changed by `restore`.
         rows: one table row per finished epoch (results.csv).
     """
 
@@ -27,13 +32,21 @@ class TrainingState:
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     epoch: int = -1
+    iteration: int = 0
     last_step: int = -1
+    warmup_iterations: int = 0
     best_fitness: float = -1.0
     best_epoch: int = -1
     skipped_steps: int = 0
+    stopped: str = ""
+    finished: bool = False
     rows: list[dict[str, float]] = field(default_factory=list)
+    data: dict[str, Any] = field(default_factory=dict)
 
-    _COUNTERS = ("epoch", "last_step", "best_fitness", "best_epoch", "skipped_steps")
+    _COUNTERS = (
+        *("epoch", "iteration", "last_step", "warmup_iterations"),
+        *("best_fitness", "best_epoch", "skipped_steps", "stopped", "finished"),
+    )
 
     def capture(self) -> dict[str, Any]:
         """Tensors, numbers and text only, so that it can be read back without executing anything."""
@@ -45,6 +58,7 @@ class TrainingState:
             "scaler": self.scaler.state_dict(),
             "gradients": [None if p.grad is None else p.grad.detach().clone() for p in self.model.parameters()],
             "rows": json.dumps(self.rows),
+            "data": json.dumps(self.data),
             "torch_rng": torch.get_rng_state(),
             **{name: getattr(self, name) for name in self._COUNTERS},
         }

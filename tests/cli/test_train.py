@@ -16,7 +16,7 @@ import torch
 from yolov9_fast.cli import train
 from yolov9_fast.cli.main import main
 from yolov9_fast.data import AugmentConfig
-from yolov9_fast.engine.config import TrainConfig, option_fields, read_config, write_config
+from yolov9_fast.engine.config import TrainConfig, option_fields, read_config, with_absolute_paths, write_config
 from yolov9_fast.engine.run_files import RunFolder
 from yolov9_fast.errors import UserError
 from yolov9_fast.models import DetectionModel
@@ -166,7 +166,7 @@ def test_a_run_trains_is_resumed_and_writes_its_files(
 
 def _stored_run(folder: Path, **options: Any) -> RunFolder:
     run = RunFolder(folder)
-    write_config(TrainConfig(**{"data": "d.yaml", "imgsz": 96, **options}), run.config)
+    write_config(with_absolute_paths(TrainConfig(**{"data": "d.yaml", "imgsz": 96, **options})), run.config)
     return run
 
 

@@ -26,18 +26,26 @@ def create_loader(
     rank: int = 0,
     world_size: int = 1,
     drop_last: bool = False,
+    smallest: int = 1,
 ) -> DetectionLoader:
     """A loader of batches of `batch_size` per process.
 
     Rank r of `world_size` gets the r-th contiguous part of each global batch of batch_size · world_size samples: all
     ranks together get the batches that one process would get. With `shuffle`, the last global batch is filled up from
-    the start of the order until it divides evenly; without it, no sample is repeated and ranks may have different
-    numbers of batches.
+    the start of the order until it divides evenly and each rank has at least `smallest` samples; without it, no sample
+    is repeated and ranks may have different numbers of batches.
     """
     return DetectionLoader(
         dataset,
         BatchOrder(
-            dataset, batch_size, shuffle=shuffle, seed=seed, rank=rank, world_size=world_size, drop_last=drop_last
+            dataset,
+            batch_size,
+            shuffle=shuffle,
+            seed=seed,
+            rank=rank,
+            world_size=world_size,
+            drop_last=drop_last,
+            smallest=smallest,
         ),
         workers,
     )
@@ -112,6 +120,7 @@ class BatchOrder(Sampler[list[SampleKey]]):
         rank: int,
         world_size: int,
         drop_last: bool,
+        smallest: int = 1,
     ) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
@@ -125,7 +134,7 @@ class BatchOrder(Sampler[list[SampleKey]]):
         self.epoch, self.mosaic = 0, True
         self._base = np.asarray(dataset.order)
         self._batch_size, self._shuffle, self._seed = batch_size, shuffle, seed
-        self._rank, self._world_size, self._drop_last = rank, world_size, drop_last
+        self._rank, self._world_size, self._drop_last, self._smallest = rank, world_size, drop_last, smallest
 
     def __len__(self) -> int:
         return len(self._cuts())
@@ -146,7 +155,7 @@ class BatchOrder(Sampler[list[SampleKey]]):
             count = min(global_batch, total - start)
             if count < global_batch and self._drop_last:
                 break
-            part = math.ceil(count / self._world_size) if self._shuffle else self._batch_size
+            part = max(math.ceil(count / self._world_size), self._smallest) if self._shuffle else self._batch_size
             first = start + self._rank * part
             last = first + part if self._shuffle else min(first + part, start + count)
             if last > first:

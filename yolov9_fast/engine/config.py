@@ -93,7 +93,7 @@ class TrainConfig:
     ema_decay: float = _option(0.9999, "decay of the averaged weights")
     patience: int = _option(100, "epochs without improvement before stopping (0: never)")
     freeze: int = _option(0, "number of first layers to keep as they are")
-    multi_scale: bool = _option(False, "vary the image size by a factor of 0.5 to 1.5 per batch")
+    multi_scale: bool = _option(False, "vary the image size by a factor of 0.5 to 1.5 per batch, from 64 pixels")
     sync_bn: bool = _option(True, "BatchNorm statistics over all processes")
     channels_last: bool = _option(True, "channels_last memory format")
 
@@ -216,11 +216,13 @@ def with_absolute_paths(config: TrainConfig) -> TrainConfig:
     paths: dict[str, Any] = {"data": config.data, "weights": config.weights, "project": config.project}
     if Path(config.model).suffix in (".yaml", ".yml"):
         paths["model"] = config.model
-    absolute = {name: os.path.abspath(user_path(path, name, UserError)) for name, path in paths.items() if path}
+    absolute: dict[str, Any] = {
+        name: os.path.abspath(user_path(path, name, UserError)) for name, path in paths.items() if path
+    }
     return dataclasses.replace(config, **absolute)
 
 
 def write_config(config: TrainConfig, path: Path) -> None:
-    """Write all options as YAML, paths as absolute ones."""
+    """Write all options as YAML."""
     yaml = require("yaml")
-    atomic_write(path, yaml.safe_dump(dataclasses.asdict(with_absolute_paths(config)), sort_keys=False))
+    atomic_write(path, yaml.safe_dump(dataclasses.asdict(config), sort_keys=False))

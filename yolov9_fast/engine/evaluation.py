@@ -73,6 +73,8 @@ def evaluate(options: EvaluationOptions) -> tuple[ValidationResult, Path]:
         f"IoU {options.iou:g}, at most {options.max_det} detections an image"
     )
     log.info(evaluation.report.summary(), extra={"lines": True})
+    if not evaluation.has_objects:
+        log.warning(f"{options.data}: {options.split}: no objects, so AP is not defined")
     try:
         result = validate(
             model,

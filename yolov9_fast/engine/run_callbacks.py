@@ -11,7 +11,7 @@ from yolov9_fast import viz
 from yolov9_fast._lazy import import_callable, require
 from yolov9_fast.atomic import atomic_write
 from yolov9_fast.engine.callbacks import BatchResult, Callback, EpochResult
-from yolov9_fast.engine.config import TrainConfig, write_config
+from yolov9_fast.engine.config import TrainConfig, with_absolute_paths, write_config
 from yolov9_fast.engine.report import loss_text, save_evaluation, try_plot
 from yolov9_fast.engine.run_files import save_state, write_results
 from yolov9_fast.engine.validator import ValidationResult
@@ -76,7 +76,8 @@ class SaveRun(Callback):
         if not trainer.resumed:
             # A run killed in its first epoch can be resumed too, and a full disk is found before any work.
             save_state(trainer.run_folder.state, trainer.state.capture())
-        write_config(trainer.config, trainer.run_folder.config)  # Second: a folder with options can be resumed.
+        # Second: a folder with options can be resumed.
+        write_config(with_absolute_paths(trainer.config), trainer.run_folder.config)
 
     def on_epoch_end(self, trainer: Trainer, result: EpochResult) -> None:
         state, folder, number = trainer.state, trainer.run_folder, result.epoch + 1

@@ -287,7 +287,7 @@ class Trainer:
         if group.is_main:
             # Callbacks may have added tensors or NumPy numbers; the state takes plain ones.
             row.update({name: float(value) for name, value in row.items() if not isinstance(value, int)})
-            if validation.fitness > state.best_fitness:
+            if validation.fitness > state.best_fitness or not self.training_data.evaluation.has_objects:
                 state.best_fitness, state.best_epoch = validation.fitness, epoch
             state.rows.append(row)
         self.callbacks.call(Callback.on_epoch_end, self, result)
@@ -336,10 +336,12 @@ class Trainer:
         return dict(zip(self.criterion.names, (totals[:-1] / totals[-1].clamp_min(1)).tolist(), strict=True))
 
     def _image_size(self, iteration: int) -> int | None:
-        """Multi-scale training: a size that depends on seed and iteration only, 0.5 to 1.5 times `imgsz`."""
+        """Multi-scale training: a size by seed and iteration only, 0.5 to 1.5 times `imgsz`, from 64 pixels."""
         if not self.config.multi_scale:
             return None
-        low, high = (max(int(self.config.imgsz * factor) // MAX_STRIDE, 1) for factor in (0.5, 1.5))
+        # At 32 pixels BatchNorm has one value per channel and image.
+        smallest = min(self.config.imgsz, 2 * MAX_STRIDE)
+        low, high = (max(int(self.config.imgsz * factor), smallest) // MAX_STRIDE for factor in (0.5, 1.5))
         return random.Random(f"{self.config.seed}-{iteration}").randint(low, high) * MAX_STRIDE
 
     def _report_skipped(self, epoch: int, updates: int, skipped: int) -> None:

@@ -24,6 +24,8 @@ from yolov9_fast.engine.config import TrainConfig
 from yolov9_fast.engine.device import default_workers
 from yolov9_fast.engine.distributed import ProcessGroup
 from yolov9_fast.engine.validator import EvaluationSet, open_evaluation_set
+from yolov9_fast.errors import DataError, UserError
+from yolov9_fast.models.model import MAX_STRIDE
 
 log = logging.getLogger(__name__)
 
@@ -56,12 +58,34 @@ def _describe(records: Sequence[ImageRecord]) -> dict[str, Any]:
     return {"images": len(records), "digest": digest.hexdigest()}
 
 
+def smallest_batch(config: TrainConfig, process_group: ProcessGroup) -> int:
+    """Images that a process needs for a training step, 1 or 2.
+
+    BatchNorm needs two values per channel. At 32 pixels the smallest map has one per image, and only synchronised
+    BatchNorm sees the images of the other processes.
+
+    Raises:
+        UserError: the batch of a process is smaller.
+    """
+    if config.imgsz > MAX_STRIDE or (process_group.is_distributed and config.sync_bn):
+        return 1
+    if config.batch < 2 * process_group.size:
+        each = " in each process, not synchronised" if process_group.is_distributed else ""
+        raise UserError(
+            f"imgsz: expected at least {2 * MAX_STRIDE} for a batch of one image{each} (at {MAX_STRIDE} pixels "
+            f"BatchNorm has one value per channel), got {config.imgsz}"
+        )
+    return 2
+
+
 def open_training_data(config: TrainConfig, process_group: ProcessGroup) -> TrainingData:
     """Check the labels of both splits and make their loaders.
 
     Raises:
+        UserError: one image for BatchNorm at the smallest image size.
         DataError: the data file, an image or a label cannot be used.
     """
+    smallest = smallest_batch(config, process_group)
     data = load_data_config(config.data)
     workers = default_workers(process_group.size, config.batch) if config.workers is None else config.workers
     local_batch = config.batch // process_group.size
@@ -82,6 +106,13 @@ def open_training_data(config: TrainConfig, process_group: ProcessGroup) -> Trai
         process_group.barrier()
     log.info(f"train: {report.summary()}", extra={"lines": True})
     log.info(f"val: {evaluation.report.summary()}", extra={"lines": True})
+    if config.imgsz <= MAX_STRIDE and len(records) < 2:
+        raise DataError(
+            f"{data.file}: train: expected at least 2 images at {MAX_STRIDE} pixels (with one, BatchNorm has one value "
+            f"per channel), got {len(records)}; use --imgsz {2 * MAX_STRIDE} or more"
+        )
+    if not evaluation.has_objects:
+        log.warning("val: no objects, so AP is not defined: the last epoch counts as the best, and no patience applies")
     dataset = DetectionDataset(
         records,
         image_size=config.imgsz,
@@ -98,6 +129,7 @@ def open_training_data(config: TrainConfig, process_group: ProcessGroup) -> Trai
         seed=config.seed,
         rank=process_group.rank,
         world_size=process_group.size,
+        smallest=smallest,
     )
     labels = np.concatenate([record.boxes for record in records]) if records else np.zeros((0, 5), np.float32)
     description = {

@@ -47,6 +47,11 @@ class EvaluationSet:
     categories: list[int]
     loader: DetectionLoader
 
+    @property
+    def has_objects(self) -> bool:
+        """Whether AP is defined: there is an object that is not a crowd."""
+        return any(not annotation.get("iscrowd") for annotation in self.ground_truth["annotations"])
+
 
 @dataclass
 class ValidationResult:

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from yolov9_fast._untrusted import user_path
 from yolov9_fast.errors import UserError
 
 from . import machine
@@ -298,9 +299,10 @@ def _compile(tree: Path, commit: str) -> None:
 
 def compare(old: str, new: str, **options: Any) -> Comparison:
     """Two files of records, or two of commit, branch, tag and `tree`."""
-    files = [Path(name).is_file() for name in (old, new)]
+    paths = [user_path(name, "records or commit", UserError) for name in (old, new)]
+    files = [os.path.isfile(path) for path in paths]
     if all(files):
-        return compare_files(Path(old), Path(new), options.get("threshold", THRESHOLD))
+        return compare_files(paths[0], paths[1], options.get("threshold", THRESHOLD))
     if any(files):
         raise UserError("a file of records can only be compared with another one")
     with source_tree(old) as first, source_tree(new) as second:

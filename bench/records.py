@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from yolov9_fast._untrusted import read_text
 from yolov9_fast.errors import UserError
 
 Record = dict[str, Any]
@@ -84,10 +85,7 @@ def read(path: str | Path) -> list[Record]:
     Raises:
         UserError: it cannot be read, or holds no record.
     """
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read records of {path}: {error}") from error
+    text = read_text(path, "records", "JSON_BYTES", UserError)
     found = list(_parsed(text.splitlines()))
     if not found:
         raise UserError(f"{path} holds no record; expected JSON lines as `yolov9-fast bench suite` writes them")
@@ -98,7 +96,7 @@ def _parsed(lines: Iterable[str]) -> Iterator[Record]:
     for line in lines:
         try:
             record = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
         if isinstance(record, dict) and record.get("kind") in KINDS:
             yield record

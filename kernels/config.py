@@ -5,7 +5,6 @@ capability (`configs/sm90.json`), that over `configs/default.json`, whose reason
 bucket; nothing is ever tuned inside a step.
 """
 
-import json
 import os
 import re
 from collections.abc import Iterator
@@ -17,6 +16,8 @@ from typing import Any
 
 import torch
 from yolov9_fast.kernels.launch import View, capability_of
+
+from yolov9_fast._untrusted import read_json, reason
 
 FOLDER = Path(__file__).resolve().parent / "configs"
 ELEMENTS, WARPS = (1024, 2048, 4096, 8192), (2, 4, 8)
@@ -160,17 +161,17 @@ def forced(kernel: str, bucket: str, record: dict[str, int]) -> Iterator[None]:
 def load(name: str) -> dict[str, Any]:
     """One file of records, from YOLOV9_FAST_TUNING (a folder) when it has it, else from the package; empty if absent.
 
-    Raises `ValueError` naming the file for records outside what the tuner tries: the ahead-of-time builds do not cover
-    them, and those with more elements a thread would spill.
+    Raises `DataError` for a file that is not JSON, and `ValueError` naming the file for records outside what the tuner
+    tries: the ahead-of-time builds do not cover them, and those with more elements a thread would spill.
     """
     folders = [Path(folder) for folder in (os.environ.get("YOLOV9_FAST_TUNING"),) if folder] + [FOLDER]
     for path in (folder / f"{name}.json" for folder in folders):
-        if path.is_file():
-            content: dict[str, Any] = json.loads(path.read_text())
-            if name == "default":
-                _check_default(content, path)
-            else:
-                _check(content, path)
+        if os.path.isfile(path):
+            content: dict[str, Any] = read_json(path, "tuning record")
+            try:
+                (_check_default if name == "default" else _check)(content, path)
+            except (KeyError, TypeError, AttributeError, IndexError) as error:
+                raise ValueError(f"{path}: expected a record of `yolov9-fast tune`: {reason(error)}") from error
             return content
     return {"kernels": {}}
 

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
+from yolov9_fast._untrusted import user_path
 from yolov9_fast.errors import UserError
 
 _PREFIX = ".yolov9_fast-"
@@ -31,10 +32,10 @@ def atomic_write(path: str | Path, content: bytes | str | Callable[[BinaryIO], o
         The target as a `Path`.
 
     Raises:
-        UserError: the operating system failed (disk full, no permission). Other exceptions of `content` are raised as
-            they are. The previous file is intact in both cases.
+        UserError: no path, or the operating system failed (disk full, no permission). Other exceptions of `content` are
+            raised as they are. The previous file is intact in all cases.
     """
-    path = Path(path)
+    path = user_path(path, "file to write", UserError)
     temporary: TemporaryFile | None = None
     try:
         temporary = TemporaryFile(path)
@@ -49,7 +50,7 @@ def atomic_write(path: str | Path, content: bytes | str | Callable[[BinaryIO], o
         system_error = _system_error(error)
         if system_error is None:
             raise
-        state = "the previous file is intact" if path.exists() else "nothing was written"
+        state = "the previous file is intact" if os.path.exists(path) else "nothing was written"
         reason = system_error.strerror or str(system_error)
         raise UserError(f"{path}: cannot be written: {reason}; {state}") from error
     return path

@@ -37,6 +37,7 @@ LIMITS = {
     "PICKLE_STEPS": Limit(2_000_000, "steps", "instructions of such a pickle, and elements that they copy"),
     "TENSORS": Limit(100_000, "tensors", "a file of weights"),
     "LAYERS": Limit(1000, "layers", "a graph, in YAML or inside a file of weights"),
+    "TABLE_BYTES": Limit(64 << 20, "bytes", "the results.csv of a run"),
     "CLASSES": Limit(100_000, "classes", "class names of a data file or of weights"),
     "CLASS_NAME": Limit(1000, "characters", "the name of one class"),
 }

@@ -239,11 +239,15 @@ def test_a_name_may_hold_other_line_separators(tmp_path: Path) -> None:
 
 
 def test_lines_of_a_list_that_are_no_path_are_skips(tmp_path: Path, train: Path) -> None:
-    lines = ["images/train/a.png", "x" * 300 + ".png", "d/" * 3000 + "x.png", "images/train"]
+    lines = ["images/train/a.png", "x" * 300 + ".png", "d/" * 3000 + "x.png", "images/train", "a\0b.png", "pipe.png"]
+    os.mkfifo(tmp_path / "pipe.png")
+    lines.append("zero.png")
+    (tmp_path / "zero.png").symlink_to("/dev/zero")
     (tmp_path / "list.txt").write_text("\n".join(lines))
     records, report = load(tmp_path, train="list.txt")
     assert names([record.path for record in records], train) == ["a.png"]
-    assert len(report.skipped) == 3
+    assert len(report.skipped) == 6
+    assert len(report.summary()) < 5000
 
 
 @pytest.mark.parametrize(

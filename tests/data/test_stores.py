@@ -11,6 +11,8 @@ import torch
 from tests.data.drawing import dataset_folder
 from yolov9_fast.data import AugmentConfig, DetectionDataset, ImageRecord, load_data_config, load_split, stores
 from yolov9_fast.data import dataset as dataset_module
+from yolov9_fast.data.cache import cache_folder
+from yolov9_fast.errors import UserError
 
 
 @pytest.fixture
@@ -54,7 +56,9 @@ def test_damaged_file_is_written_again(records: list[ImageRecord], tmp_path: Pat
     expected = dataset[0].image
     [file] = folder.glob("*.npy")
     content = file.read_bytes()
-    for damage in (b"", content[:40], content[:-7], b"PK\x03\x04 no"):
+    header = content.index(b"(")
+    declared = content[:header] + b"(99999999999, 64, 3), }" + content[header + 23 :]
+    for damage in (b"", content[:40], content[:-7], b"PK\x03\x04 no", declared, content.replace(b"), }", b"((((")):
         file.write_bytes(damage)
         assert torch.equal(dataset[0].image, expected)
         assert file.read_bytes() == content
@@ -106,3 +110,28 @@ def test_a_cache_folder_under_a_file_is_one_warning_that_names_it(
     (warning,) = caplog.messages
     assert str(tmp_path / "file" / "kept") in warning
     assert "damaged" not in warning
+
+
+def test_a_cache_folder_that_is_no_path_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    for variable, value, message in (
+        ("YOLOV9_FAST_CACHE", "x" * 300, "YOLOV9_FAST_CACHE: expected a path"),
+        ("YOLOV9_FAST_CACHE", "~nobody-of-this-name", "YOLOV9_FAST_CACHE: expected a path"),
+        ("XDG_CACHE_HOME", "x" * 300, "YOLOV9_FAST_CACHE sets another"),
+    ):
+        monkeypatch.delenv("YOLOV9_FAST_CACHE", raising=False)
+        monkeypatch.setenv(variable, value)
+        with pytest.raises(UserError, match=message):
+            cache_folder()
+
+
+def test_without_a_home_the_cache_folder_must_be_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    def nobody(_: int) -> None:
+        raise KeyError("getpwuid(): uid not found")
+
+    for variable in ("YOLOV9_FAST_CACHE", "XDG_CACHE_HOME", "HOME"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setattr("pwd.getpwuid", nobody)
+    with pytest.raises(UserError, match=r"folder of cached files \(YOLOV9_FAST_CACHE sets another\): .*home"):
+        cache_folder()
+    monkeypatch.setenv("YOLOV9_FAST_CACHE", "/somewhere")
+    assert cache_folder() == Path("/somewhere")

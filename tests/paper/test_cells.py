@@ -181,7 +181,7 @@ def test_a_damaged_result_is_named(small_graph: Graph, short_recipe: TrainConfig
     cell: Cell = make_cells(systems(small_graph)[:1], [0], short_recipe, tmp_path)[0]
     cell.folder.mkdir(parents=True)
     cell.result_file.write_text("{")
-    with pytest.raises(UserError, match="not a usable result"):
+    with pytest.raises(UserError, match="remove it to train again"):
         run_cells([cell])
     cell.result_file.write_text(json.dumps({"seed": 0}))
     assert cell.result() == {"seed": 0}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -101,6 +102,12 @@ def test_results_without_rows_are_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "results.csv").write_text(text)
     with pytest.raises(DataError, match=r"results\.csv"):
         plot_results(tmp_path / "results.csv", tmp_path / "results.png")
+    os.mkfifo(tmp_path / "pipe.csv")
+    with pytest.raises(DataError, match="got a pipe"):
+        plot_results(tmp_path / "pipe.csv", tmp_path / "results.png")
+    (tmp_path / "field.csv").write_text("epoch\n" + "1" * 200_000)
+    with pytest.raises(DataError, match="expected a table: field larger"):
+        plot_results(tmp_path / "field.csv", tmp_path / "results.png")
     with pytest.raises(DataError, match="absent"):
         plot_results(tmp_path / "absent.csv", tmp_path / "results.png")
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any
 
+from yolov9_fast._untrusted import user_path
 from yolov9_fast.bench.cases import FAMILIES
 from yolov9_fast.engine.device import single_device
 from yolov9_fast.errors import UserError
@@ -118,7 +118,7 @@ def _suite(arguments: argparse.Namespace) -> int:
         only=[part for part in arguments.only.split(",") if part],
         match=arguments.match,
         budget=60 * arguments.budget if arguments.budget else None,
-        out=Path(arguments.out) if arguments.out else None,
+        out=user_path(arguments.out, "--out", UserError) if arguments.out else None,
         run=arguments.run,
     )
     records = read(path)
@@ -150,8 +150,9 @@ def _report(arguments: argparse.Namespace) -> int:
     from yolov9_fast.bench.records import results_folder
     from yolov9_fast.bench.report import write_report
 
-    results = Path(arguments.results) if arguments.results else results_folder()
-    for path in write_report(results, Path(arguments.out), [Path(name) for name in arguments.records]):
+    results = user_path(arguments.results, "--results", UserError) if arguments.results else results_folder()
+    records = [user_path(name, "--records", UserError) for name in arguments.records]
+    for path in write_report(results, user_path(arguments.out, "--out", UserError), records):
         print(path)
     return 0
 

@@ -9,6 +9,7 @@ import shutil
 import time
 from pathlib import Path
 
+from yolov9_fast._untrusted import user_path
 from yolov9_fast.atomic import atomic_write
 from yolov9_fast.cli.output import say
 from yolov9_fast.cli.predict import predict_all
@@ -81,7 +82,7 @@ def run(arguments: argparse.Namespace) -> int:
         if getattr(arguments, name) < 1:
             raise UserError(f"--{name}: expected at least 1, got {getattr(arguments, name)}")
     started = time.perf_counter()
-    folder = fresh_folder(Path(arguments.project))
+    folder = fresh_folder(user_path(arguments.project, "--project", UserError))
     data = render_dataset(
         folder / "data", train=TRAIN_IMAGES, val=VAL_IMAGES, size=arguments.imgsz, seed=arguments.seed
     )

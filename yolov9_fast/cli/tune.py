@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
-from pathlib import Path
 
+from yolov9_fast._untrusted import user_path
 from yolov9_fast.atomic import atomic_write
 from yolov9_fast.cli.output import say
 from yolov9_fast.errors import UserError
@@ -35,7 +35,7 @@ def run(arguments: argparse.Namespace) -> int:
     from yolov9_fast.kernels.tune import tune
 
     record = tune(arguments.repeats, print)
-    folder = Path(arguments.out) if arguments.out else FOLDER
+    folder = user_path(arguments.out, "--out", UserError) if arguments.out else FOLDER
     path = atomic_write(folder / f"{slug(record['device'])}.json", json.dumps(record, indent=2) + "\n")
     say(f"wrote {path}")
     return 0

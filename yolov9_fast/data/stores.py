@@ -117,11 +117,11 @@ def available_memory() -> int | None:
 
 def _read(file: Path) -> Image | None:
     try:
-        with open(file, "rb") as stream:
-            image = np.lib.format.read_array(stream, allow_pickle=False)
+        # A map of the file: what its header declares takes no memory before it is compared with the file's size.
+        image = np.array(np.lib.format.open_memmap(file, mode="r"))
     except OSError:  # there is none, or writing it will tell why
         return None
-    except ValueError:
+    except Exception:  # NumPy raises errors of many types for a damaged header.
         _log.warning("the cached image %s is damaged and is written again", file)
         return None
     valid = image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3

@@ -57,8 +57,8 @@ def evaluate(options: EvaluationOptions) -> tuple[ValidationResult, Path]:
     device = single_device(options.device)
     amp = resolve_amp(options.amp, device)
     size = round_image_size(options.imgsz)
-    model = inference_model(load_checkpoint(options.weights), device)
     data = load_data_config(options.data)
+    model = inference_model(load_checkpoint(options.weights), device)
     if model.num_classes != data.num_classes:
         raise UserError(
             f"{options.weights}: expected {data.num_classes} classes as in {options.data}, got {model.num_classes}"
@@ -67,6 +67,7 @@ def evaluate(options: EvaluationOptions) -> tuple[ValidationResult, Path]:
     evaluation = open_evaluation_set(
         data, options.split, image_size=size, batch_size=options.batch, workers=workers, rect=options.rect
     )
+    run = new_run(options.project, options.name)
     log.info(
         f"{options.weights}: {model.graph_name}, fused, on {device}, amp {amp}; {options.split} of {options.data}, "
         f"{size} px {'rectangular' if options.rect else 'square'}, batch {options.batch}, confidence {options.conf:g}, "
@@ -88,6 +89,5 @@ def evaluate(options: EvaluationOptions) -> tuple[ValidationResult, Path]:
         )
     finally:
         evaluation.loader.close()
-    run = new_run(options.project, options.name)
     save_evaluation(result, data.names, run.path, plots=options.plots)
     return result, run.path

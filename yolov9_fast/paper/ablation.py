@@ -6,9 +6,9 @@ import argparse
 import dataclasses
 import logging
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
+from yolov9_fast._untrusted import user_path
 from yolov9_fast.engine.config import TrainConfig, read_config
 from yolov9_fast.errors import UserError
 from yolov9_fast.paper.cells import make_cells, run_cells
@@ -69,11 +69,12 @@ def run(arguments: argparse.Namespace) -> int:
     if not systems:
         raise UserError("none of these rows can be trained")
     recipe = _recipe(arguments)
-    cells = make_cells(systems, range(arguments.seeds), recipe, Path(arguments.project))
+    project = user_path(arguments.project, "--project", UserError)
+    cells = make_cells(systems, range(arguments.seeds), recipe, project)
     run_cells(cells)
     rows = measured(systems, cells)
     print(printed(arguments.target, rows))
-    path = Path(arguments.project) / f"{arguments.target}.json"
+    path = project / f"{arguments.target}.json"
     write_measured(path, arguments.target, rows, recipe)
     print(f"numbers in {path}, plot in {path.with_suffix('.png')}")
     return 0
@@ -93,7 +94,7 @@ def _systems(arguments: argparse.Namespace) -> list[System]:
 
 def _recipe(arguments: argparse.Namespace) -> TrainConfig:
     """One recipe for all cells: the file's, changed by the flags that were given."""
-    config = read_config(Path(arguments.config)) if arguments.config else TrainConfig()
+    config = read_config(user_path(arguments.config, "--config", UserError)) if arguments.config else TrainConfig()
     given = {name: getattr(arguments, name) for name in _RECIPE if getattr(arguments, name) is not None}
     config = dataclasses.replace(config, plots=False, tensorboard=False, patience=0, **given)
     config.require_data()

@@ -20,12 +20,13 @@ from pathlib import Path
 from typing import Any
 
 from yolov9_fast import __version__
+from yolov9_fast._untrusted import read_json, shown
 from yolov9_fast.atomic import atomic_write
 from yolov9_fast.data import load_data_config, load_split
 from yolov9_fast.engine.config import TrainConfig
 from yolov9_fast.engine.run_files import RunFolder
 from yolov9_fast.engine.trainer import Trainer
-from yolov9_fast.errors import UserError
+from yolov9_fast.errors import DataError, UserError
 from yolov9_fast.paper.systems import System
 
 log = logging.getLogger(__name__)
@@ -75,9 +76,11 @@ class Cell:
         if not self.result_file.is_file():
             return None
         try:
-            result: dict[str, Any] = json.loads(self.result_file.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise UserError(f"{self.result_file}: not a usable result ({error}); remove it to train again") from error
+            result = read_json(self.result_file, "result")
+        except DataError as error:
+            raise UserError(f"{error}; remove it to train again") from error
+        if not isinstance(result, dict):
+            raise UserError(f"{self.result_file}: expected a result, got {shown(result)}; remove it to train again")
         return result
 
 

@@ -12,12 +12,14 @@ import dataclasses
 import hashlib
 import json
 import logging
+import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from yolov9_fast._lazy import require
+from yolov9_fast._untrusted import user_path
 from yolov9_fast.atomic import atomic_write
 from yolov9_fast.errors import DataError, UserError
 from yolov9_fast.paper.files import add_out, figure_path, write_numbers
@@ -73,7 +75,8 @@ def run(arguments: argparse.Namespace) -> int:
         if getattr(arguments, name) < 1:
             raise UserError(f"--{name.replace('_', '-')}: expected at least 1, got {getattr(arguments, name)}")
     size = -(-arguments.imgsz // 32) * 32
-    data = Path(arguments.data) if arguments.data else _rendered_data(arguments, size)
+    arguments.project = user_path(arguments.project, "--project", UserError)
+    data = user_path(arguments.data, "--data", UserError) if arguments.data else _rendered_data(arguments, size)
     records, _ = load_split(load_data_config(data), "val", for_training=False)
     samples = list(neck_maps.samples_with_objects(records, size, arguments.images))
     if not samples:
@@ -116,9 +119,10 @@ def run(arguments: argparse.Namespace) -> int:
 def _rendered_data(arguments: argparse.Namespace, size: int) -> Path:
     from yolov9_fast.data.rendered import render_dataset
 
-    folder = Path(arguments.project) / f"scenes_{arguments.rendered}_{size}"
-    if (folder / "data.yaml").is_file():
-        return folder / "data.yaml"
+    folder = arguments.project / f"scenes_{arguments.rendered}_{size}"
+    data: Path = folder / "data.yaml"
+    if os.path.isfile(data):
+        return data
     log.info("drawing %d + %d scenes into %s", arguments.rendered, RENDERED_VAL, folder)
     return render_dataset(folder, train=arguments.rendered, val=RENDERED_VAL, size=size)
 
@@ -127,9 +131,10 @@ def _sample_of(image: str, records: Any, size: int) -> Any:
     """The picture as a sample, with its objects where it is one of `records`."""
     from yolov9_fast.data import DetectionDataset, ImageRecord, read_image
 
-    known = [record for record in records if record.path.resolve() == Path(image).resolve()]
-    height, width = read_image(image).shape[:2]
-    record = known[0] if known else ImageRecord(Path(image), width, height, 0, np.zeros((0, 5), np.float32))
+    path = user_path(image, "--image")
+    height, width = read_image(path).shape[:2]
+    known = [record for record in records if os.path.samefile(record.path, path)]
+    record = known[0] if known else ImageRecord(path, width, height, 0, np.zeros((0, 5), np.float32))
     return DetectionDataset([record], image_size=size, augment=None)[0]
 
 
@@ -155,12 +160,12 @@ def trained(network: str, data: Path, arguments: argparse.Namespace, size: int, 
         seed=seed,
         device=arguments.device,
         workers=arguments.workers,
-        project=arguments.project,
+        project=str(arguments.project),
         plots=False,
         tensorboard=False,
     )
     config = dataclasses.replace(config, name=f"{network}_seed{seed}_{_digest(config)}")
-    for folder in sorted(Path(arguments.project).glob(f"{config.name}*")):
+    for folder in sorted(arguments.project.glob(f"{config.name}*")):
         run = RunFolder(folder)
         if not run.state.is_file():
             continue

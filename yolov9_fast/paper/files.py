@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from yolov9_fast._untrusted import read_json, user_path
 from yolov9_fast.atomic import atomic_write
 from yolov9_fast.errors import UserError
 
@@ -26,7 +27,7 @@ def add_out(parser: argparse.ArgumentParser, name: str, companions: str) -> None
 
 def figure_path(text: str) -> Path:
     """`--out` as a path; `UserError` for a suffix that no figure can have."""
-    path = Path(text)
+    path = user_path(text, "--out", UserError)
     if path.suffix.lower() not in SUFFIXES:
         raise UserError(f"--out must end in {', '.join(SUFFIXES)}, got {text}")
     return path
@@ -38,10 +39,7 @@ def write_numbers(path: Path, numbers: dict[str, Any]) -> Path:
 
 def read_numbers(path: Path) -> dict[str, Any]:
     """What `write_numbers` wrote; `UserError` where the file holds something else."""
-    try:
-        numbers = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read the numbers in {path}: {error}") from error
+    numbers = read_json(path, "numbers of a figure", UserError)
     if not isinstance(numbers, dict):
         raise UserError(f"{path} does not hold the numbers of a figure")
     return numbers

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,9 +11,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from yolov9_fast._untrusted import absence, user_path
+from yolov9_fast.data.files import find_files
 from yolov9_fast.data.images import IMAGE_SUFFIXES, Image, read_image, resize_long_side, to_tensor
 from yolov9_fast.data.rendered import render_image
 from yolov9_fast.errors import DataError, UserError
+
+log = logging.getLogger(__name__)
 
 SCENE = 39
 """Seed of the scene that stands in for a missing IMAGE: five shapes, some overlapping, on a textured ground."""
@@ -26,9 +32,10 @@ def open_picture(path: str | Path | None, size: int) -> Image:
     if path is None:
         # Drawn at one size: another would draw other shapes.
         return resize_long_side(render_image(np.random.default_rng(SCENE), SCENE_SIZE).image, size, training=False)
-    if Path(path).is_dir():
+    file = user_path(path, "image")
+    if os.path.isdir(file):
         raise DataError(f"{path} is a folder; an image file is needed")
-    return resize_long_side(read_image(path), size, training=False)
+    return resize_long_side(read_image(file), size, training=False)
 
 
 def as_input(image: Image) -> Tensor:
@@ -43,16 +50,18 @@ def picture_files(sources: Sequence[str | Path]) -> list[Path]:
         DataError: a source that does not exist, or a folder without an image.
     """
     files: list[Path] = []
-    for source in map(Path, sources):
-        if not source.is_dir():
-            if not source.is_file():
-                raise DataError(f"image file is missing: {source}")
+    for source in (user_path(source, "images") for source in sources):
+        if os.path.isfile(source):
             files.append(source)
-            continue
-        found = sorted(p for p in source.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)
-        if not found:
-            raise DataError(f"no image in the folder {source}")
-        files += found
+        elif os.path.isdir(source):
+            found = find_files([source], IMAGE_SUFFIXES, deep=False)
+            for path, problem in found.problems:
+                log.warning("%s: skipped: %s", path, problem)
+            if not found.files:
+                raise DataError(f"no image in the folder {source}; ignored: {found.ignored() or 'nothing'}")
+            files += found.files
+        else:
+            raise DataError(f"image file is missing: {source} {absence(source)}")
     return files
 
 

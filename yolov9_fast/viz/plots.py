@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from yolov9_fast._lazy import require
+from yolov9_fast._untrusted import read_text, reason, user_path
 from yolov9_fast.errors import DataError
 from yolov9_fast.viz.color import class_color
 from yolov9_fast.viz.draw import Names, class_name
@@ -83,7 +85,7 @@ def plot_results(csv_path: str | Path, out: str | Path) -> Path:
 
     Missing columns, empty cells and NaN are skipped. Raises `DataError` when the file has no header or no row.
     """
-    columns = _read_columns(Path(csv_path))
+    columns = _read_columns(user_path(csv_path, "csv_path"))
     epochs = columns.get("epoch")
     if epochs is None or not np.isfinite(epochs).all():
         epochs = np.arange(1, 1 + len(next(iter(columns.values()))), dtype=np.float64)
@@ -171,11 +173,11 @@ def plot_confusion_matrix(matrix: np.ndarray, names: Names, out: str | Path, nor
 
 
 def _read_columns(path: Path) -> dict[str, np.ndarray]:
+    text = read_text(path, "results", "TABLE_BYTES")
     try:
-        with path.open(newline="", encoding="utf-8") as file:
-            rows = [row for row in csv.reader(file) if any(cell.strip() for cell in row)]
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: cannot be read: {error}") from error
+        rows = [row for row in csv.reader(io.StringIO(text, newline="")) if any(cell.strip() for cell in row)]
+    except csv.Error as error:
+        raise DataError(f"{path}: results: expected a table: {reason(error)}") from error
     if len(rows) < 2:
         raise DataError(f"{path}: expected a header and at least one row, got {len(rows)} lines")
     header = [cell.strip() for cell in rows[0]]

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.models.hostile import memory_limit
 from yolov9_fast._text import printable
 from yolov9_fast._untrusted import (
     MissingFileError,
@@ -152,3 +153,10 @@ def test_printable_text_is_one_line_without_control_characters() -> None:
     assert cut.startswith("x" * 60)
     assert cut.endswith("x" * 30)
     assert " … " in cut
+
+
+def test_a_small_file_takes_little_memory_whatever_the_limit(tmp_path: Path) -> None:
+    (tmp_path / "x").write_bytes(b"abc")
+    with memory_limit(200):
+        assert read_bytes(tmp_path / "x", "file", "JSON_BYTES") == b"abc"
+        assert read_bytes("/proc/self/status", "file", "LABEL_BYTES").startswith(b"Name:")  # its size is 0

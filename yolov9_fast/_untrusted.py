@@ -12,7 +12,7 @@ import reprlib
 import stat
 from collections.abc import Hashable
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from yolov9_fast._lazy import require
 from yolov9_fast._text import printable
@@ -52,16 +52,27 @@ def read_bytes(path: str | Path, what: str, size_limit: str, error: type[UserErr
                 raise error(f"{path}: {what}: expected a regular file, got {_kind(status.st_mode)}")
             if status.st_size > largest:
                 raise error(f"{path}: {what}: {above_limit(size_limit, status.st_size)}")
-            content = file.read(largest + 1)  # A file of /proc, or one that grows, is larger than it says.
+            content = file.read(status.st_size + 1)
+            if len(content) > status.st_size:  # A file of /proc, or one that grows, is larger than it says.
+                content += _rest(file, largest - len(content) + 1)
     except _ABSENT as problem:
         raise (MissingFileError if error is DataError else error)(f"{path}: {what} does not exist") from problem
     except IsADirectoryError as problem:
         raise error(f"{path}: {what}: expected a regular file, got a folder") from problem
-    except (OSError, ValueError) as problem:
+    except (OSError, ValueError, MemoryError) as problem:
         raise error(f"{path}: {what} cannot be read: {reason(problem)}") from problem
     if len(content) > largest:
         raise error(f"{path}: {what}: {above_limit(size_limit)}")
     return content
+
+
+def _rest(file: IO[bytes], count: int) -> bytes:
+    """Up to `count` bytes more, read in pieces: a single `read` takes the memory for all of them first."""
+    pieces = []
+    while count > 0 and (piece := file.read(min(count, 1 << 20))):
+        pieces.append(piece)
+        count -= len(piece)
+    return b"".join(pieces)
 
 
 def read_text(path: str | Path, what: str, size_limit: str, error: type[UserError] = DataError) -> str:

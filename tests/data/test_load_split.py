@@ -11,6 +11,7 @@ import pytest
 from tests.data.drawing import add_image, dataset_folder, paint, write_config
 from yolov9_fast.data import coco_ground_truth, load_data_config, load_split
 from yolov9_fast.data import scan as scan_module
+from yolov9_fast.data.records import LabelReport
 from yolov9_fast.errors import DataError
 
 PICTURE = paint(40, 60, [(1, 10, 10, 30, 20)])
@@ -227,3 +228,9 @@ def test_ground_truth_of_yolo_labels_is_in_pixels(tmp_path: Path) -> None:
     assert annotation["area"] == pytest.approx(200, abs=1e-3)
     assert (annotation["category_id"], annotation["iscrowd"], annotation["id"]) == (2, 0, 1)
     assert gt["categories"] == [{"id": 1, "name": "a"}, {"id": 2, "name": "b"}, {"id": 3, "name": "c"}]
+
+
+def test_the_first_place_skipped_is_short() -> None:
+    report = LabelReport()
+    report.skip("x" * 5000, "image file is missing")
+    assert len(report.short()) < 500

@@ -55,7 +55,7 @@ class LabelReport:
     def short(self) -> str:
         """The counts on one line, with the first place skipped."""
         counts = [f"{count} skipped: {reason}" for reason, count in self.counts().items()]
-        first = [f"the first is {place}: {reason}" for place, reason in self.skipped[:1]]
+        first = [f"the first is {printable(place, 300)}: {reason}" for place, reason in self.skipped[:1]]
         return "; ".join([*(note.strip() for note in self.notes), *counts, *first]) or "nothing was skipped"
 
     def summary(self, first: int = 10) -> str:

@@ -34,6 +34,7 @@ from yolov9_fast.nn.heads import HeadOptions, Shapes
 
 __all__ = ["Architecture", "identify", "read_state_dict", "restricted_load"]
 
+_NAMED_AS_NEAREST = 2
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _DTYPES = (*_FLOATS, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.bool)
 
@@ -196,10 +197,11 @@ def _candidates(shapes: Shapes, source: str, graphs: Iterable[Graph], origin: st
         dense = source == "official" and options.box_groups == 1 and graph.head.arguments != (1,)
         return Architecture("ultralytics" if dense else source, graph, *options, fused)
 
-    # A head of another kind or at another index means other keys: such graphs are only named as the nearest one.
+    # A head of another kind or at another index means other keys: such graphs are only named as the nearest one, and of
+    # those only some are built, which takes time.
     likely = [graph for graph in known if heads[graph] is not None and len(graph.layers) == last + 1]
     ordered = sorted(likely or known, key=lambda graph: _stem_differences(graph, shapes))
-    return [with_options(graph) for graph in ordered]
+    return [with_options(graph) for graph in (ordered if likely else ordered[:_NAMED_AS_NEAREST])]
 
 
 def _stem_differences(graph: Graph, shapes: Shapes) -> int:

@@ -53,6 +53,27 @@ def epochs(loader: DetectionLoader, plan: list[tuple[int, bool]]) -> list[list[B
     return result
 
 
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_last_batch_that_is_too_small_is_filled_from_the_start_of_the_order(
+    records: list[ImageRecord], world_size: int
+) -> None:
+    dataset, size = training_set(records), 11 if world_size == 1 else 5
+    parts = [
+        [
+            batch.indices
+            for batch in create_loader(
+                dataset, batch_size=size, shuffle=True, rank=rank, world_size=world_size, smallest=2
+            )
+        ]
+        for rank in range(world_size)
+    ]
+    assert [[len(batch) for batch in part] for part in parts] == [[size, 2]] * world_size
+    order = [index for part in parts for index in part[0]]
+    last = [index for part in parts for index in part[1]]
+    missing = [index for index in range(12) if index not in order]
+    assert sorted(last) == sorted([*missing, *order[: 2 * world_size - len(missing)]])
+
+
 def test_batch_numbers_the_targets_by_image(records: list[ImageRecord]) -> None:
     dataset = DetectionDataset(records, image_size=64, augment=None)
     batches = list(create_loader(dataset, batch_size=5, shuffle=False))

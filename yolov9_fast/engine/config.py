@@ -69,6 +69,7 @@ class TrainConfig:
     )
     data: str = _option("", "data file (YAML)")
     weights: str | None = _option(None, "weights to start from, of this project or a foreign checkpoint")
+    classes_by_index: bool = _option(False, "load the classes of the weights by index, whatever their names")
     epochs: int = _option(100, "epochs")
     imgsz: int = _option(640, "image size in pixels (long side), a multiple of 32")
     batch: int = _option(16, "images per step, over all processes")

@@ -29,8 +29,9 @@ def build_model(
 ) -> tuple[DetectionModel, TrainConfig]:
     """Make the run's network.
 
-    The class tower's width and the box branch's groups are read from the weights unless the options name them. Fused
-    weights get BatchNorm layers again, whose statistics are measured on training images.
+    The weights' classes are matched to the data's by name (`load_pretrained`). The class tower's width and the box
+    branch's groups are read from the weights unless the options name them. Fused weights get BatchNorm layers again,
+    whose statistics are measured on training images.
 
     Args:
         loader: of training images; read only for fused weights.
@@ -66,7 +67,8 @@ def build_model(
     model.names = dict(data.names)
     if layout is not None:
         assert config.weights is not None
-        loaded = set(load_pretrained(model, config.weights).loaded)
+        names = None if config.classes_by_index else data.names
+        loaded = set(load_pretrained(model, config.weights, names=names).loaded)
         if layout.fused:
             images = _calibration_images(loader)
             seen = calibrate_batch_norm(model, images, only=lambda name: f"{name}.running_mean" in loaded)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from yolov9_fast._lazy import require
 from yolov9_fast.data import (
@@ -31,8 +33,11 @@ from yolov9_fast.errors import UserError
 from yolov9_fast.losses import DetectionLoss
 from yolov9_fast.metrics import CocoMetrics, ConfusionMatrix, detections_to_coco, evaluate_coco
 from yolov9_fast.models import DetectionModel
+from yolov9_fast.models.class_names import class_order, name_differences
 from yolov9_fast.nn import DetectionOutput
 from yolov9_fast.ops._nms import nms, warn_if_cut
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -133,6 +138,19 @@ def _labels_in_pixels(record: ImageRecord) -> np.ndarray:
     return np.concatenate((boxes[:, :1], centre - half, centre + half), 1)
 
 
+def _matched_classes(model: DetectionModel, evaluation: EvaluationSet) -> tuple[Tensor, Tensor]:
+    """The model's class of each class of the data, and the data's class of each class of the model: float32 [nc]."""
+    order = class_order(model.names, evaluation.names)
+    if order is None:
+        differences = name_differences(model.names, evaluation.names)
+        log.warning(f"{evaluation.split}: {differences}; the weights' classes are taken by index")
+        order = list(range(model.num_classes))
+    elif order != sorted(order):
+        log.info(f"{evaluation.split}: the weights have the data's classes in another order: they are matched by name")
+    model_class = torch.tensor(order)
+    return model_class.float(), model_class.argsort().float()
+
+
 def validate(
     model: DetectionModel,
     evaluation: EvaluationSet,
@@ -152,7 +170,9 @@ def validate(
     Every process evaluates its share of the images; rank 0 gathers and computes the metrics.
 
     Args:
-        model: in either mode, which it keeps; only its main branch is computed.
+        model: in either mode, which it keeps; only its main branch is computed. Where `model.names` are the data's
+            names in another order, the classes are matched by name; other names are a warning, and the classes are
+            taken by index. The results have the data's classes.
         conf, iou, max_det: of NMS.
         amp: off, bf16 or fp16.
         criterion: also compute the main branch's loss: each of its terms by name, weighted by images.
@@ -161,6 +181,7 @@ def validate(
     process_group = process_group or ProcessGroup(0, 1, device)
     if model.num_classes != len(evaluation.names):
         raise UserError(f"model: expected {len(evaluation.names)} classes as the data has, got {model.num_classes}")
+    model_class, data_class = _matched_classes(model, evaluation)
     detections: list[dict[str, Any]] = []
     confusion = ConfusionMatrix(model.num_classes)
     names = () if criterion is None else criterion.names
@@ -177,7 +198,9 @@ def validate(
                 maps = [m.float() for m in model.raw(images, auxiliary=False).main]
             if criterion is not None:
                 size = (images.shape[2], images.shape[3])
-                loss = criterion.evaluate(DetectionOutput(maps), batch.targets.to(device), size)
+                targets = batch.targets.clone()
+                targets[:, 1] = model_class[targets[:, 1].long()]
+                loss = criterion.evaluate(DetectionOutput(maps), targets.to(device), size)
                 losses += torch.cat((loss.items.double() * len(images), losses.new_tensor([len(images)])))
             prediction = model.decode(maps)
             clock.end("forward")
@@ -188,6 +211,7 @@ def validate(
                 rows[:, :4] = scale_boxes_to_original(
                     rows[:, :4], batch.ratios[position], batch.pads[position], batch.original_shapes[position]
                 )
+                rows[:, 5] = data_class[rows[:, 5].long()]
                 results = detections_to_coco(rows.numpy(), record.image_id, evaluation.categories)
                 detections.extend(result | {"file_name": record.file_name} for result in results)
                 confusion.update(rows, torch.from_numpy(_labels_in_pixels(record)).float())

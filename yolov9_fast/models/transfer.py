@@ -14,6 +14,7 @@ from torch import Tensor
 
 from yolov9_fast.errors import CheckpointError
 from yolov9_fast.models.checkpoint import CheckpointContent, read_checkpoint
+from yolov9_fast.models.class_names import class_order, name_differences
 from yolov9_fast.models.foreign import Architecture, identify
 from yolov9_fast.models.foreign_keys import official_keys
 from yolov9_fast.models.graph import Graph
@@ -23,6 +24,7 @@ from yolov9_fast.models.reparameterize import deployed_key_origin, fuse, unfuse
 
 _BOX_TOWER = re.compile(r"\.cv[24]\.\d\.[12]\.(?:conv\.)?weight$")
 _CLASS_TOWER = re.compile(r"\.cv[35]\.\d\.")
+_CLASS_LAYER = re.compile(r"\.cv[35]\.\d\.2\.(?:weight|bias)$")
 
 logger = logging.getLogger(__name__)
 
@@ -58,21 +60,50 @@ class TransferReport:
         return "\n".join(lines)
 
 
-def load_pretrained(model: DetectionModel, path: str | Path) -> TransferReport:
+def load_pretrained(
+    model: DetectionModel, path: str | Path, *, names: Mapping[int, str] | None = None
+) -> TransferReport:
     """Start `model` from a file's weights as far as they fit, and log what was loaded and what not.
 
     A loaded BatchNorm takes the eps and momentum that the file holds for it.
+
+    Args:
+        model: changed in place.
+        path: the file.
+        names: class index → name of the model's classes. The file's classes are matched to them by name; if it has as
+            many classes of other names, the last convolutions of the model's class branch stay as they are, with a
+            warning. None, or a file without names: matched by index.
 
     Raises:
         CheckpointError: a file that fits no known network, or has nothing for this one.
     """
     content = read_checkpoint(path, graphs=_related(model.graph))
-    report = _transfer(model, content)
+    order = None
+    if names is not None and content.architecture.num_classes == model.num_classes:
+        order = _file_classes(content, names, path)
+    report = _transfer(model, content, order)
     report.origin = f"{path}, {report.origin}"
     if not report.loaded:
         raise CheckpointError(f"{path} holds {content.architecture}; none of its weights fits {model.graph_name}")
     logger.info("%s", report.summary(), extra={"lines": True})
     return report
+
+
+def _file_classes(content: CheckpointContent, names: Mapping[int, str], path: str | Path) -> list[int] | None:
+    """For each class of `names` its index in the file; empty if the file has other names, None for the same order."""
+    order = class_order(content.names, names)
+    if order is None:
+        assert content.names is not None
+        logger.warning(
+            "%s: %s; the last convolutions of the class branch start anew (--classes-by-index loads them)",
+            path,
+            name_differences(content.names, names),
+        )
+        return []
+    if order == sorted(order):
+        return None
+    logger.info("%s has the same classes in another order: they are matched by name", path)
+    return order
 
 
 def transfer_weights(model: DetectionModel, state_dict: Mapping[str, Tensor]) -> TransferReport:
@@ -98,7 +129,10 @@ def _related(graph: Graph) -> tuple[Graph, ...]:
 
 
 @torch.no_grad()
-def _transfer(model: DetectionModel, content: CheckpointContent) -> TransferReport:
+def _transfer(
+    model: DetectionModel, content: CheckpointContent, file_classes: list[int] | None = None
+) -> TransferReport:
+    """Copy what fits. `file_classes`: index in the file of each class of the model; empty: other classes."""
     architecture = content.architecture
     source = _same_form(content, fused=model.is_fused)
     names = key_map(architecture, model)
@@ -107,6 +141,12 @@ def _transfer(model: DetectionModel, content: CheckpointContent) -> TransferRepo
     matched = {names[key]: value for key, value in source.items() if names.get(key) in target}
     report.skipped = [(key, "the model has no such layer") for key in source if names.get(key) not in target]
     reasons = {name: _misfit(name, value, target[name], architecture, model) for name, value in matched.items()}
+    if file_classes is not None:
+        for name in filter(_CLASS_LAYER.search, matched):
+            if file_classes:
+                matched[name] = matched[name][file_classes]
+            else:
+                reasons[name] = "other class names"
     for name, value in matched.items():
         # Statistics and biases belong to their convolution: with new weights they are wrong.
         owner = f"{name.partition('.bn.')[0]}.conv" if ".bn." in name else name.removesuffix(".bias")

@@ -47,7 +47,12 @@ MERGES = "a: &a {x: 1}\n" + "".join(
         ("a: !!python/object/apply:os.system [ls]", "constructor"),
         ("a: !!timestamp foo", "YAML"),
         ("a: !!int foo", "invalid literal"),
+        ("a: !!bool foo", "foo"),
+        ("a: !!int ''", "YAML"),
+        ("a: !!float ''", "YAML"),
         ("a: 1\na: 2", "'a' appears twice"),
+        ("{0: a, 00: b}", "'00' appears twice"),
+        ("{yes: a, on: b}", "'on' appears twice"),
         ("a: \x07", "control characters"),
     ],
 )

@@ -120,17 +120,26 @@ def parse_yaml(text: str, place: str, error: type[UserError] = DataError) -> Any
             node = loader.get_single_node()
             if node is None:
                 return None
-            count = _count(node, {}, yaml)
+            count = _count(node, {}, loader, yaml)
             if count > limit("YAML_NODES"):
                 raise error(f"{place}: {above_limit('YAML_NODES', count)}")
             return loader.construct_document(node)
         finally:
             loader.dispose()
-    except (yaml.YAMLError, ValueError, TypeError, OverflowError, RecursionError, AttributeError) as problem:
+    # PyYAML's constructors let out whatever a value raises: `!!bool x` a KeyError, `!!int ''` an IndexError.
+    except (
+        yaml.YAMLError,
+        ValueError,
+        TypeError,
+        OverflowError,
+        LookupError,
+        RecursionError,
+        AttributeError,
+    ) as problem:
         raise error(f"{place}: expected YAML: {reason(problem)}") from problem
 
 
-def _count(node: Any, known: dict[int, int], yaml: Any) -> int:
+def _count(node: Any, known: dict[int, int], loader: Any, yaml: Any) -> int:
     """Number of values below a node, each alias counted as what it stands for."""
     if id(node) in known:
         if not known[id(node)]:
@@ -141,21 +150,22 @@ def _count(node: Any, known: dict[int, int], yaml: Any) -> int:
     if isinstance(node, yaml.ScalarNode) and node.tag == "tag:yaml.org,2002:int" and len(node.value) > _DIGITS:
         raise ValueError(f"line {node.start_mark.line + 1}: an integer of {len(node.value):,} digits")
     if isinstance(node, yaml.SequenceNode):
-        count += sum(_count(child, known, yaml) for child in node.value)
+        count += sum(_count(child, known, loader, yaml) for child in node.value)
     elif isinstance(node, yaml.MappingNode):
-        _check_keys(node, yaml)
-        count += sum(_count(key, known, yaml) + _count(value, known, yaml) for key, value in node.value)
+        _check_keys(node, loader, yaml)
+        count += sum(_count(child, known, loader, yaml) for pair in node.value for child in pair)
     known[id(node)] = count
     return count
 
 
-def _check_keys(node: Any, yaml: Any) -> None:
+def _check_keys(node: Any, loader: Any, yaml: Any) -> None:
     seen: set[Hashable] = set()
     for key, _ in node.value:
         if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
-            if (key.tag, key.value) in seen:
+            value = loader.construct_object(key)  # 0 and 00 are one key.
+            if value in seen:
                 raise ValueError(f"line {key.start_mark.line + 1}: the key {printable(key.value, 50)!r} appears twice")
-            seen.add((key.tag, key.value))
+            seen.add(value)
 
 
 def user_path(text: object, what: str, error: type[UserError] = DataError) -> Path:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
+from yolov9_fast._untrusted import user_path
 from yolov9_fast.cli.output import say
+from yolov9_fast.errors import UserError
 from yolov9_fast.models import convert, suggest_architecture
 
 _EPILOG = """examples:
@@ -25,11 +26,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    target = user_path(arguments.target, "DST", UserError)
     layout = suggest_architecture(arguments.source)
     say(f"{arguments.source}: {layout.source}, {layout}")
-    model = convert(arguments.source, arguments.target, deploy=arguments.deploy, fuse=arguments.fuse)
+    model = convert(arguments.source, target, deploy=arguments.deploy, fuse=arguments.fuse)
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    size = Path(arguments.target).stat().st_size / 1e6
+    size = target.stat().st_size / 1e6
     form = "fused" if model.is_fused else "not fused"
     say(f"{arguments.target}: {model.graph_name}, {form}, {parameters:,} parameters, {size:.1f} MB")
     return 0

@@ -26,6 +26,8 @@ def resolve_augmentations(augmentations: Sequence[Augmentation | str]) -> tuple[
     Raises:
         UserError: a path that leads nowhere.
     """
+    if isinstance(augmentations, str):
+        augmentations = [augmentations]
     try:
         return tuple(import_callable(each) if isinstance(each, str) else each for each in augmentations)
     except ValueError as error:

@@ -77,7 +77,7 @@ def open_source(source: Source | Iterable[Source]) -> Iterator[Frame]:
             f"source: no image or video found in {shown([without_password(name) for name in names])}; "
             f"suffixes are {' '.join(sorted(_MEDIA_SUFFIXES))}"
         )
-    opened = {index: _open_live(item) for index, item in enumerate(items) if is_live(item)}
+    opened = {index: _open_live(item) for index, item in enumerate(items) if _is_live(item)}
     return chain.from_iterable(_frames(item, index, opened.get(index)) for index, item in enumerate(items))
 
 
@@ -89,7 +89,7 @@ def _name(part: object) -> str:
 
 
 def _expand(source: str) -> list[str]:
-    if is_live(source):
+    if _is_live(source):
         return [source]
     path = user_path(source, "source")
     if os.path.isdir(path):
@@ -113,13 +113,17 @@ def _expand(source: str) -> list[str]:
 
 def _list_items(file: Path) -> list[str]:
     paths = {line: str(listed_path(line, file.parent)) for line in read_lines(file)}
-    return [line if is_live(line) and not os.path.exists(path) else path for line, path in paths.items()]
+    return [line if _is_live(line) and not os.path.exists(path) else path for line, path in paths.items()]
 
 
-def is_live(source: str) -> bool:
-    """Whether `source` is a stream's address or a webcam's number, not a file."""
-    is_number = source.isdecimal() and len(source) <= _WEBCAM_DIGITS
-    return is_address(source) or (is_number and not os.path.exists(source))
+def _is_live(source: str) -> bool:
+    return is_address(source) or is_webcam(source)
+
+
+def is_webcam(source: object) -> bool:
+    """Whether `source` is a webcam's number, not a file."""
+    text = str(source) if isinstance(source, str | int) else ""
+    return text.isdecimal() and len(text) <= _WEBCAM_DIGITS and not os.path.exists(text)
 
 
 def _open_live(source: str) -> Any:

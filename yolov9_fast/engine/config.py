@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import numbers
 import os
 import sys
 import types
@@ -26,28 +27,35 @@ _FRACTIONS = ("conf", "iou", "momentum", "warmup_momentum", "ema_decay", "label_
 
 
 def check_numbers(
-    options: object, *, positive: Iterable[str] = (), fractions: Iterable[str] = (), not_negative: Iterable[str] = ()
+    options: object,
+    *,
+    positive: Iterable[str] = (),
+    fractions: Iterable[str] = (),
+    not_negative: Iterable[str] = (),
+    optional: bool = True,
 ) -> None:
-    """Check numbers among the attributes of `options` by their names; None passes.
+    """Check numbers among the attributes of `options` by their names.
 
     Args:
-        positive: at least 1.
+        positive: integers of at least 1.
         fractions: in [0, 1].
         not_negative: finite, at least 0.
+        optional: None passes.
 
     Raises:
         UserError: names the first wrong one.
     """
     limits = (
-        (positive, 1.0, math.inf, "at least 1"),
-        (fractions, 0.0, 1.0, "a value in [0, 1]"),
-        (not_negative, 0.0, sys.float_info.max, "a finite value of at least 0"),
+        (positive, numbers.Integral, 1.0, math.inf, "at least 1"),
+        (fractions, numbers.Real, 0.0, 1.0, "a value in [0, 1]"),
+        (not_negative, numbers.Real, 0.0, sys.float_info.max, "a finite value of at least 0"),
     )
-    for names, low, high, expected in limits:
+    for names, kind, low, high, expected in limits:
         for name in names:
             value = getattr(options, name)
-            if value is not None and not low <= value <= high:
-                raise UserError(f"{name}: expected {expected}, got {value}")
+            if (value is None and optional) or (isinstance(value, kind) and low <= float(value) <= high):
+                continue
+            raise UserError(f"{name}: expected {expected}, got {shown(value)}")
 
 
 def _option(default: Any, text: str, **extra: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import logging
 import os
 from typing import Any, TypeVar
@@ -10,6 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from yolov9_fast._untrusted import shown
 from yolov9_fast.errors import UserError
 from yolov9_fast.models import DetectionModel, fuse
 from yolov9_fast.models.model import MAX_STRIDE
@@ -20,7 +22,7 @@ _Module = TypeVar("_Module", bound=nn.Module)
 
 
 def parse_device(device: str | None, local_rank: int = 0) -> torch.device:
-    """`cpu`, a CUDA index as `0`, a list `0,1` (one process each), or None for a GPU if there is one.
+    """`cpu`, a CUDA index as `0` or `cuda:0`, a list `0,1` (one process each), or None for a GPU if there is one.
 
     Raises:
         UserError: a device that this machine does not have.
@@ -28,9 +30,9 @@ def parse_device(device: str | None, local_rank: int = 0) -> torch.device:
     if device in (None, "", "auto"):
         device = str(local_rank) if torch.cuda.is_available() else "cpu"
     assert device is not None
-    if device == "cpu":
+    if device in ("cpu", "cpu:0"):
         return torch.device("cpu")
-    numbers = device_numbers(device)
+    numbers = [str(local_rank)] if device == "cuda" else device_numbers(device)
     if not numbers or not all(part.isdigit() for part in numbers):
         raise UserError(f"device: expected cpu, or CUDA indices such as 0 or 0,1, got {device!r}")
     if not torch.cuda.is_available():
@@ -48,8 +50,11 @@ def device_numbers(device: str | None) -> list[str]:
     return [part for part in (device or "").removeprefix("cuda:").split(",") if part]
 
 
-def single_device(device: str | None) -> torch.device:
+def single_device(device: str | int | torch.device | None) -> torch.device:
     """The device of a command that runs in one process; raises `UserError` for a list or a missing device."""
+    if isinstance(device, bool) or not isinstance(device, str | int | torch.device | None):
+        raise UserError(f"device: expected cpu or a CUDA index, got {type(device).__name__}")
+    device = None if device is None else str(device)
     if device and "," in device:
         raise UserError(f"device: expected one device (this command runs in one process), got {device!r}")
     return parse_device(device)
@@ -62,9 +67,11 @@ def default_workers(processes: int, batch: int) -> int:
 
 
 def resolve_amp(amp: str, device: torch.device) -> str:
-    """`amp` with `auto` resolved: bf16 on a GPU that supports it, else off."""
-    if amp != "auto":
+    """`amp` with `auto` resolved: bf16 on a GPU that supports it, else off; raises `UserError` for another word."""
+    if amp in ("off", *_DTYPES):
         return amp
+    if amp != "auto":
+        raise UserError(f"amp: expected auto, off, {' or '.join(_DTYPES)}, got {shown(amp)}")
     return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "off"
 
 
@@ -96,5 +103,7 @@ def to_channels_last(module: _Module) -> _Module:
 
 
 def inference_model(model: DetectionModel, device: torch.device) -> DetectionModel:
-    """A fused copy of `model` in evaluation mode, on `device`, in channels_last memory format."""
+    """A fused copy of `model` in float32 and evaluation mode, on `device`, in channels_last memory format."""
+    if any(value.is_floating_point() and value.dtype != torch.float32 for value in model.state_dict().values()):
+        model = copy.deepcopy(model).float()
     return to_channels_last(fuse(model).to(device).eval())

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
+import operator
+import os
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +17,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from yolov9_fast.data import Frame, letterbox, open_source, scale_boxes_to_original, to_tensor
+from yolov9_fast._untrusted import shown
+from yolov9_fast.data import Frame, letterbox, scale_boxes_to_original, to_tensor
 from yolov9_fast.engine.config import check_numbers
 from yolov9_fast.engine.device import (
     autocast,
@@ -23,9 +28,12 @@ from yolov9_fast.engine.device import (
     round_image_size,
     single_device,
 )
+from yolov9_fast.engine.inputs import frames_of
 from yolov9_fast.errors import DataError, UserError
 from yolov9_fast.models import DetectionModel, load_checkpoint
 from yolov9_fast.ops._nms import nms, warn_if_cut
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -80,60 +88,66 @@ class Predictor:
     """Finds objects in images: `Predictor("best.safetensors")("images/")`.
 
     Args:
-        model: a network, which is copied, or a weights file of any known origin.
+        model: a network, which is copied and computes in float32, or a weights file of any known origin.
         image_size: long side in pixels, rounded up to a multiple of 32.
         conf, iou, max_det: of NMS; the published defaults of prediction.
-        classes: keep only these, by index or name.
+        classes: keep only these, by index or name; one or several.
         agnostic: boxes of different classes suppress each other too.
-        device: cpu, a GPU's number, or None for a GPU if there is one.
+        device: cpu, a GPU's number, a `torch.device`, or None for a GPU if there is one.
         amp: off, bf16, fp16 or auto.
 
     Raises:
-        UserError: weights, device, class or threshold that cannot be used.
+        UserError: model, device, class or threshold that cannot be used.
     """
 
     def __init__(
         self,
-        model: DetectionModel | str | Path,
+        model: DetectionModel | str | os.PathLike[str],
         image_size: int = 640,
         conf: float = 0.25,
         iou: float = 0.45,
         max_det: int = 1000,
         *,
-        classes: Sequence[int | str] | None = None,
+        classes: int | str | Iterable[int | str] | None = None,
         agnostic: bool = False,
-        device: str | None = None,
+        device: str | int | torch.device | None = None,
         amp: str = "off",
     ) -> None:
         self.image_size, self.conf, self.iou, self.max_det, self.agnostic = image_size, conf, iou, max_det, agnostic
-        check_numbers(self, positive=("image_size", "max_det"), fractions=("conf", "iou"))
-        self.device = single_device(device)
-        loaded = model if isinstance(model, DetectionModel) else load_checkpoint(model)
-        self.model = inference_model(loaded, self.device)
-        self.names = dict(loaded.names)
+        check_numbers(self, positive=("image_size", "max_det"), fractions=("conf", "iou"), optional=False)
         self.image_size = round_image_size(image_size)
-        self.classes = None if classes is None else class_indices(classes, self.names)
+        self.device = single_device(device)
         self.amp = resolve_amp(amp, self.device)
+        if not isinstance(model, DetectionModel | str | os.PathLike):
+            raise UserError(f"model: expected a DetectionModel or a weights file, got {type(model).__name__}")
+        loaded = model if isinstance(model, DetectionModel) else load_checkpoint(Path(model))
+        self.names = dict(loaded.names)
+        self.classes = None if classes is None else class_indices(classes, self.names)
+        self.model = inference_model(loaded, self.device)
 
-    def __call__(
-        self, images: NDArray[np.uint8] | str | Path | Sequence[NDArray[np.uint8] | str | Path]
-    ) -> list[Prediction]:
-        """Predict on arrays (uint8 BGR [H, W, 3]) and anything `open_source` takes; one prediction per image or frame.
+    def __call__(self, images: Any) -> list[Prediction]:
+        """One prediction per image or frame, in order.
+
+        Args:
+            images: one of these, or an iterable of them:
+                anything that `open_source` takes, except webcams, which never end;
+                an array, uint8 BGR [H, W, 3] or [B, H, W, 3];
+                a tensor, RGB [3, H, W], [H, W, 3] or a batch of either, uint8 or floating in 0..1;
+                a PIL image; an encoded image file as bytes or as a file opened in binary mode.
 
         Raises:
-            DataError: nothing to read, or a file that cannot be read.
+            DataError: something else, nothing to read, or a file that cannot be read. Of a video that can be read in
+                part the rest is a warning.
         """
-        parts = [images] if isinstance(images, np.ndarray | str | Path) else images
-        return [prediction for part in parts for prediction in self._predict(part)]
-
-    def _predict(self, part: NDArray[np.uint8] | str | Path) -> Iterator[Prediction]:
-        if isinstance(part, np.ndarray):
-            yield self.detect(part)
-            return
-        for frame, prediction in self.stream(open_source(part)):
-            if prediction is None:
+        result: list[Prediction] = []
+        for frame, prediction in self.stream(frames_of(images)):
+            if prediction is not None:
+                result.append(prediction)
+            elif frame.is_video and result and result[-1].path == frame.path:
+                log.warning("%s", frame.error)
+            else:
                 raise DataError(frame.error or f"{frame.path} cannot be read")
-            yield prediction
+        return result
 
     def stream(self, frames: Iterable[Frame]) -> Iterator[tuple[Frame, Prediction | None]]:
         """Each frame with its prediction, one at a time; None for a frame that could not be read."""
@@ -146,6 +160,8 @@ class Predictor:
     @torch.inference_mode()
     def detect(self, image: NDArray[np.uint8], *, path: str = "", frame: int = 0) -> Prediction:
         """Predict on one image, uint8 BGR [H, W, 3]; raises `DataError` for another type or shape."""
+        if not isinstance(image, np.ndarray):
+            raise DataError(f"image: expected a uint8 BGR array [H, W, 3], got {type(image).__name__}")
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
             raise DataError(f"image: expected uint8 BGR [H, W, 3], got {image.dtype} {list(image.shape)}")
         started = time.perf_counter()
@@ -169,15 +185,25 @@ class Predictor:
         return Prediction(path, rows.numpy(), self.names, shape, time.perf_counter() - started, frame)
 
 
-def class_indices(classes: Sequence[int | str], names: dict[int, str]) -> list[int]:
-    """Indices of classes given by index or name; raises `UserError` that lists the known ones."""
+def class_indices(classes: int | str | Iterable[int | str], names: dict[int, str]) -> list[int]:
+    """Indices of classes given by index or name, one or several.
+
+    Raises:
+        UserError: one that is not among `names`, or none at all; lists the known ones.
+    """
     by_name = {name: index for index, name in names.items()}
+    known = ", ".join(f"{i} {name}" for i, name in list(names.items())[:100])
     result = []
-    for item in classes:
-        text = str(item)
-        index = by_name[text] if text in by_name else int(text) if text.isdecimal() else -1
+    for item in classes if isinstance(classes, Iterable) and not isinstance(classes, str) else [classes]:
+        index = (
+            by_name.get(item, int(item) if item.isdecimal() and len(item) < 10 else -1) if isinstance(item, str) else -1
+        )
+        if not isinstance(item, str | bool):
+            with contextlib.suppress(TypeError):
+                index = operator.index(item)
         if index not in names:
-            known = ", ".join(f"{i} {name}" for i, name in list(names.items())[:100])
-            raise UserError(f"classes: expected some of {known}, got {text!r}")
+            raise UserError(f"classes: expected some of {known}, got {shown(item)}")
         result.append(index)
+    if not result:
+        raise UserError(f"classes: expected some of {known}, got none")
     return sorted(set(result))

@@ -105,6 +105,8 @@ def _check(
             raise ValueError(f"{name}: expected at least 1, got {value}")
     if classes is None:
         return None
+    if isinstance(classes, str):
+        raise ValueError(f"classes: expected integers, got the text {classes[:20]!r}")
     chosen = [int(label) for label in classes]
     number = prediction.shape[1] - 4
     if any(not 0 <= label < number for label in chosen):

@@ -14,9 +14,11 @@ from typing import Any
 
 import torch
 
-from yolov9_fast._untrusted import absence, reason, user_path
+from yolov9_fast._untrusted import absence, reason, shown, user_path
 from yolov9_fast.atomic import atomic_write, is_temporary, remove_stale
+from yolov9_fast.engine.saved_state import check_plain_values
 from yolov9_fast.errors import CheckpointError, UserError
+from yolov9_fast.models.foreign_archive import restricted_load
 
 log = logging.getLogger(__name__)
 STATE_VERSION = 2
@@ -165,19 +167,20 @@ def load_state(path: Path) -> dict[str, Any]:
     """Read a state without executing code from the file.
 
     Raises:
-        CheckpointError: the file is damaged, or not a state.
+        CheckpointError: the file is damaged, not a state, or one whose counters or tables are of another kind.
     """
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises many types for damaged files
-        raise CheckpointError(f"{path}: not a usable training state: {error}") from error
+    state = restricted_load(path)
     if not isinstance(state, dict) or "version" not in state:
         raise CheckpointError(f"{path}: expected a training state, got something else")
-    if state["version"] != STATE_VERSION:
+    if type(state["version"]) is not int or state["version"] != STATE_VERSION:
         raise CheckpointError(
-            f"{path}: expected a training state of version {STATE_VERSION}, got {state['version']!r}; it can only be "
-            f"resumed by the version of yolov9_fast that wrote it"
+            f"{path}: expected a training state of version {STATE_VERSION}, got {shown(state['version'])}; it can only "
+            f"be resumed by the version of yolov9_fast that wrote it"
         )
+    try:
+        check_plain_values(state)
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not a usable training state: {reason(error)}") from error
     return state
 
 

@@ -9,7 +9,9 @@ from typing import Any
 import torch
 
 from yolov9_fast.engine.ema import ModelEMA
+from yolov9_fast.engine.saved_state import check_tensors
 from yolov9_fast.models import DetectionModel
+from yolov9_fast.models.module_options import checked_norm_options, norm_options, set_norm_options
 
 
 @dataclass
@@ -60,6 +62,7 @@ class TrainingState:
             "rows": json.dumps(self.rows),
             "data": json.dumps(self.data),
             "torch_rng": torch.get_rng_state(),
+            "batch_norm": {name: list(pair) for name, pair in norm_options(self.model).items()},
             **{name: getattr(self, name) for name in self._COUNTERS},
         }
 
@@ -67,8 +70,12 @@ class TrainingState:
         """Become what `capture` returned.
 
         Raises:
-            KeyError, RuntimeError, ValueError: it belongs to another run.
+            KeyError, RuntimeError, ValueError: it belongs to another run; nothing has changed.
         """
+        check_tensors(saved, self.capture(), list(self.model.parameters()), self.optimizer)
+        norms = {name: checked_norm_options(name, *pair) for name, pair in saved.get("batch_norm", {}).items()}
+        for model in (self.model, self.ema.model):
+            set_norm_options(model, norms)
         self.model.load_state_dict(saved["model"])
         self.ema.model.load_state_dict(saved["ema"])
         self.ema.updates = saved["ema_updates"]

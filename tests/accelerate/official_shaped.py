@@ -235,4 +235,6 @@ class DetectionModel(nn.Module):
 
 def _folded(unit: Any) -> tuple[Tensor, Tensor]:
     scale = unit.bn.weight / (unit.bn.running_var + unit.bn.eps).sqrt()
-    return unit.conv.weight * scale.view(-1, 1, 1, 1), unit.bn.bias - unit.bn.running_mean * scale
+    # By a view of the weights, which only contiguous ones have.
+    folded = torch.mm(torch.diag(scale), unit.conv.weight.clone().view(unit.conv.out_channels, -1))
+    return folded.view(unit.conv.weight.shape), unit.bn.bias - unit.bn.running_mean * scale

@@ -133,30 +133,76 @@ def test_accelerating_twice_changes_nothing_more() -> None:
     assert not any("forward" in module.__dict__ for module in model.modules())
 
 
-@pytest.mark.parametrize("how", ["deepcopy", "pickle", "torch.save"])
-def test_copies_run_their_own_parameters(how: str) -> None:
-    model = build("official")
+@pytest.mark.parametrize("folded", [False, True])
+def test_a_deep_copy_is_accelerated_with_its_own_parameters(folded: bool) -> None:
+    model = build("official").eval()
+    if folded:
+        model.fuse()
     yf.accelerate(model)
-    if how == "deepcopy":
-        other = copy.deepcopy(model)
-    elif how == "pickle":
-        other = pickle.loads(pickle.dumps(model))
-    else:
-        file = io.BytesIO()
-        torch.save(model, file)
-        file.seek(0)
-        other = torch.load(file, weights_only=False)
-    assert all(
-        accelerated_kind(a) is accelerated_kind(b) for a, b in zip(model.modules(), other.modules(), strict=True)
-    )
-    expected = model.eval()(image())
+    other = copy.deepcopy(model)
+    for a, b in zip(model.modules(), other.modules(), strict=True):
+        assert type(a) is type(b)
+    expected = model(image())
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.zero_()
-    for fast, own in zip(other.eval()(image()), expected, strict=True):
+    for fast, own in zip(other(image()), expected, strict=True):
         assert torch.equal(fast, own)
     yf.restore(other)
     assert accelerated_kind(model.model[0]) is not None
+    assert accelerated_kind(other.model[0]) is None
+
+
+@pytest.mark.parametrize("how", ["pickle", "torch.save", "deepcopy, torch.save"])
+@pytest.mark.parametrize("folded", [False, True])
+def test_a_pickled_model_is_the_plain_one_and_can_be_folded(how: str, folded: bool) -> None:
+    model = build("official").eval()
+    if folded:
+        model.fuse()
+    plain = model(image())
+    yf.accelerate(model)
+    model(image().requires_grad_())
+    file = io.BytesIO()
+    if how == "pickle":
+        file.write(pickle.dumps(model))
+    else:
+        torch.save(copy.deepcopy(model).half().float() if how.startswith("deepcopy") else model, file)
+    assert b"yolov9_fast" not in file.getvalue()
+    file.seek(0)
+    other = pickle.load(file) if how == "pickle" else torch.load(file, weights_only=False)
+    tolerance = 1e-2 if how.startswith("deepcopy") else 1e-4
+    for changed in (lambda: other, other.fuse):
+        for fast, own in zip(changed()(image()), plain, strict=True):
+            torch.testing.assert_close(fast, own, rtol=tolerance, atol=tolerance)
+    assert type(other.model[0]) is official_shaped.Conv
+    assert yf.accelerate(other).counts()["elan"] == 2
+
+
+def test_a_module_that_refers_to_its_parent_is_copied_once() -> None:
+    model = build("official")
+    yf.accelerate(model)
+    model.model[3].cv2.parent = [model.model[3]]
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert other.model[3].cv2.parent[0] is other.model[3]
+
+
+@family
+def test_parameters_are_left_alone(name: str) -> None:
+    model = build(name)
+    before = [(id(parameter), parameter.stride()) for parameter in model.parameters()]
+    yf.accelerate(model)
+    step(model, image())
+    assert [(id(parameter), parameter.stride()) for parameter in model.parameters()] == before
+    assert all(parameter.grad.stride() == parameter.stride() for parameter in model.parameters() if parameter.dim() > 1)
+
+
+def test_convolutions_run_in_the_memory_format() -> None:
+    model, seen = build("official"), []
+    yf.accelerate(model)
+    model.get_submodule("model.3.cv4").register_forward_hook(lambda _, x, y: seen.extend((x[0], y)))
+    model(image())
+    assert all(each.is_contiguous(memory_format=torch.channels_last) for each in seen)
+    assert not any(each.is_contiguous() for each in seen)
 
 
 def test_an_ema_copy_follows() -> None:
@@ -199,13 +245,15 @@ def test_hooks_on_any_module_still_fire(target: str, backward: bool) -> None:
         torch.testing.assert_close(fast[key], value, rtol=1e-3, atol=1e-5, msg=key)
 
 
-@pytest.mark.parametrize("order", ["fuse then accelerate", "accelerate then fuse"])
+@pytest.mark.parametrize("order", ["fuse then accelerate", "accelerate then fuse", "accelerate then run then fuse"])
 def test_the_models_own_fuse_works_before_and_after(order: str) -> None:
     model = build("official").eval()
     expected = model(image())
     for action in order.split(" then "):
         if action == "fuse":
             model.fuse()
+        elif action == "run":
+            model(image())
         else:
             report = yf.accelerate(model)
             assert report.counts()["elan"] == 2

@@ -341,8 +341,7 @@ def test_backends_are_switched_without_a_new_plan() -> None:
     assert plan_of(block) is plan
 
 
-@pytest.mark.parametrize("how", ["deepcopy", "pickle"])
-@pytest.mark.parametrize("foreign", [False, True])
+@pytest.mark.parametrize(("how", "foreign"), [("deepcopy", False), ("deepcopy", True), ("pickle", False)])
 def test_copies_have_their_own_plans(how: str, foreign: bool) -> None:
     block = make(official_shaped.RepNCSPELAN4 if foreign else CSPELAN)
     if foreign:

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 
-from yolov9_fast._accelerate.matching import KINDS, OPERATORS, Kind, match
-from yolov9_fast.nn.plan import PLAN, planned_forward
+from yolov9_fast._accelerate.classes import origin_of, reset_class, set_class
+from yolov9_fast._accelerate.matching import FOLDED, KINDS, OPERATORS, Kind, match
 
 _CONVERTED = "_yolov9_fast_converted"
-"""On a module: names of its parameters that were contiguous before."""
+"""On a block of this library: that the parameters below it were contiguous before."""
 
 
 @dataclass
@@ -43,16 +42,19 @@ def accelerate(
 ) -> Report:
     """Make the blocks of a YOLOv9 of any code run the fused operators, in place.
 
-    Modules are recognised by class name and children, and only the `forward` of the instances changes: parameters,
-    buffers, state_dict, hooks, pickling, deepcopy (EMA), DDP, SyncBatchNorm conversion before or after, `.half()`, the
-    model's own `fuse()` and `torch.compile` work as before. Results equal the model's own up to rounding. Models of
-    this library use the operators without it; for them only the memory format changes. A second call changes nothing.
+    Modules are recognised by class name and children, and an instance changes only its class, to a subclass of the same
+    name: parameters, buffers, state_dict, hooks, copies (EMA), DDP, SyncBatchNorm conversion before or after,
+    `.half()`, the model's own `fuse()` and `torch.compile` work as before, and pickling writes the model's own classes.
+    Results equal the model's own up to rounding; the model's own forward runs while something traces or transforms
+    it, as torch.jit.trace or torch.func.grad. Models of this library use the operators without it; for them only the
+    memory format of the parameters changes. A second call changes nothing.
 
     Args:
         model: a module; modules inside wrappers such as DistributedDataParallel are found.
         ops: "all", or the operators to use among bn_silu, rep_bn_silu, concat, spp, adown_pool, cbfuse: a block that
             needs another one is skipped.
-        memory_format: of the parameters; None keeps it. With channels_last nothing in a CSP-ELAN block is copied.
+        memory_format: in which convolutions read their weights, and so of the maps; the parameters of other code keep
+            theirs. None reads them as they are. With channels_last nothing in a CSP-ELAN block is copied but weights.
 
     Returns:
         Report: per module what runs, or why not.
@@ -67,37 +69,27 @@ def accelerate(
     report = Report(memory_format=memory_format)
     for name, module in model.named_modules():
         _accelerate_one(name, module, chosen, report)
-    if memory_format is not None:
-        _set_format(model, memory_format)
     return report
 
 
 def restore(model: nn.Module) -> int:
-    """Undo `accelerate`: every module runs the forward of its class, parameters have their former memory format.
+    """Undo `accelerate`: every module has its own class again, and blocks of this library their memory format.
 
     Returns: the number of modules restored.
     """
     count = 0
     for module in model.modules():
-        if accelerated_kind(module) is not None:
-            del module.__dict__["forward"]
-            module.__dict__.pop(PLAN, None)
-            count += 1
-        for name in module.__dict__.pop(_CONVERTED, ()):
-            parameter = getattr(module, name)
-            parameter.data = parameter.data.contiguous()
+        count += reset_class(module)
+        if module.__dict__.pop(_CONVERTED, False):
+            for parameter in module.parameters():
+                parameter.data = parameter.data.contiguous()
     return count
 
 
 def accelerated_kind(module: nn.Module) -> Kind | None:
-    """The kind as which `accelerate` patched this instance; None where it did not, or something replaced it."""
-    forward = module.__dict__.get("forward")
-    if isinstance(forward, functools.partial) and forward.func is planned_forward:
-        return _KIND_OF[forward.args[0]]
-    return None
-
-
-_KIND_OF = {kind.planner: kind for kind in KINDS}
+    """The kind as which `accelerate` changed this instance; None where it did not or its forward was replaced since."""
+    origin = origin_of(module)
+    return None if origin is None or "forward" in module.__dict__ else origin.kind
 
 
 def _chosen(ops: str | Iterable[str]) -> frozenset[str]:
@@ -111,7 +103,8 @@ def _chosen(ops: str | Iterable[str]) -> frozenset[str]:
 
 
 def _accelerate_one(name: str, module: nn.Module, chosen: frozenset[str], report: Report) -> None:
-    kind, reason = match(module)
+    origin = origin_of(module)
+    kind, reason = match(module, type(module) if origin is None else origin.base)
     if kind is None:
         if reason is not None:
             report.skipped[name] = reason
@@ -120,19 +113,33 @@ def _accelerate_one(name: str, module: nn.Module, chosen: frozenset[str], report
         report.skipped[name] = f"it needs {', '.join(sorted(kind.operators - chosen))}, left out by ops"
         return
     if type(module).__module__.startswith("yolov9_fast.nn"):
+        if report.memory_format is not None:
+            _set_format(module, report.memory_format)
         report.accelerated[name] = kind.name
         return
-    if "forward" in module.__dict__ and accelerated_kind(module) is None:
+    if "forward" in module.__dict__ and not _is_folded(module):
         report.skipped[name] = "its forward has been replaced on the instance already"
         return
-    module.__dict__["forward"] = functools.partial(planned_forward, kind.planner, module)
+    if "forward" in module.__dict__ and getattr(module, "bn", None) is not None:
+        report.skipped[name] = f"its forward is {FOLDED}, which leaves out its norm"
+        return
+    reset_class(module)
+    try:
+        set_class(module, kind, report.memory_format)
+    except Exception as error:  # the class of other code may refuse subclasses in any way
+        report.skipped[name] = f"class {type(module).__name__} cannot be derived from: {error}"
+        return
     report.accelerated[name] = kind.name
 
 
-def _set_format(model: nn.Module, memory_format: torch.memory_format) -> None:
-    for module in model.modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            if parameter.dim() != 4 or parameter.is_contiguous(memory_format=memory_format):
-                continue
-            module.__dict__[_CONVERTED] = (*module.__dict__.get(_CONVERTED, ()), name)
+def _is_folded(module: nn.Module) -> bool:
+    """Whether the forward of the instance is its own method for a folded BatchNorm."""
+    forward = module.__dict__["forward"]
+    return getattr(forward, "__self__", None) is module and forward.__name__ == FOLDED
+
+
+def _set_format(block: nn.Module, memory_format: torch.memory_format) -> None:
+    for parameter in block.parameters():
+        if parameter.dim() == 4 and not parameter.is_contiguous(memory_format=memory_format):
+            block.__dict__[_CONVERTED] = True
             parameter.data = parameter.data.contiguous(memory_format=memory_format)

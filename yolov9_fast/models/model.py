@@ -128,6 +128,11 @@ class DetectionModel(nn.Module):
             images: [B, 3, H, W], float in [0, 1], H and W multiples of 32.
             auxiliary: compute the auxiliary branch too (None: where the graph has one).
         """
+        if not isinstance(images, Tensor):
+            raise TypeError(
+                f"images: expected a tensor, got {type(images).__name__}; torch.fx.symbolic_trace cannot trace "
+                f"a network, torch.export.export, make_fx and torch.jit.trace can"
+            )
         if images.dim() != 4 or images.shape[1] != 3:
             raise ValueError(f"images: expected [B, 3, H, W], got {list(images.shape)}")
         if any(size % MAX_STRIDE or not size for size in images.shape[2:]):

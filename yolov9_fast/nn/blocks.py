@@ -126,7 +126,8 @@ class ELANBase(nn.Module):
 
     @planned(steps.elan)
     def forward(self, x: Tensor) -> Tensor:
-        parts = list(self.cv1(x).chunk(2, 1))
+        first, second = self.cv1(x).chunk(2, 1)
+        parts = [first, second]
         for number in range(2, self.elan_depth + 2):
             parts.append(getattr(self, f"cv{number}")(parts[-1]))
         z: Tensor = getattr(self, f"cv{self.elan_depth + 2}")(torch.cat(parts, 1))

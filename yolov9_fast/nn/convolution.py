@@ -44,11 +44,19 @@ def is_pointwise(conv: nn.Conv2d) -> bool:
     )
 
 
-def convolve(x: Sources, conv: nn.Conv2d, pointwise: bool, *, add_bias: bool = True) -> Tensor:
+def convolve(
+    x: Sources,
+    conv: nn.Conv2d,
+    pointwise: bool,
+    *,
+    add_bias: bool = True,
+    memory_format: torch.memory_format | None = None,
+) -> Tensor:
     """The convolution of `x` by the weights of `conv` [B, O, H', W'].
 
     A 1×1 convolution (`pointwise`) reads several maps, and slices of wider buffers, in place. It commutes with
     nearest-neighbour up-sampling: an `Upsampled` part is convolved at its own size, and only the result is up-sampled.
+    `memory_format`: in which the weights are read, so that the result has it too; None: as they are.
     """
     weight: Tensor | None
     bias: Tensor | None
@@ -59,6 +67,8 @@ def convolve(x: Sources, conv: nn.Conv2d, pointwise: bool, *, add_bias: bool = T
     else:  # plain attributes, as in the replicas of DataParallel
         weight, bias = conv.weight, conv.bias
     bias = bias if add_bias else None
+    if memory_format is not None:
+        weight = weight.contiguous(memory_format=memory_format)
     if isinstance(x, Tensor):
         if not pointwise or x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last):
             return F.conv2d(x, weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups)

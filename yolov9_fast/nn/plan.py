@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from operator import itemgetter
+from operator import attrgetter, itemgetter
 from typing import Any, Protocol, TypeVar, cast
 
 import torch
@@ -21,6 +21,7 @@ from torch.nn.modules import module as torch_module
 
 from yolov9_fast.nn.convolution import Upsampled, joined
 from yolov9_fast.ops import _backend, _bn_silu
+from yolov9_fast.ops._recording import recorded
 
 Slot = Callable[[Tensor], Tensor]
 """Gives the tensor to write a result into, of the shape, dtype and memory format of the tensor that it is given."""
@@ -29,7 +30,13 @@ PLAN = "_yolov9_fast_plan"
 
 
 class Step(Protocol):
-    """One operation of a plan: the result for x, plus `residual`; written into `slot(result)` where it can be."""
+    """One operation of a plan: the result for x, plus `residual`; written into `slot(result)` where it can be.
+
+    `width`: channels of a result that is written into its slot; None where it is not.
+    """
+
+    @property
+    def width(self) -> int | None: ...
 
     def __call__(self, x: Any, residual: Tensor | None = None, slot: Slot | None = None) -> Tensor: ...
 
@@ -39,6 +46,7 @@ class Called:
     """A module that is called as it is."""
 
     module: nn.Module
+    width: None = None
 
     def __call__(self, x: Any, residual: Tensor | None = None, slot: Slot | None = None) -> Tensor:
         y: Tensor = self.module(joined(x))
@@ -49,20 +57,31 @@ _GLOBAL_HOOKS = tuple(
     getattr(torch_module, f"_global_{name}_hooks") for name in ("forward", "forward_pre", "backward", "backward_pre")
 )
 _HOOKS = itemgetter("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_FORWARD = attrgetter("forward")
 
 
 def fused(x: Any) -> bool:
     """Whether blocks run fused on this input: where `bn_silu` runs anything but its eager form.
+
+    The definitions run while something records or transforms the calls of PyTorch's own operators, for a subclass of
+    Tensor and for a symbol, as of `torch.fx.symbolic_trace`.
 
     torch.compile fuses the eager form by itself, so there only a backend set by name counts. So it is without gradients
     on a CPU: the convolution adds the bias, SiLU works in place, copies are cheap, and the eager form was 1.0 to 1.3
     times as fast (gelan-t and -s, folded, batches of 1 and 8). Global module hooks must see every module's call.
     """
     while not isinstance(x, Tensor):
-        x = x.source if isinstance(x, Upsampled) else x[-1]
+        if isinstance(x, Upsampled):
+            x = x.source
+        elif isinstance(x, tuple | list) and x:
+            x = x[-1]
+        else:  # a symbol
+            return False
+    if recorded():
+        return False
     if torch.compiler.is_compiling():
         return _fused_like(x)
-    if any(_GLOBAL_HOOKS):
+    if any(_GLOBAL_HOOKS) or type(x) not in _PLAIN:
         return False
     key = (_backend.generation, id(_backend.current()), x.device.type, torch.is_grad_enabled())
     known = _decisions.get(key)
@@ -72,6 +91,7 @@ def fused(x: Any) -> bool:
     return known
 
 
+_PLAIN = (Tensor, nn.Parameter)
 _decisions: dict[tuple[int, int, str, bool], bool] = {}
 
 
@@ -91,6 +111,18 @@ def hooked(*modules: Any) -> bool:
     return False
 
 
+_TORCH_FORWARDS: dict[type[nn.Module], Any] = {
+    kind: kind.forward
+    for kind in (nn.Conv2d, nn.BatchNorm2d, nn.SyncBatchNorm, nn.SiLU, nn.Identity, nn.MaxPool2d, nn.AvgPool2d)
+}
+
+
+def own_forward(module: nn.Module) -> bool:
+    """Whether a call of `module` runs the forward of its class; of a class of PyTorch, the one that it came with."""
+    kind = type(module)
+    return "forward" not in module.__dict__ and kind.forward is _TORCH_FORWARDS.get(kind, kind.forward)
+
+
 class Planning:
     """One planning of `block`: gives the steps of its children, and records what was read."""
 
@@ -100,17 +132,17 @@ class Planning:
         self.readings: list[tuple[nn.Module, str]] = [(block, "_modules")]
 
     def step(self, module: nn.Module, planner: Planner | None = None) -> Step:
-        """The step that stands for `module(x)`; `planner` is used for a module of a class that has none."""
+        """The step that stands for `module(x)`; `planner` is tried for a module whose forward has none."""
         found = planner_of(module) or planner
         self.modules[module] = None
         step = None if found is None or hooked(module) else found(module, self)
         return Called(module) if step is None else step
 
     def plain(self, *modules: Any) -> bool:
-        """Whether no module has hooks or a forward of the instance, so that it need not be called; None is ignored."""
+        """Whether modules of PyTorch need not be called: no hooks, PyTorch's forward; what is no module is ignored."""
         present = [module for module in modules if isinstance(module, nn.Module)]
         self.modules.update(dict.fromkeys(present))
-        return not hooked(*present) and not any("forward" in module.__dict__ for module in present)
+        return not hooked(*present) and all(map(own_forward, present))
 
     def read(self, module: nn.Module, *names: str) -> None:
         """Record that the plan depends on these attributes of `module` (None where it has none)."""
@@ -131,6 +163,10 @@ class Plan:
     modules: tuple[nn.Module, ...]
     """Descendants that the step calls or replaces."""
     types: list[type]
+    classes: tuple[type[nn.Module], ...]
+    """Every class among them and the block's own, and what each derives from."""
+    forwards: list[Any]
+    """Of `classes`."""
     hooks: list[tuple[dict[int, Any], ...]]
     dicts: list[dict[str, Any]]
     """`__dict__` of the descendants, one for each name and value that was read."""
@@ -145,11 +181,16 @@ class Plan:
         own = [(name, _copy(vars(block).get(name))) for owner, name in planning.readings if owner is block]
         read = [(vars(owner), name) for owner, name in planning.readings if owner is not block]
         read += [(vars(module), name) for module in modules for name in ("forward", "_modules")]
+        types = {type(module) for module in (block, *modules)}
+        bases = {base for kind in types for base in kind.__mro__[:2]}
+        classes = tuple(base for base in bases if issubclass(base, nn.Module))
         return cls(
             step,
             own,
             modules,
             [*map(type, modules)],
+            classes,
+            [*map(_FORWARD, classes)],
             [tuple(map(dict, _HOOKS(vars(module)))) for module in modules],
             [owner for owner, _ in read],
             [name for _, name in read],
@@ -164,6 +205,7 @@ class Plan:
                 return False
         return (
             [*map(type, self.modules)] == self.types
+            and [*map(_FORWARD, self.classes)] == self.forwards
             and [*map(_HOOKS, map(vars, self.modules))] == self.hooks
             and [*map(dict.get, self.dicts, self.names)] == self.values
         )
@@ -213,13 +255,8 @@ def planned(planner: Planner) -> Callable[[_F], _F]:
     return decorate
 
 
-def planned_forward(planner: Planner, block: nn.Module, x: Any) -> Any:
-    """The forward of an instance whose class is not decorated: its plan, or the class's own forward."""
-    return run(block, planner, type(block).forward, x)
-
-
 KNOWN_FORWARDS: dict[Any, Planner] = {}
-"""Planners of forwards from elsewhere: by function, or by name where it is a method set on an instance."""
+"""Planners of forwards from elsewhere: by function, or by name where an instance has its own method as forward."""
 
 
 def planner_of(module: nn.Module) -> Planner | None:
@@ -228,6 +265,6 @@ def planner_of(module: nn.Module) -> Planner | None:
     if forward is None:
         forward = type(module).forward
         return getattr(forward, "planner", None) or KNOWN_FORWARDS.get(forward)
-    if isinstance(forward, functools.partial):
-        return forward.args[0] if forward.func is planned_forward else None
-    return KNOWN_FORWARDS.get(getattr(forward, "__name__", ""))
+    if getattr(forward, "__self__", None) is not module:  # of another instance, as after copy.copy
+        return None
+    return KNOWN_FORWARDS.get(forward.__name__)

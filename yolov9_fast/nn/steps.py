@@ -6,7 +6,6 @@ a module, whoever built it. In a CSP-ELAN block every producer writes into the b
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypeGuard
@@ -16,43 +15,21 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from yolov9_fast.nn.convolution import Sources, convolve, is_pointwise
-from yolov9_fast.nn.plan import KNOWN_FORWARDS, Planner, Planning, Slot, Step
+from yolov9_fast.nn.parts import Parts, widths
+from yolov9_fast.nn.plan import KNOWN_FORWARDS, Planner, Planning, Slot, Step, own_forward
 from yolov9_fast.nn.sync_batch_norm import SyncBatchNorm2d, arguments, process_group
 from yolov9_fast.ops._adown_pool import adown_pool
 from yolov9_fast.ops._bn_silu import bias_silu, bn_silu
 from yolov9_fast.ops._cbfuse import cbfuse
-from yolov9_fast.ops._concat import ConcatBuffer, tap
+from yolov9_fast.ops._concat import tap
 from yolov9_fast.ops._conv1x1 import conv1x1_pair
 from yolov9_fast.ops._rep_bn_silu import rep_bn_silu
 from yolov9_fast.ops._spp import spp_with_input
 
 _NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm, SyncBatchNorm2d)
+MEMORY_FORMAT = "_yolov9_fast_memory_format"
+"""On a class: the memory format in which the convolutions of its units read their weights."""
 _NORM_READINGS = ("momentum", "eps", "track_running_stats", "num_features")
-
-
-class Parts:
-    """The parts of one concatenation; their buffer is made when the first of them is known."""
-
-    def __init__(self, channels: tuple[int, ...]) -> None:
-        self.channels = channels
-        self.buffer: ConcatBuffer | None = None
-        self.written = 0
-
-    def slot(self, first: int, count: int = 1) -> Slot:
-        """Where the producer of the parts `first` to `first + count - 1` writes."""
-        return functools.partial(self._open, first, count)
-
-    def _open(self, first: int, count: int, like: Tensor) -> Tensor:
-        if self.buffer is None:
-            self.buffer = ConcatBuffer.like(like, self.channels)
-        self.written += count
-        return self.buffer.slot(first, count)
-
-    def joined(self, *parts: Tensor) -> Tensor:
-        """The concatenation; one copy of all parts where a producer could not write into its slot."""
-        if self.buffer is None or self.written < len(self.channels):
-            return torch.cat(parts, 1)
-        return self.buffer.join(*parts)
 
 
 # ---- the convolution unit
@@ -67,11 +44,15 @@ class Unit:
     """None: folded into the convolution."""
     silu: bool
     pointwise: bool
+    width: int
+    memory_format: torch.memory_format | None = None
+    """In which the convolution reads its weights; None: as they are."""
 
     def __call__(self, x: Sources, residual: Tensor | None = None, slot: Slot | None = None) -> Tensor:
         if self.norm is None:
             return self._folded(x, residual, slot)
-        return self.normalised(convolve(x, self.conv, self.pointwise), residual, slot)
+        y = convolve(x, self.conv, self.pointwise, memory_format=self.memory_format)
+        return self.normalised(y, residual, slot)
 
     def normalised(self, y: Tensor, residual: Tensor | None = None, slot: Slot | None = None) -> Tensor:
         """What follows the convolution."""
@@ -96,11 +77,11 @@ class Unit:
         A CPU's convolution adds the bias itself; a GPU's leaves it to a pass of its own, so there it joins the SiLU.
         """
         if torch.is_grad_enabled():
-            y = convolve(x, self.conv, self.pointwise)
+            y = convolve(x, self.conv, self.pointwise, memory_format=self.memory_format)
             y = nn.functional.silu(y) if self.silu else y
             return y if residual is None else y + residual
         on_cpu = self.conv.weight.device.type == "cpu"
-        y = convolve(x, self.conv, self.pointwise, add_bias=on_cpu)
+        y = convolve(x, self.conv, self.pointwise, add_bias=on_cpu, memory_format=self.memory_format)
         out = y if slot is None else slot(y)
         if not on_cpu:
             return bias_silu(y, self.conv.bias, residual=residual, out=out, activation=self.silu)
@@ -122,6 +103,9 @@ def unit_reason(unit: Any) -> str | None:
         return f"bn is {_kind(norm)}, not BatchNorm2d"
     if type(act) not in (nn.SiLU, nn.Identity):
         return f"act is {_kind(act)}, not SiLU"
+    for name, part in (("conv", conv), ("bn", norm), ("act", act)):
+        if part is not None and not own_forward(part):
+            return f"{name} has a forward of its own"
     return None
 
 
@@ -134,8 +118,15 @@ def unit(block: Any, planning: Planning) -> Unit | None:
     norm, act = getattr(block, "bn", None), getattr(block, "act", None)
     if not planning.plain(conv, norm, act) or unit_reason(block) is not None:
         return None
-    planning.read(conv, "kernel_size", "stride", "padding", "groups", "padding_mode")
-    return Unit(conv, norm if type(norm) in _NORMS else None, type(act) is nn.SiLU, is_pointwise(conv))
+    planning.read(conv, "kernel_size", "stride", "padding", "groups", "padding_mode", "out_channels")
+    return Unit(
+        conv,
+        norm if type(norm) in _NORMS else None,
+        type(act) is nn.SiLU,
+        is_pointwise(conv),
+        conv.out_channels,
+        getattr(type(block), MEMORY_FORMAT, None),
+    )
 
 
 # ---- RepConv and the blocks made of it
@@ -149,6 +140,10 @@ class RepUnit:
     second: Unit
     act: nn.Module
 
+    @property
+    def width(self) -> int:
+        return self.first.width
+
     def __call__(self, x: Tensor, residual: Tensor | None = None, slot: Slot | None = None) -> Tensor:
         first, second = self.first, self.second
         norm1, norm2 = first.norm, second.norm
@@ -157,7 +152,8 @@ class RepUnit:
         if norm1.training is not norm2.training:
             y: Tensor = self.act(first(x) + second(x))
             return y if residual is None else y + residual
-        y1, y2 = convolve(x, first.conv, first.pointwise), convolve(x, second.conv, second.pointwise)
+        y1 = convolve(x, first.conv, first.pointwise, memory_format=first.memory_format)
+        y2 = convolve(x, second.conv, second.pointwise, memory_format=second.memory_format)
         own1, training, momentum = arguments(norm1)
         own2, _, _ = arguments(norm2)
         return rep_bn_silu(
@@ -224,6 +220,10 @@ class Bottleneck:
     last: Step
     residual: bool
 
+    @property
+    def width(self) -> int | None:
+        return self.last.width
+
     def __call__(self, x: Tensor, residual: Tensor | None = None, slot: Slot | None = None) -> Tensor:
         y = self.last(self.first(x), x if self.residual else None, slot)
         return y if residual is None else y + residual
@@ -241,6 +241,10 @@ class Chain:
 
     before: tuple[Step, ...]
     last: Step
+
+    @property
+    def width(self) -> int | None:
+        return self.last.width
 
     def __call__(self, x: Tensor, residual: Tensor | None = None, slot: Slot | None = None) -> Tensor:
         for step in self.before:
@@ -262,7 +266,11 @@ class Csp:
     second: Step
     inner: Step
     last: Step
-    channels: tuple[int, int]
+    channels: tuple[int, ...] | None
+
+    @property
+    def width(self) -> int | None:
+        return self.last.width
 
     def __call__(self, x: Tensor, residual: Tensor | None = None, slot: Slot | None = None) -> Tensor:
         parts = Parts(self.channels)
@@ -277,21 +285,18 @@ class Csp:
 
 def _is_product(step: Step) -> TypeGuard[Unit]:
     """Whether `step` is a 1×1 convolution without bias and a norm, so that it can read its input with another."""
-    return (
-        isinstance(step, Unit)
-        and step.pointwise
-        and step.norm is not None
-        and step.conv._parameters.get("bias") is None
-    )
+    return isinstance(step, Unit) and step.pointwise and step.norm is not None and step.conv.bias is None
 
 
-def csp(block: Any, planning: Planning) -> Csp:
-    units = [child(block, number) for number in (1, 2, 3)]
-    first, second, last = map(planning.step, units)
+def csp(block: Any, planning: Planning) -> Csp | None:
+    first, second, last = (planning.step(child(block, number)) for number in (1, 2, 3))
     inner = inner_blocks(block)
-    step = planning.step(inner) if isinstance(inner, nn.Sequential) else chain(inner, planning)
-    assert step is not None
-    return Csp(first, second, step, last, (_out_channels(units[0], planning), _out_channels(units[1], planning)))
+    if isinstance(inner, nn.ModuleList):
+        planning.plain(inner)
+        step = chain([*inner], planning)
+    else:
+        step = planning.step(inner)
+    return None if step is None else Csp(first, second, step, last, widths(step, second))
 
 
 @dataclass(frozen=True)
@@ -301,12 +306,17 @@ class Elan:
     first: Step
     stages: tuple[Step, ...]
     last: Step
-    channels: tuple[int, ...]
-    """Of both halves and of every stage."""
+    channels: tuple[int, ...] | None
+    """Of both halves and of every stage; None where one of them does not write into its slot."""
+
+    @property
+    def width(self) -> int | None:
+        return self.last.width
 
     def __call__(self, x: Sources, residual: Tensor | None = None, slot: Slot | None = None) -> Tensor:
         parts = Parts(self.channels)
-        halves, y = tap(self.first(x, None, parts.slot(0, 2)), self.channels[0])
+        y = self.first(x, None, parts.slot(0, 2))
+        halves, y = tap(y, (y.shape[1] + 1) // 2)
         results = [halves]
         for number, stage in enumerate(self.stages, start=2):
             y = stage(y, None, parts.slot(number))
@@ -315,10 +325,11 @@ class Elan:
 
 
 def elan(block: Any, planning: Planning) -> Elan:
-    first, *stages, last = numbered(block)
-    half = _out_channels(first, planning) // 2
-    channels = (half, half, *(_out_channels(tail_unit(stage), planning) for stage in stages))
-    return Elan(planning.step(first), tuple(map(planning.step, stages)), planning.step(last), channels)
+    first, *stages, last = map(planning.step, numbered(block))
+    half = None if first.width is None or first.width % 2 else first.width // 2
+    others = widths(*stages)
+    channels = None if half is None or others is None else (half, half, *others)
+    return Elan(first, tuple(stages), last, channels)
 
 
 @dataclass(frozen=True)
@@ -327,18 +338,19 @@ class SppElan:
 
     first: Step
     last: Step
-    channels: int
+
+    @property
+    def width(self) -> int | None:
+        return self.last.width
 
     def __call__(self, x: Tensor, residual: Tensor | None = None, slot: Slot | None = None) -> Tensor:
-        parts = Parts((self.channels,) * 4)
+        parts = Parts(None if self.first.width is None else (self.first.width,) * 4)
         y = self.first(x, None, parts.slot(0))
-        pooled = spp_with_input(y, out=[parts.slot(number)(y) for number in (1, 2, 3)])
-        return self.last(parts.joined(*pooled), residual, slot)
+        return self.last(parts.joined(*spp_with_input(y, parts.slots(y, 1, 2, 3))), residual, slot)
 
 
 def spp_elan(block: Any, planning: Planning) -> SppElan:
-    first = child(block, 1)
-    return SppElan(planning.step(first), planning.step(child(block, 5)), _out_channels(first, planning))
+    return SppElan(planning.step(child(block, 1)), planning.step(child(block, 5)))
 
 
 @dataclass(frozen=True)
@@ -347,7 +359,8 @@ class ADown:
 
     first: Step
     second: Step
-    channels: tuple[int, int]
+    channels: tuple[int, ...] | None
+    width: None = None
 
     def __call__(self, x: Tensor, residual: Tensor | None = None, slot: Slot | None = None) -> Tensor:
         parts = Parts(self.channels)
@@ -358,9 +371,8 @@ class ADown:
 
 
 def a_down(block: Any, planning: Planning) -> ADown:
-    first, second = child(block, 1), child(block, 2)
-    channels = (_out_channels(first, planning), _out_channels(second, planning))
-    return ADown(planning.step(first), planning.step(second), channels)
+    first, second = planning.step(child(block, 1)), planning.step(child(block, 2))
+    return ADown(first, second, widths(first, second))
 
 
 @dataclass(frozen=True)
@@ -368,6 +380,10 @@ class AConv:
     """Average pool, then Conv 3×3 stride 2."""
 
     unit: Step
+
+    @property
+    def width(self) -> int | None:
+        return self.unit.width
 
     def __call__(self, x: Tensor, residual: Tensor | None = None, slot: Slot | None = None) -> Tensor:
         return self.unit(adown_pool(x, split=False)[0], residual, slot)
@@ -382,6 +398,7 @@ class CbFuse:
     """Sum of the chosen split of every CBLinear, nearest-resized to the last input, and the last input itself."""
 
     indices: tuple[int, ...]
+    width: None = None
 
     def __call__(self, x: Sequence[Any], residual: Tensor | None = None, slot: Slot | None = None) -> Tensor:
         target: Tensor = x[-1]
@@ -397,13 +414,7 @@ def cb_fuse(block: Any, planning: Planning) -> CbFuse:
     return CbFuse(tuple(indices))
 
 
-def _folded_unit(block: Any, planning: Planning) -> Unit | None:
-    return unit(block, planning) if getattr(block, "bn", None) is None else None
-
-
 KNOWN_FORWARDS[nn.Sequential.forward] = chain
-# Code of this family folds BatchNorm into the convolution and sets this method, act(conv(x)), on the instance.
-KNOWN_FORWARDS["forward_fuse"] = _folded_unit
 
 
 # ---- the structure of blocks, whoever built them
@@ -424,18 +435,9 @@ def numbered(block: Any) -> list[Any]:
 
 
 def inner_blocks(block: Any) -> Any:
-    """The bottlenecks of a CSP block: a Sequential or another sequence of modules."""
-    return getattr(block, "m", None) or getattr(block, "bottleneck", ())
-
-
-def tail_unit(stage: Any) -> Any:
-    return stage[-1] if isinstance(stage, nn.Sequential) else stage
-
-
-def _out_channels(unit: Any, planning: Planning) -> int:
-    planning.read(unit.conv, "out_channels")
-    channels: int = unit.conv.out_channels
-    return channels
+    """The bottlenecks of a CSP block: a Sequential, a ModuleList, or another module; None when there are none."""
+    found = getattr(block, "m", None)
+    return getattr(block, "bottleneck", None) if found is None else found
 
 
 def a_conv_unit(block: Any) -> Any:

@@ -17,8 +17,9 @@ from yolov9_fast.errors import UserError
 from yolov9_fast.nn.blocks import Conv
 from yolov9_fast.nn.heads import Head, HeadOptions, Shapes
 from yolov9_fast.nn.output import DetectionOutput
+from yolov9_fast.nn.parts import Parts, widths
 from yolov9_fast.nn.plan import Planning, Slot, Step, planned
-from yolov9_fast.nn.steps import Parts, chain
+from yolov9_fast.nn.steps import chain
 from yolov9_fast.ops._boxes import STRIDES
 from yolov9_fast.ops._spp import spp_with_input
 
@@ -34,7 +35,8 @@ def _max_pool(x: Tensor) -> Tensor:
 class _MPDownStep:
     first: Step
     second: Step
-    channels: tuple[int, int]
+    channels: tuple[int, ...] | None
+    width: None = None
 
     def __call__(self, x: Tensor, residual: Tensor | None = None, slot: Slot | None = None) -> Tensor:
         parts = Parts(self.channels)
@@ -44,28 +46,31 @@ class _MPDownStep:
 
 
 def _mp_down(block: MPDown, planning: Planning) -> _MPDownStep:
-    second = chain((block.cv2, block.cv3), planning)
+    first, second = planning.step(block.cv1), chain((block.cv2, block.cv3), planning)
     assert second is not None
-    return _MPDownStep(planning.step(block.cv1), second, (block.cv1.conv.out_channels, block.cv3.conv.out_channels))
+    return _MPDownStep(first, second, widths(first, second))
 
 
 @dataclass(frozen=True)
 class _SPPCSPCStep:
     units: tuple[Step, ...]
-    channels: int
+
+    @property
+    def width(self) -> int | None:
+        return self.units[-1].width
 
     def __call__(self, x: Tensor, residual: Tensor | None = None, slot: Slot | None = None) -> Tensor:
         cv1, cv2, cv3, cv4, cv5, cv6, cv7 = self.units
-        pools, both = Parts((self.channels,) * 4), Parts((self.channels,) * 2)
+        pools, both = Parts(None if cv4.width is None else (cv4.width,) * 4), Parts(widths(cv6, cv2))
         y = cv4(cv3(cv1(x)), None, pools.slot(0))
-        y = cv5(pools.joined(*spp_with_input(y, out=[pools.slot(number)(y) for number in (1, 2, 3)])))
+        y = cv5(pools.joined(*spp_with_input(y, pools.slots(y, 1, 2, 3))))
         y = cv6(y, None, both.slot(0))
         return cv7(both.joined(y, cv2(x, None, both.slot(1))), residual, slot)
 
 
 def _sppcspc(block: SPPCSPC, planning: Planning) -> _SPPCSPCStep:
     units = (block.cv1, block.cv2, block.cv3, block.cv4, block.cv5, block.cv6, block.cv7)
-    return _SPPCSPCStep(tuple(map(planning.step, units)), block.cv4.conv.out_channels)
+    return _SPPCSPCStep(tuple(map(planning.step, units)))
 
 
 class MPDown(nn.Module):

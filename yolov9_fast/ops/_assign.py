@@ -14,6 +14,7 @@ from yolov9_fast.ops._boxes import REG_MAX, ciou_of_sides
 from yolov9_fast.ops._boxes import aspect as aspect_by_atan
 from yolov9_fast.ops._checks import check_floating
 from yolov9_fast.ops._operator import Compiled, Kernel, Operator, not_on
+from yolov9_fast.ops._recording import unless_recorded
 
 RULES = ("yolov9", "ultralytics", "mit")
 _YOLOV9, _ULTRALYTICS, _MIT = range(3)
@@ -86,7 +87,7 @@ def assign(
     _check_options(boxes, topk, alpha, beta, rule, strides)
     dtype = torch.float64 if boxes.dtype == torch.float64 else torch.float32
     gt_shape = gt_boxes.shape[:2]
-    gt_index, weight = OPERATOR(
+    gt_index, weight = unless_recorded(OPERATOR)(
         scores.detach(),
         boxes.detach().to(dtype),
         anchor_points.detach().to(dtype),

@@ -12,6 +12,7 @@ from torch import Tensor
 from yolov9_fast.ops._boxes import REG_MAX, STRIDES, anchor_points
 from yolov9_fast.ops._checks import FLOATING
 from yolov9_fast.ops._operator import Compiled, Kernel, Operator, needs_gradient, not_on
+from yolov9_fast.ops._recording import unless_recorded
 
 _MAX_LEVELS = 8
 
@@ -31,7 +32,7 @@ def decode(maps: Sequence[Tensor], strides: Sequence[int] = STRIDES) -> Tensor:
         ValueError: maps that do not fit each other or the strides.
     """
     check_maps(maps, strides)
-    result: Tensor = OPERATOR(maps, strides)
+    result: Tensor = unless_recorded(OPERATOR)(maps, strides)
     return result
 
 
@@ -73,7 +74,7 @@ def decode_for_assignment(maps: Sequence[Tensor], labels: Tensor, strides: Seque
     if labels.dim() != 2 or labels.shape[0] != maps[0].shape[0]:
         raise ValueError(f"labels: expected [{maps[0].shape[0]}, N], got {list(labels.shape)}")
     maps = [level.detach() for level in maps]
-    result: AssignmentInputs = ASSIGNMENT_OPERATOR(maps, labels, strides)
+    result: AssignmentInputs = unless_recorded(ASSIGNMENT_OPERATOR)(maps, labels, strides)
     return result
 
 

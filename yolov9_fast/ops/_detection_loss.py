@@ -21,6 +21,7 @@ from yolov9_fast.ops._decode import (
     with_one_pixel_stride,
 )
 from yolov9_fast.ops._operator import AutogradFunction, Compiled, Kernel, Operator, not_on
+from yolov9_fast.ops._recording import unless_recorded
 
 _FOCAL_ALPHA = 0.25
 
@@ -92,7 +93,9 @@ def detection_loss(
         raise ValueError(f"gains: expected three (box, cls, dfl), got {len(gains)}")
     box, cls, dfl = gains
     options = LossOptions(tuple(strides), class_pos_weight, label_smoothing, focal_gamma, (box, cls, dfl))
-    result: Tensor = OPERATOR(maps, assignment, gt_labels, gt_boxes, normaliser.detach().reshape(()), options)
+    result: Tensor = unless_recorded(OPERATOR)(
+        maps, assignment, gt_labels, gt_boxes, normaliser.detach().reshape(()), options
+    )
     return result
 
 

@@ -70,6 +70,8 @@ def _gpus() -> str:
 
 def _build() -> Iterable[str]:
     info = library.build_info()
+    if tree := library.uncompiled_tree():
+        yield tree
     if info:
         yield f"built against torch {info.get('torch')}, {'portable' if info.get('portable') else 'for this CPU only'}"
     for backend, reason in library.loaded.items():

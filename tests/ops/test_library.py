@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -20,6 +24,36 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_a_package_that_was_never_installed(package: Path) -> None:
     assert library.build_info() == {}
     assert library._load("cpu", {}) == "not compiled: the package was not installed (pip install)"
+
+
+def test_an_uncompiled_tree_says_so_once_and_in_the_report(tmp_path: Path) -> None:
+    source, installed = tmp_path / "clone", tmp_path / "site"
+    (installed / "yolov9_fast").mkdir(parents=True)
+    (installed / "yolov9_fast" / "_build_info.json").write_text("{}")
+    ignored = shutil.ignore_patterns("*.so", "_build_info.json", "__pycache__")
+    shutil.copytree(Path(library.__file__).parents[1], source / "yolov9_fast", ignore=ignored)
+    code = "import yolov9_fast.ops, yolov9_fast.info as info; print(*info._build(), sep=chr(10))"
+    environment = {**os.environ, "PYTHONPATH": str(installed)}
+    environment.pop("YOLOV9_FAST_SKIP_LOADING", None)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=source, env=environment, capture_output=True, text=True, timeout=120
+    )
+    expected = f"{source / 'yolov9_fast'} is not compiled: all operators run in eager PyTorch; "
+    expected += f"start Python in another folder to use the installation in {installed / 'yolov9_fast'}\n"
+    assert done.stderr == expected
+    assert done.stdout.startswith(expected)
+
+
+def test_only_an_uncompiled_tree_says_so(package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "path", [])
+    monkeypatch.setitem(library.loaded, "cpu", "not compiled: the package was not installed (pip install)")
+    assert str(library.uncompiled_tree()).endswith("compile with `pip install`")
+    for reason in (None, "YOLOV9_FAST_SKIP_LOADING is set", "_C_cpu.so cannot be loaded: x"):
+        monkeypatch.setitem(library.loaded, "cpu", reason)
+        assert library.uncompiled_tree() is None
+    monkeypatch.setitem(library.loaded, "cpu", "not compiled: no compiler")
+    (package / "_build_info.json").write_text('{"parts": {}}')
+    assert library.uncompiled_tree() is None
 
 
 def test_a_part_that_the_installation_could_not_compile_keeps_its_reason(package: Path) -> None:

@@ -8,9 +8,12 @@ of a build with sanitizers.
 from __future__ import annotations
 
 import json
+import logging
+import multiprocessing
 import os
 import platform
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -84,6 +87,24 @@ def _load(backend: str, info: dict[str, Any]) -> str | None:
     return None
 
 
+def uncompiled_tree() -> str | None:
+    """What to do where Python has found the package's sources, which no installation has compiled; None elsewhere."""
+    if build_info() or loaded["cpu"] is None or not loaded["cpu"].startswith("not compiled"):
+        return None
+    text = f"{PACKAGE_FOLDER} is not compiled: all operators run in eager PyTorch"
+    for entry in sys.path:
+        other = Path(entry or ".").resolve() / PACKAGE_FOLDER.name
+        if other != PACKAGE_FOLDER and (other / "_build_info.json").exists():
+            return f"{text}; start Python in another folder to use the installation in {other}"
+    return f"{text}; compile with `pip install`"
+
+
+def _warn_once() -> None:
+    text = uncompiled_tree()
+    if text and os.environ.get("RANK", "0") == "0" and multiprocessing.parent_process() is None:
+        logging.getLogger("yolov9_fast").warning(text)
+
+
 def _cpu_features() -> set[str]:
     try:
         text = Path("/proc/cpuinfo").read_text()
@@ -98,3 +119,4 @@ loaded: dict[str, str | None] = {}
 
 _info = build_info()
 loaded.update({_backend: _load(_backend, _info) for _backend in _DEVICE_OF_BACKEND})
+_warn_once()

@@ -25,7 +25,7 @@ LIMITS = {
     "NESTING": Limit(50, "levels", "lists and mappings within one another in YAML"),
     "JSON_BYTES": Limit(2 << 30, "bytes", "a JSON file, such as COCO annotations"),
     "OUTLINE_POINTS": Limit(100_000, "points", "the outline of one object in COCO annotations, of at most 1/100 parts"),
-    "IMAGE_OBJECTS": Limit(50_000, "objects", "the objects of one image"),
+    "IMAGE_OBJECTS": Limit(100_000, "objects", "the objects of one image"),
     "LABEL_BYTES": Limit(16 << 20, "bytes", "the label file of one image"),
     "LABEL_ROWS": Limit(100_000, "rows", "the label file of one image"),
     "LIST_BYTES": Limit(1 << 30, "bytes", "a list of images"),

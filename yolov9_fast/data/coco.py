@@ -4,25 +4,18 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from itertools import compress
+from typing import Any
 
 import numpy as np
 
+from yolov9_fast._collection import collection_paused
 from yolov9_fast._untrusted import shown
 from yolov9_fast.data.coco_file import CocoFile, CocoObject, read_coco
 from yolov9_fast.data.config import DataConfig
 from yolov9_fast.data.geometry import Floats
 from yolov9_fast.data.records import ImageRecord, LabelReport
-from yolov9_fast.data.yolo import box_from_corners
 from yolov9_fast.errors import DataError
-
-
-class PlacedObject(NamedTuple):
-    """An object of an image with its class and its box (cx, cy, w, h), normalised and clipped to the image."""
-
-    found: CocoObject
-    label: int
-    box: list[float]
 
 
 def open_annotations(config: DataConfig, split: str) -> CocoFile | None:
@@ -79,40 +72,34 @@ def _is_part(coco: CocoFile, config: DataConfig) -> bool:
 
 def place_objects(
     objects: Sequence[CocoObject], size: tuple[int, int], classes: dict[int, int], report: LabelReport | None = None
-) -> list[PlacedObject]:
+) -> tuple[list[CocoObject], Floats]:
     """The objects of an image of `size` (height, width) that training, confusion matrix and AP use, crowds included.
 
-    `classes`: category id → class. Others go to `report`: of another category, or outside the image.
+    `classes`: category id → class. Objects of other categories or outside the image go to `report`. Also returns the
+    rows of `ImageRecord.boxes`, float32 [n, 5].
     """
-    height, width = size
-    placed = []
-    for found in objects:
-        label = classes.get(found.category_id)
-        if label is None:
-            problem = f"unknown category ({found.category_id})"
-        else:
-            x, y, w, h = found.box
-            box = box_from_corners(x / width, y / height, (x + w) / width, (y + h) / height)
-            if box[2] > 0 and box[3] > 0:
-                placed.append(PlacedObject(found, label, box))
-                continue
-            problem = "box outside the image"
-        if report is not None:
-            report.skip(found.place, problem)
-    return placed
+    boxes = np.array([found.box for found in objects], dtype=np.float64).reshape(-1, 4)
+    ends = np.stack((boxes[:, :2], boxes[:, :2] + boxes[:, 2:])) / np.array([size[1], size[0]])
+    low, high = np.clip(ends, 0, 1)
+    labels = np.array([classes.get(found.category_id, -1) for found in objects], dtype=np.int64)
+    rows = np.concatenate((labels[:, None], (low + high) / 2, high - low), axis=1).astype(np.float32)
+    used = (labels >= 0) & (rows[:, 3:] > 0).all(axis=1)
+    if report is not None:
+        for found, label in compress(zip(objects, labels, strict=True), ~used):
+            reason = f"unknown category ({found.category_id})" if label < 0 else "box outside the image"
+            report.skip(found.place, reason)
+    return list(compress(objects, used)), rows[used]
 
 
-def record_objects(placed: Sequence[PlacedObject], size: tuple[int, int]) -> tuple[Floats, list[Floats | None] | None]:
-    """Boxes and polygons of `ImageRecord` of an image of `size` (height, width): those of `placed` without crowds."""
-    single = [entry for entry in placed if not entry.found.crowd]
-    boxes = np.array([(entry.label, *entry.box) for entry in single], dtype=np.float32).reshape(-1, 5)
-    if all(entry.found.outline is None for entry in single):
-        return boxes, None
+def outlines_in(objects: Sequence[CocoObject], size: tuple[int, int]) -> list[Floats | None] | None:
+    """`ImageRecord.polygons` of objects in an image of `size` (height, width)."""
+    if all(found.outline is None for found in objects):
+        return None
     scale = np.array([size[1], size[0]], dtype=np.float32)
-    outlines = [entry.found.outline for entry in single]
-    return boxes, [None if points is None else np.clip(points / scale, 0, 1) for points in outlines]
+    return [None if found.outline is None else np.clip(found.outline / scale, 0, 1) for found in objects]
 
 
+@collection_paused()
 def coco_ground_truth(
     config: DataConfig, split: str, records: Sequence[ImageRecord], *, coco: CocoFile | None = None
 ) -> dict[str, Any]:
@@ -136,8 +123,7 @@ def coco_ground_truth(
         classes = {category: label for label, category in enumerate(categories)}
         for record in records:
             objects = coco.objects.get(record.image_id, [])
-            placed = place_objects(objects, (record.height, record.width), classes)
-            annotations += [_annotation(entry.found) for entry in placed]
+            annotations += map(_annotation, place_objects(objects, (record.height, record.width), classes)[0])
     ids = {annotation["id"] for annotation in annotations}
     # pycocotools treats id 0 as unmatched and confuses annotations with the same id.
     if len(ids) != len(annotations) or any(number is None or number <= 0 for number in ids):

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
-import gc
 import os
 import posixpath
 from collections import Counter, defaultdict
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import accumulate, chain, pairwise
 from pathlib import Path
@@ -15,6 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from yolov9_fast._collection import collection_paused
 from yolov9_fast._numbers import finite_number, flag, integer
 from yolov9_fast._untrusted import read_json, shown
 from yolov9_fast.data.geometry import Floats, join_polygons
@@ -67,6 +65,7 @@ class _Unusable(Exception):
     """The reason why an entry is skipped."""
 
 
+@collection_paused()
 def read_coco(file: Path) -> CocoFile:
     """Read a COCO JSON and check every number in it.
 
@@ -78,23 +77,6 @@ def read_coco(file: Path) -> CocoFile:
     Raises:
         DataError: not a COCO JSON, an unusable category, an id that stands twice.
     """
-    with _collection_paused():
-        return _read(file)
-
-
-@contextlib.contextmanager
-def _collection_paused() -> Iterator[None]:
-    """Without Python's search for cycles, which looks at all of millions of new values again and again."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
-
-
-def _read(file: Path) -> CocoFile:
     content = read_json(file, "annotation file")
     for key in ("images", "annotations", "categories"):
         if not isinstance(content, dict) or not isinstance(content.get(key), list):

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from itertools import compress
 from pathlib import Path
 
 import numpy as np
 
+from yolov9_fast._collection import collection_paused
 from yolov9_fast._numbers import LARGEST_INTEGER
 from yolov9_fast._untrusted import MissingFileError, absence, read_text
-from yolov9_fast.data.coco import category_ids, open_annotations, place_objects, record_objects
+from yolov9_fast.data.coco import category_ids, open_annotations, outlines_in, place_objects
 from yolov9_fast.data.coco_file import CocoFile, CocoImage
 from yolov9_fast.data.config import DataConfig
 from yolov9_fast.data.listing import label_path, list_images
@@ -21,6 +23,7 @@ from yolov9_fast.errors import DataError
 from yolov9_fast.limits import above_limit, limit
 
 
+@collection_paused()
 def load_split(
     config: DataConfig, split: str, *, for_training: bool, coco: CocoFile | None = None
 ) -> tuple[list[ImageRecord], LabelReport]:
@@ -127,12 +130,15 @@ def _coco_records(
         if problem or len(objects) > limit("IMAGE_OBJECTS"):
             report.skip(str(path), problem or f"too many objects ({above_limit('IMAGE_OBJECTS', len(objects))})")
             continue
-        placed = place_objects(objects, size, classes, report)
-        for entry in placed if for_training else ():
-            if entry.found.crowd:
-                report.skip(entry.found.place, "crowd or ignored region, not used in training")
-        boxes, polygons = record_objects(placed, size)
-        records.append(ImageRecord(path, checked.width, checked.height, image.id, boxes, polygons, image.file_name))
+        placed, boxes = place_objects(objects, size, classes, report)
+        for found in placed if for_training else ():
+            if found.crowd:
+                report.skip(found.place, "crowd or ignored region, not used in training")
+        single = np.array([not found.crowd for found in placed], dtype=bool)
+        polygons = outlines_in(list(compress(placed, single)), size)
+        records.append(
+            ImageRecord(path, checked.width, checked.height, image.id, boxes[single], polygons, image.file_name)
+        )
     listed = {image.id for image in coco.images}
     unlisted = sum(len(objects) for image_id, objects in coco.objects.items() if image_id not in listed)
     if unlisted:

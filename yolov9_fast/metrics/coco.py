@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from yolov9_fast._collection import collection_paused
 from yolov9_fast._lazy import require
 from yolov9_fast._numbers import finite_number, flag, integer
 from yolov9_fast._text import printable
@@ -124,6 +125,7 @@ class CocoMetrics:
         return "\n".join(rows)
 
 
+@collection_paused()
 def evaluate_coco(
     ground_truth: dict[str, Any],
     detections: Sequence[dict[str, Any]],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import types
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -97,6 +98,44 @@ def test_rows_of_an_end_to_end_network_are_filtered_only() -> None:
     assert functions.ultralytics(rows)[0].tolist() == rows[0, :2].tolist()
     assert functions.ultralytics(rows, classes=[1])[0].tolist() == rows[0, 1:2].tolist()
     assert functions.ultralytics(rows, max_det=1)[0].tolist() == rows[0, :1].tolist()
+    assert functions.ultralytics(rows, classes=1, max_det=1)[0].tolist() == rows[0, 1:2].tolist()
+    assert functions.ultralytics(rows, classes=[], max_det=1)[0].shape == (0, 6)
+
+
+@BOTH
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_rows_are_float32_whatever_the_prediction_is(style: str, dtype: torch.dtype) -> None:
+    for rows in getattr(functions, style)(prediction(extra=2).to(dtype), **{"nm" if style[0] == "w" else "nc": 2}):
+        assert rows.dtype == torch.float32
+        assert len(rows) > 0
+    rows = torch.tensor([[[0.0, 0, 9, 9, 0.9, 100]]], dtype=dtype)
+    assert functions.ultralytics(rows, classes=100)[0].dtype == torch.float32
+    assert len(functions.ultralytics(rows, classes=100)[0]) == 1
+
+
+@BOTH
+@pytest.mark.parametrize(
+    "classes",
+    [1, torch.tensor(1), torch.tensor([[1]]), np.int64(1), np.array([1.0]), (1,), {1}, range(1, 2), [1, 1, 7]],
+)
+def test_classes_are_one_number_or_several(style: str, classes: Any) -> None:
+    expected = getattr(functions, style)(prediction(), classes=[1])
+    found = getattr(functions, style)(prediction(), 0.25, 0.45, classes)
+    assert all(map(torch.equal, found, expected))
+    assert len(found[0]) > 0
+    assert not any(map(len, getattr(functions, style)(prediction(), classes=[0.5, -1, 99])))
+    with pytest.raises(TypeError, match="classes: expected a number or several, got 'person'"):
+        getattr(functions, style)(prediction(), classes="person")
+
+
+def test_the_seventh_argument_is_labels_or_max_det() -> None:
+    case = prediction()
+    assert len(functions.ultralytics(case, 0.25, 0.45, None, False, False, 3)[0]) == 3
+    labels = [torch.tensor([[1.0, 300, 300, 20, 10]]), torch.zeros(0, 5)]
+    given = functions.ultralytics(case, 0.25, 0.45, None, False, False, labels)
+    assert torch.equal(given[0], functions.ultralytics(case, labels=labels)[0])
+    with pytest.raises(TypeError, match=r"expected 7 positional arguments at most, got 8; .* give them by name"):
+        functions.ultralytics(case, 0.25, 0.45, None, False, False, 3, 80)
 
 
 @pytest.mark.parametrize("option", ["rotated", "return_idxs"])
@@ -128,9 +167,9 @@ def original(prediction: Tensor, conf_thres: float = 0.25, iou_thres: float = 0.
 def test_a_module_is_patched_when_asked_and_restored() -> None:
     module = types.SimpleNamespace(non_max_suppression=original, nms=lambda boxes, scores, iou_threshold: "old")
     undo = yf.accelerate_nms(patch=module)
-    assert module.non_max_suppression is functions.wongkinyiu
+    assert torch.equal(module.non_max_suppression(prediction())[0], functions.wongkinyiu(prediction())[0])
     undo_nms = yf.accelerate_nms(patch=module, attribute="nms")
-    assert module.nms is functions.nms
+    assert module.nms(torch.tensor([[0.0, 0, 1, 1]]), torch.ones(1), 0.5).tolist() == [0]
     undo()
     undo_nms()
     assert module.non_max_suppression is original
@@ -147,3 +186,25 @@ def test_the_style_can_be_named_and_must_be_known() -> None:
         yf.accelerate_nms(patch=module, attribute="soft_nms")
     yf.accelerate_nms(patch=module, style="ultralytics")
     assert module.non_max_suppression is functions.ultralytics
+
+
+def test_the_order_and_the_defaults_of_the_replaced_function_hold() -> None:
+    def newer(
+        prediction: Tensor,
+        conf_thres: float = 0.4,
+        iou_thres: float = 0.45,
+        max_det: int = 5,
+        max_nms: int = 9,
+        turn: int = 0,
+    ) -> None: ...
+
+    module = types.SimpleNamespace(non_max_suppression=newer)
+    yf.accelerate_nms(patch=module)
+    case = prediction()
+    assert len(module.non_max_suppression(case, 0.25, 0.45, 2)[0]) == 2
+    expected = functions.ultralytics(case, conf_thres=0.4, max_det=5, max_nms=9)
+    assert all(map(torch.equal, module.non_max_suppression(case), expected))
+    with pytest.raises(TypeError, match="newer: the replacement has no argument turn"):
+        module.non_max_suppression(case, turn=1)
+    with pytest.raises(TypeError, match="labels"):
+        module.non_max_suppression(case, labels=())

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, overload
 
@@ -14,13 +15,15 @@ from yolov9_fast.ops._nms import nms, warn_if_cut
 from yolov9_fast.ops._nms_boxes import nms_boxes
 
 Labels = Sequence[Tensor]
+Classes = int | Iterable[Any] | Tensor | None
+"""One class or several: int, sequence, set, array or tensor; None takes all."""
 
 
 def non_max_suppression_wongkinyiu(
     prediction: Tensor | Sequence[Any],
     conf_thres: float = 0.25,
     iou_thres: float = 0.45,
-    classes: Sequence[int] | None = None,
+    classes: Classes = None,
     agnostic: bool = False,
     multi_label: bool = False,
     labels: Labels = (),
@@ -48,9 +51,10 @@ def non_max_suppression_ultralytics(
     prediction: Tensor | Sequence[Any],
     conf_thres: float = 0.25,
     iou_thres: float = 0.45,
-    classes: Sequence[int] | Tensor | None = None,
+    classes: Classes = None,
     agnostic: bool = False,
     multi_label: bool = False,
+    *positional: Any,
     labels: Labels = (),
     max_det: int = 300,
     nc: int = 0,
@@ -64,12 +68,16 @@ def non_max_suppression_ultralytics(
 ) -> list[Tensor]:
     """NMS as the Ultralytics package calls it.
 
+    The seventh positional argument is `labels` in some of its versions and `max_det` in others: a number is taken as
+    `max_det`. Later arguments are given by name; `accelerate_nms(patch=...)` takes the order of what it replaces.
+
     Without effect: `max_time_img` (there is no time limit), `max_wh` (classes are compared, boxes are not shifted),
     `in_place` (the prediction is never changed).
 
     Args:
         prediction: [B, 4 + nc + nm, A], or a list or tuple whose first item is that; or, with `end2end` or a last
-            dimension of 6, rows [B, n, 6 or more] (x1, y1, x2, y2, score, class, …), which are filtered only.
+            dimension of 6, rows [B, n, 6 or more] (x1, y1, x2, y2, score, class, …), which are filtered only: the
+            first `max_det` of those with more than `conf_thres` of the chosen classes.
         labels: as for `non_max_suppression_wongkinyiu`.
         nc: number of classes; 0 takes all channels behind the box as classes, otherwise the rest are mask coefficients.
         max_nms: candidates of an image before suppression.
@@ -79,21 +87,31 @@ def non_max_suppression_ultralytics(
 
     Raises:
         NotImplementedError: rotated boxes, or the indices of what was kept (`return_idxs`).
+        TypeError: eight positional arguments or more.
     """
+    if len(positional) > 1:
+        raise TypeError(
+            f"non_max_suppression: expected 7 positional arguments at most, got {6 + len(positional)}; the order "
+            f"of the others differs between versions of Ultralytics, so give them by name"
+        )
+    if positional and isinstance(positional[0], Sequence):
+        labels = positional[0]
+    elif positional:
+        max_det = int(positional[0])
     if rotated:
         raise NotImplementedError("non_max_suppression: rotated boxes are not supported")
     if return_idxs:
         raise NotImplementedError("non_max_suppression: return_idxs is not supported; ops.nms gives the anchors")
     prediction = _first_tensor(prediction)
-    chosen = classes.flatten().tolist() if isinstance(classes, Tensor) else classes
     if end2end or prediction.shape[-1] == 6:
+        chosen = _chosen(classes)
         return [_filtered(rows, conf_thres, chosen, max_det) for rows in prediction]
     return _per_image(
         prediction,
         nc or prediction.shape[1] - 4,
         conf_thres,
         iou_thres,
-        chosen,
+        classes,
         agnostic,
         multi_label,
         labels,
@@ -144,7 +162,8 @@ def accelerate_nms(
         patch: a module (or object) whose `attribute` is replaced. A module that has already imported the function by
             name keeps the old one: patch the module that calls it.
         attribute: the name of the function in `patch`.
-        style: one of the four names above; None chooses by the signature of the replaced function.
+        style: one of the four names above; None chooses by the signature of the replaced function, whose order, names
+            and defaults of arguments hold.
 
     Returns:
         With `patch`: a function that restores the old one.
@@ -157,7 +176,7 @@ def accelerate_nms(
     if patch is None:
         return functions
     before = getattr(patch, attribute)
-    setattr(patch, attribute, getattr(functions, _style_of(before, style)))
+    setattr(patch, attribute, _as_called(before, getattr(functions, _style_of(before, style))))
 
     def undo() -> None:
         setattr(patch, attribute, before)
@@ -188,6 +207,32 @@ def _style_of(function: Any, style: str | None) -> str:
     raise ValueError(f"style: expected one of {', '.join(_STYLES)}, as {function!r} has none of their signatures")
 
 
+def _as_called(before: Any, function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` with the order, names and defaults of the arguments of `before`, where they are known."""
+    try:
+        signature = inspect.signature(before)
+    except (TypeError, ValueError):
+        return function
+    known = [
+        name
+        for name, parameter in inspect.signature(function).parameters.items()
+        if parameter.kind is not parameter.VAR_POSITIONAL
+    ]
+    if not set(known[:2]) <= set(signature.parameters):  # its style was named, its arguments have other names
+        return function
+
+    @functools.wraps(before)
+    def call(*positional: Any, **named: Any) -> Any:
+        given = signature.bind(*positional, **named)
+        unknown = [name for name in given.arguments if name not in known]
+        if unknown:
+            raise TypeError(f"{before.__name__}: the replacement has no argument {', '.join(unknown)}")
+        given.apply_defaults()
+        return function(**{name: value for name, value in given.arguments.items() if name in known})
+
+    return call
+
+
 def _first_tensor(prediction: Any) -> Tensor:
     first = prediction[0] if isinstance(prediction, list | tuple) and prediction else prediction
     if not isinstance(first, Tensor):
@@ -206,7 +251,7 @@ def _per_image(
     number: int,
     conf: float,
     iou: float,
-    classes: Sequence[int] | None,
+    classes: Classes,
     agnostic: bool,
     multi_label: bool,
     labels: Labels,
@@ -221,13 +266,14 @@ def _per_image(
         )
     if len(labels):
         prediction = torch.cat((prediction, _as_candidates(labels, prediction, number)), 2)
+    chosen = _chosen(classes)
     found = nms(
         prediction[:, : 4 + number],
         conf=conf,
         iou=iou,
         multi_label=multi_label,
         agnostic=agnostic,
-        classes=None if classes is None else [label for label in map(int, classes) if 0 <= label < number],
+        classes=None if chosen is None else [label for label in chosen if label < number],
         max_det=max_det,
         max_candidates=max_candidates,
     )
@@ -260,8 +306,26 @@ def _as_candidates(labels: Labels, prediction: Tensor, number: int) -> Tensor:
 
 
 def _filtered(rows: Tensor, conf: float, classes: Sequence[int] | None, max_det: int) -> Tensor:
-    """Rows [n, ≥ 6] of a network that needs no NMS: those above `conf` of the chosen classes."""
-    rows = rows[rows[:, 4] > conf][:max_det]
+    """Rows [n, ≥ 6] float32 of a network that needs no NMS: the first `max_det` above `conf` of the chosen classes."""
+    wanted = rows[:, 4] > conf
+    if classes is not None:
+        wanted &= torch.isin(rows[:, 5].float(), torch.tensor(classes, device=rows.device, dtype=torch.float32))
+    return rows[wanted][:max_det].float()
+
+
+def _chosen(classes: Classes) -> list[int] | None:
+    """The classes that exist among `classes`, whose elements are numbers: what is no index matches nothing.
+
+    Raises:
+        TypeError: something other than numbers.
+    """
     if classes is None:
-        return rows
-    return rows[torch.isin(rows[:, 5], torch.tensor(list(classes), device=rows.device, dtype=rows.dtype))]
+        return None
+    try:
+        values = torch.as_tensor(
+            classes if not isinstance(classes, Iterable) or hasattr(classes, "shape") else [*classes]
+        )
+        numbers = values.double().flatten().tolist()
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(f"classes: expected a number or several, got {classes!r:.100}") from None
+    return [int(number) for number in numbers if number >= 0 and number == int(number)]

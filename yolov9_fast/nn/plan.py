@@ -77,10 +77,8 @@ def fused(x: Any) -> bool:
             x = x[-1]
         else:  # a symbol
             return False
-    if recorded():
-        return False
     if torch.compiler.is_compiling():
-        return _fused_like(x)
+        return not recorded() and _fused_like(x)
     if any(_GLOBAL_HOOKS) or type(x) not in _PLAIN:
         return False
     key = (_backend.generation, id(_backend.current()), x.device.type, torch.is_grad_enabled())
@@ -88,7 +86,7 @@ def fused(x: Any) -> bool:
     if known is None:
         _decisions.clear()
         known = _decisions[key] = _fused_like(x)
-    return known
+    return known and not recorded()
 
 
 _PLAIN = (Tensor, nn.Parameter)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Sequence
@@ -14,6 +16,7 @@ from yolov9_fast import __version__
 from yolov9_fast._lazy import import_module
 from yolov9_fast._text import printable
 from yolov9_fast.cli.output import add_shared_flags, calm_progress_bars, is_main_process, set_up_logging, silence_stdout
+from yolov9_fast.engine.interrupts import CommandSignals
 from yolov9_fast.errors import UserError
 
 COMMANDS = {
@@ -29,7 +32,6 @@ COMMANDS = {
     "demo": "render a small data set, train on it, evaluate, predict: everything in a few minutes, without a download",
 }
 EXIT_ERROR = 2
-EXIT_INTERRUPTED = 130
 
 _EPILOG = """examples:
   yolov9-fast demo
@@ -37,12 +39,39 @@ _EPILOG = """examples:
   yolov9-fast val --weights runs/train/exp/weights/best.safetensors --data my.yaml
   yolov9-fast predict --weights runs/train/exp/weights/best.safetensors --source images/
 
-exit codes: 0 success, 1 ran without the requested result, 2 wrong input (one line of error), 130 interrupted"""
+exit codes: 0 success, 1 ran without the requested result, 2 wrong input (one line of error), 130 interrupted,
+143 ended by SIGTERM"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return the exit code. `argv`: the words after `yolov9-fast` (default: this process's)."""
     words = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in words
+    signals = CommandSignals(process_ends=argv is None)
+    try:
+        with signals:
+            try:
+                return _run(words)
+            except UserError as error:
+                if signals.received:
+                    raise
+                if debug:
+                    traceback.print_exc()
+                where = "" if is_main_process() else f" (process {os.environ['RANK']})"
+                print(f"error{where}: {printable(error)}", file=sys.stderr)
+                return EXIT_ERROR
+            except BrokenPipeError:  # the reader, such as `head`, has closed the pipe
+                silence_stdout()
+                return 0
+    except BaseException as error:  # an interrupt may have become another error on its way through a library
+        if signals.received is None and not isinstance(error, KeyboardInterrupt):
+            raise
+        if debug:
+            traceback.print_exc()
+        return _report_interrupt(signals.received, error)
+
+
+def _run(words: list[str]) -> int:
     calm_progress_bars()
     parser, module = _parser(words)
     try:
@@ -53,30 +82,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.print_help()
         return EXIT_ERROR
     set_up_logging()
-    return _run(module, arguments)
+    import_modules(getattr(arguments, "imports", []))
+    code = int(module.run(arguments))
+    sys.stdout.flush()
+    return code
 
 
-def _run(module: ModuleType, arguments: argparse.Namespace) -> int:
-    debug = getattr(arguments, "debug", False)
-    try:
-        import_modules(getattr(arguments, "imports", []))
-        code = int(module.run(arguments))
-        sys.stdout.flush()
-        return code
-    except UserError as error:
-        if debug:
-            traceback.print_exc()
-        where = "" if is_main_process() else f" (process {os.environ['RANK']})"
-        print(f"error{where}: {printable(error)}", file=sys.stderr)
-        return EXIT_ERROR
-    except KeyboardInterrupt:
-        if debug:
-            traceback.print_exc()
-        print("interrupted", file=sys.stderr)
-        return EXIT_INTERRUPTED
-    except BrokenPipeError:  # the reader, such as `head`, has closed the pipe
-        silence_stdout()
-        return 0
+def _report_interrupt(received: signal.Signals | None, error: BaseException) -> int:
+    """Print one line, with the advice that the interrupt carries; the exit code: 130, or 143 after SIGTERM."""
+    exec("")  # Where exec was interrupted, Python would end this process by SIGINT instead of the exit code.
+    number = received or signal.SIGINT
+    by = f" by {number.name}" if number != signal.SIGINT else ""
+    advice = f"; {printable(error)}" if isinstance(error, KeyboardInterrupt) and error.args else ""
+    if is_main_process():
+        with contextlib.suppress(OSError):  # the reader of stderr may have ended first
+            print(f"interrupted{by}{advice}", file=sys.stderr, flush=True)
+    return 128 + number
 
 
 def import_modules(names: Sequence[str]) -> None:

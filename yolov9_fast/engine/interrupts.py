@@ -1,10 +1,22 @@
-"""Ctrl-C that is not lost: Python drops a KeyboardInterrupt that arrives inside a destructor or a callback."""
+"""Signals that end a run: none is lost, and those that follow the first do not disturb the ending.
+
+Python drops a KeyboardInterrupt that arrives inside a destructor or a callback, and prints a traceback for one that
+arrives while another is handled.
+"""
 
 from __future__ import annotations
 
+import os
 import signal
+import sys
 import threading
+import time
 from types import FrameType, TracebackType
+from typing import Any
+
+# A clean-up that takes longer than this may hang: the next signal ends the process.
+_PATIENCE_SECONDS = 10.0
+_DEFAULT_HANDLERS = (signal.default_int_handler, signal.SIG_DFL)
 
 
 class InterruptMonitor:
@@ -38,3 +50,56 @@ class InterruptMonitor:
         """Raise `KeyboardInterrupt` if one arrived and was dropped."""
         if self._interrupted:
             raise KeyboardInterrupt
+
+
+class CommandSignals:
+    """A context for a command: the first SIGINT or SIGTERM raises `KeyboardInterrupt`, later ones are ignored.
+
+    One that Python drops is raised again. If the clean-up takes longer than 10 seconds, one more signal ends the
+    process. A signal that the process was started to ignore stays ignored. Does nothing outside the main thread.
+
+    Args:
+        process_ends: the process ends after this context: its last moments ignore the signals too.
+
+    Attributes:
+        received: the signal that has arrived, or None.
+    """
+
+    def __init__(self, *, process_ends: bool) -> None:
+        self.received: signal.Signals | None = None
+        self._process_ends = process_ends
+        self._since = 0.0
+        self._previous: dict[signal.Signals, Any] = {}
+        self._previous_hook = sys.unraisablehook
+
+    def __enter__(self) -> CommandSignals:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                if signal.getsignal(number) in _DEFAULT_HANDLERS:
+                    self._previous[number] = signal.signal(number, self._handle)
+            self._previous_hook, sys.unraisablehook = sys.unraisablehook, self._raise_again
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, signal.SIG_IGN if self._process_ends else handler)
+        sys.unraisablehook = self._previous_hook
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.received is None:
+            self.received, self._since = signal.Signals(number), time.monotonic()
+            raise KeyboardInterrupt
+        if time.monotonic() - self._since > _PATIENCE_SECONDS:
+            os._exit(128 + self.received)
+
+    def _raise_again(self, unraisable: sys.UnraisableHookArgs) -> None:
+        if self.received is None or not issubclass(unraisable.exc_type, KeyboardInterrupt):
+            self._previous_hook(unraisable)
+            return
+        # A moment later: here it would be dropped again.
+        again, self.received = self.received, None
+        timer = threading.Timer(0.05, os.kill, (os.getpid(), again))
+        timer.daemon = True
+        timer.start()

@@ -13,3 +13,7 @@ class DataError(UserError):
 
 class CheckpointError(UserError):
     """A checkpoint that is missing, damaged, or fits no known network."""
+
+
+class ProcessError(UserError):
+    """Another process of the run, such as a loader's worker, has died or is silent."""

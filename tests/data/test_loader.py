@@ -5,8 +5,7 @@ from __future__ import annotations
 import os
 import re
 import signal
-import subprocess
-import sys
+import time
 from itertools import chain
 from pathlib import Path
 
@@ -24,8 +23,9 @@ from yolov9_fast.data import (
     load_data_config,
     load_split,
 )
-
-ROOT = Path(__file__).parents[2]
+from yolov9_fast.data.augment import LabelledImage
+from yolov9_fast.data.watch import state
+from yolov9_fast.errors import DataError, ProcessError
 
 
 @pytest.fixture
@@ -165,37 +165,82 @@ def test_drop_last_gives_full_batches_only(records: list[ImageRecord]) -> None:
     assert len(loader) == 2
 
 
-_KILLED_WORKER = """
-import os, signal, sys
-from yolov9_fast.data import AugmentConfig, DetectionDataset, create_loader, load_data_config, load_split
+def _signal_a_worker(records: list[ImageRecord], number: signal.Signals) -> str:
+    """The error of a pass during which one of two workers got a signal; no worker is left."""
+    loader = create_loader(training_set(records), batch_size=1, shuffle=True, workers=2)
+    batches = iter(loader)
+    next(batches)
+    workers = loader._watch.workers
+    os.kill(workers[0].pid or 0, number)
+    with pytest.raises(ProcessError) as caught:
+        list(batches)
+    for worker in workers:
+        worker.join(5)
+        assert not worker.is_alive()
+    loader.close()
+    assert "\n" not in str(caught.value)
+    return str(caught.value).replace(str(workers[0].pid), "PID")
 
-records = load_split(load_data_config(sys.argv[1]), "train", for_training=True)[0]
-dataset = DetectionDataset(records, image_size=64, augment=AugmentConfig())
-loader = create_loader(dataset, batch_size=1, shuffle=True, workers=1)
-batches = iter(loader)
-next(batches)
-os.kill(loader._loader._iterator._workers[0].pid, signal.SIGKILL)
-for _ in batches:
-    pass
-"""
+
+def test_killed_worker_is_an_error_and_no_hang(records: list[ImageRecord]) -> None:
+    error = _signal_a_worker(records, signal.SIGKILL)
+    assert error == "a loader process died (PID by SIGKILL); if memory ran out, try fewer --workers, or 0"
 
 
-def test_killed_worker_is_an_error_and_no_hang(tmp_path: Path) -> None:
-    """In a process of its own: torch raises the error from a signal handler, at any line."""
-    words = [sys.executable, "-c", _KILLED_WORKER, str(dataset_folder(tmp_path))]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    finished = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=120)
-    assert finished.returncode == 1
-    # Where the signal arrives between two batches, torch's own error is all there can be.
-    assert re.search("a loader process died|RuntimeError: DataLoader worker", finished.stderr)
+@pytest.mark.slow
+def test_stopped_worker_is_an_error_after_the_time_limit(
+    records: list[ImageRecord], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("YOLOV9_FAST_MAX_SILENT_SECONDS", "1")
+    assert re.fullmatch(r"no batch for \d s: loader process PID \(stopped\)", _signal_a_worker(records, signal.SIGSTOP))
+
+
+def test_closing_ends_a_stopped_worker(records: list[ImageRecord]) -> None:
+    loader = create_loader(training_set(records), batch_size=4, shuffle=True, workers=1)
+    list(loader)
+    [worker] = loader._watch.workers
+    os.kill(worker.pid or 0, signal.SIGSTOP)
+    while state(worker) != "stopped":
+        time.sleep(0.01)
+    loader.close()
+    worker.join(5)
+    assert not worker.is_alive()
+
+
+def test_a_slow_worker_is_named_and_not_ended(
+    records: list[ImageRecord], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("YOLOV9_FAST_MAX_SILENT_SECONDS", "1")
+    dataset = DetectionDataset(records[:1], image_size=64, augment=AugmentConfig(), augmentations=[_wait])
+    [batch] = create_loader(dataset, batch_size=1, shuffle=True, workers=1)
+    assert batch.indices == [0]
+    assert re.search(r"no batch for 1 s: waiting for loader process \d+ \(sleeping\)", caplog.text)
+
+
+def _wait(labelled: LabelledImage, rng: object) -> LabelledImage:
+    time.sleep(2.5)
+    return labelled
+
+
+def test_the_error_of_a_sample_is_one_line_from_any_process(records: list[ImageRecord]) -> None:
+    dataset = training_set(records)
+    for record in records:
+        record.path.unlink()
+    messages = set()
+    for workers in (0, 1):
+        with pytest.raises(DataError) as caught:
+            list(create_loader(dataset, batch_size=4, shuffle=True, workers=workers))
+        messages.add(str(caught.value))
+    assert len(messages) == 1
+    assert re.fullmatch(r"\S+: image file is missing", messages.pop())
 
 
 def test_worker_survives_ctrl_c(records: list[ImageRecord]) -> None:
     loader = create_loader(training_set(records), batch_size=1, shuffle=True, workers=1)
     batches = iter(loader)
     next(batches)
-    [process] = loader._loader._iterator._workers  # type: ignore[union-attr]
-    os.kill(process.pid, signal.SIGINT)
+    [process] = loader._watch.workers
+    os.kill(process.pid or 0, signal.SIGINT)
     assert sum(1 for _ in batches) == 11
     loader.close()
 
@@ -204,7 +249,7 @@ def test_closed_loader_raises_and_its_workers_have_ended(records: list[ImageReco
     loader = create_loader(training_set(records), batch_size=4, shuffle=True, workers=1)
     batches = iter(loader)
     list(batches)
-    [process] = loader._loader._iterator._workers  # type: ignore[union-attr]
+    [process] = loader._watch.workers
     del batches
     loader.close()
     process.join(5)

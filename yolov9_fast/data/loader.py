@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import math
+import multiprocessing
 import signal
-from collections.abc import Iterator
+import weakref
+from collections.abc import Iterator, Sequence
+from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
+from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data._utils import signal_handling
 
 from yolov9_fast._lazy import require
 from yolov9_fast.data.dataset import DetectionDataset, SampleKey
 from yolov9_fast.data.sample import Batch, Sample, collate
-from yolov9_fast.errors import DataError
+from yolov9_fast.data.watch import WorkerWatch
+from yolov9_fast.errors import ProcessError, UserError
 
 
 def create_loader(
@@ -52,18 +59,24 @@ def create_loader(
 
 
 class DetectionLoader:
-    """Iterable over `Batch`. Call `set_epoch` before each pass. Worker processes end with `close`."""
+    """Iterable over `Batch`. Call `set_epoch` before each pass. Worker processes end with `close`.
+
+    Iterating raises the `UserError` of a sample that cannot be read, and `ProcessError` if a worker dies, or sends
+    nothing for long (`SILENT_SECONDS` of `limits`).
+    """
 
     def __init__(self, dataset: DetectionDataset, order: BatchOrder, workers: int) -> None:
         if workers < 0:
             raise ValueError(f"workers: expected at least 0, got {workers}")
         self.dataset = dataset
         self._order = order
-        self._loader: DataLoader[Sample] | None = DataLoader(
-            dataset,
+        self._watch = WorkerWatch()
+        weakref.finalize(self, self._watch.close)
+        self._loader: DataLoader[Sample | UserError] | None = DataLoader(
+            _ErrorsAsItems(dataset),
             batch_sampler=order,
             num_workers=workers,
-            collate_fn=collate,
+            collate_fn=_collate,
             worker_init_fn=_prepare_worker if workers else None,
             persistent_workers=workers > 0,
             pin_memory=torch.cuda.is_available(),
@@ -77,7 +90,59 @@ class DetectionLoader:
     def __iter__(self) -> Iterator[Batch]:
         if self._loader is None:
             raise RuntimeError("this loader is closed")
-        return _with_clear_errors(iter(self._loader))
+        return self._batches(self._loader)
+
+    def _batches(self, loader: DataLoader[Sample | UserError]) -> Iterator[Batch]:
+        iterator: Iterator[Batch | UserError] | None = None
+        while True:
+            try:
+                with self._watch.waiting():
+                    if iterator is None:
+                        iterator = self._start(loader)
+                    batch = next(iterator, None)
+            except (ConnectionError, EOFError, FileNotFoundError, RuntimeError) as error:
+                self._raise_death(iterator, error)
+                raise
+            if batch is None:
+                return
+            if isinstance(batch, UserError):
+                raise batch
+            yield batch
+
+    def _start(self, loader: DataLoader[Sample | UserError]) -> Iterator[Batch | UserError]:
+        """Begin a pass, the first with new workers."""
+        if loader.num_workers == 0 or self._watch.workers:
+            return iter(loader)
+        # A worker inherits this process's handlers of signals, and takes its own before it receives any.
+        before = set(multiprocessing.active_children())
+        masked = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+        try:
+            iterator = iter(loader)
+            _leave_deaths_to_the_waiting(iterator)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, masked)
+            self._watch.start([child for child in multiprocessing.active_children() if child not in before])
+        return iterator
+
+    def _raise_death(self, iterator: Any, error: Exception) -> None:
+        """Raise `ProcessError` and end all workers, if one has died."""
+        workers = self._watch.workers
+        ended = wait([worker.sentinel for worker in workers], timeout=1.0) if workers else []
+        dead = [worker for worker in workers if worker.sentinel in ended]
+        for worker in dead:
+            worker.join(5)
+        if not dead:
+            return
+        # A process that died may hold a lock for which torch's orderly shutdown would wait.
+        if iterator is not None:
+            iterator._shutdown = True
+        reason = self._watch.silent
+        if not reason:
+            endings = ", ".join(f"{worker.pid} {_ending(worker)}" for worker in dead)
+            reason = f"a loader process died ({endings}); if memory ran out, try fewer --workers, or 0"
+        for worker in workers:
+            worker.kill()
+        raise ProcessError(reason) from error
 
     def set_epoch(self, epoch: int, *, mosaic: bool = True) -> None:
         """Choose the order and the random draws of the next pass; without `mosaic` also no mixup and no copy-paste."""
@@ -85,26 +150,10 @@ class DetectionLoader:
 
     def close(self) -> None:
         """End the worker processes."""
+        self._watch.end_stopped()  # They would not end before they continue.
         self._loader = None
-
-
-def _with_clear_errors(batches: Iterator[Batch]) -> Iterator[Batch]:
-    """The same batches; a worker's `DataError` becomes one line, a worker's death one error however it shows."""
-    while True:
-        try:
-            batch = next(batches)
-        except StopIteration:
-            return
-        except DataError as error:
-            # A worker's error comes with its traceback, which ends with the message.
-            raise DataError(str(error).rpartition("DataError: ")[2].strip()) from error
-        except (ConnectionError, EOFError, RuntimeError) as error:
-            if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
-                raise
-            raise DataError(
-                f"a loader process died, perhaps out of memory ({error}); try fewer --workers, or 0"
-            ) from error
-        yield batch
+        self._watch.end_stopped()
+        self._watch.close()
 
 
 class BatchOrder(Sampler[list[SampleKey]]):
@@ -163,8 +212,39 @@ class BatchOrder(Sampler[list[SampleKey]]):
         return cuts
 
 
+class _ErrorsAsItems(Dataset["Sample | UserError"]):
+    """The samples of a dataset, or the error of one: raised in a worker, it would become the text of a traceback."""
+
+    def __init__(self, dataset: DetectionDataset) -> None:
+        self._dataset = dataset
+
+    def __getitem__(self, key: SampleKey) -> Sample | UserError:
+        try:
+            return self._dataset[key]
+        except UserError as error:
+            return type(error)(str(error))
+
+
+def _collate(items: Sequence[Sample | UserError]) -> Batch | UserError:
+    samples = [item for item in items if isinstance(item, Sample)]
+    return collate(samples) if len(samples) == len(items) else next(i for i in items if isinstance(i, UserError))
+
+
 def _prepare_worker(_: int) -> None:
     # The workers already use all cores, and OpenCV's threads may hang after a fork.
     require("cv2").setNumThreads(0)
     # Ctrl-C is sent to every process of the terminal; the trainer decides when the workers stop.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGINT, signal.SIGTERM))
+
+
+def _leave_deaths_to_the_waiting(iterator: Any) -> None:
+    """Take the workers off torch's list: its handler of SIGCHLD raises at whatever line the program is."""
+    if getattr(iterator, "_worker_pids_set", False):
+        signal_handling._remove_worker_pids(id(iterator))  # type: ignore[attr-defined]
+        iterator._worker_pids_set = False
+
+
+def _ending(worker: BaseProcess) -> str:
+    code = worker.exitcode or 0
+    return f"by {signal.Signals(-code).name}" if code < 0 else f"with exit code {code}"

@@ -70,7 +70,10 @@ class DiskStore:
 
     def get(self, index: int) -> Image:
         path = self._path(index)
-        status = path.stat()
+        try:
+            status = path.stat()
+        except OSError:
+            return self._load(index)  # raises what is wrong with the file
         file = self._folder / f"{digest(path.resolve(), status.st_size, status.st_mtime_ns, *self._form)}.npy"
         cached = _read(file)
         if cached is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ from yolov9_fast import __version__
 from yolov9_fast.cli import main as cli
 from yolov9_fast.cli.main import COMMANDS, main
 from yolov9_fast.cli.output import set_up_logging
+from yolov9_fast.engine.distributed import clear_endings
 from yolov9_fast.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -58,6 +60,39 @@ def test_a_users_error_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pyte
     assert capsys.readouterr().err == "error: the data cannot be used\n"
     assert main(["info", "--debug"]) == 2
     assert "Traceback" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("number", "code", "line"), [(signal.SIGINT, 130, ""), (signal.SIGTERM, 143, " by SIGTERM")])
+def test_many_signals_give_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], number: signal.Signals, code: int, line: str
+) -> None:
+    def interrupted(arguments: object) -> int:
+        try:
+            os.kill(os.getpid(), number)
+        finally:
+            for _ in range(20):
+                os.kill(os.getpid(), number)
+            raise RuntimeError("what a library makes of it")
+
+    command(monkeypatch, interrupted)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        assert main(["info"]) == code
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert capsys.readouterr().err == f"interrupted{line}\n"
+
+
+def test_the_advice_of_an_interrupt_is_on_its_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt(arguments: object) -> int:
+        with clear_endings("continue with: this"):
+            raise KeyboardInterrupt
+
+    command(monkeypatch, interrupt)
+    assert main(["info"]) == 130
+    assert capsys.readouterr().err == "interrupted; continue with: this\n"
 
 
 def test_an_interrupt_gives_130(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 
 import pytest
 
 from yolov9_fast.engine.callbacks import Callback, EpochResult
 from yolov9_fast.engine.config import TrainConfig
-from yolov9_fast.engine.interrupts import InterruptMonitor
+from yolov9_fast.engine.interrupts import CommandSignals, InterruptMonitor
 from yolov9_fast.engine.trainer import Trainer
 
 
@@ -86,3 +87,43 @@ def test_training_ends_although_the_interrupt_was_dropped(tiny_config: Callable[
     with pytest.raises(KeyboardInterrupt):
         trainer.run()
     assert trainer.state.epoch == 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_first_signal_of_a_command_raises_and_later_ones_do_not(number: signal.Signals) -> None:
+    before = signal.getsignal(number)
+    with CommandSignals(process_ends=False) as signals:
+        assert signals.received is None
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), number)
+        for _ in range(20):
+            os.kill(os.getpid(), number)
+        assert signals.received is number
+    assert signal.getsignal(number) is before
+
+
+def test_a_signal_that_the_process_ignores_stays_ignored() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with CommandSignals(process_ends=True) as signals:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert signals.received is None
+    assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+
+
+def test_after_the_last_command_the_signals_are_ignored() -> None:
+    terminated = signal.getsignal(signal.SIGTERM)
+    try:
+        with CommandSignals(process_ends=True):
+            pass
+        assert signal.getsignal(signal.SIGINT) is signal.getsignal(signal.SIGTERM) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGTERM, terminated)
+
+
+def test_a_signal_that_python_dropped_is_raised_again(capsys: pytest.CaptureFixture[str]) -> None:
+    with CommandSignals(process_ends=False) as signals:
+        drop_an_interrupt()
+        with pytest.raises(KeyboardInterrupt):
+            time.sleep(10)
+        assert signals.received is signal.SIGINT
+    assert capsys.readouterr().err == ""

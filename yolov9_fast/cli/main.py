@@ -15,7 +15,14 @@ from types import ModuleType
 from yolov9_fast import __version__
 from yolov9_fast._lazy import import_module
 from yolov9_fast._text import printable
-from yolov9_fast.cli.output import add_shared_flags, calm_progress_bars, is_main_process, set_up_logging, silence_stdout
+from yolov9_fast.cli.output import (
+    add_shared_flags,
+    calm_progress_bars,
+    calm_torch,
+    is_main_process,
+    set_up_logging,
+    silence_stdout,
+)
 from yolov9_fast.engine.interrupts import CommandSignals
 from yolov9_fast.errors import UserError
 
@@ -73,6 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(words: list[str]) -> int:
     calm_progress_bars()
+    calm_torch()
     parser, module = _parser(words)
     try:
         arguments = parser.parse_args(words)

@@ -75,6 +75,15 @@ def calm_progress_bars() -> None:
         os.environ.setdefault("TQDM_MININTERVAL", "60")
 
 
+def calm_torch() -> None:
+    """With several processes, print only errors of torch's C++ code: it warns with a stack when one ends.
+
+    Call it before torch is imported.
+    """
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+
+
 def is_main_process() -> bool:
     """Whether this is the only process or rank 0 of several."""
     return os.environ.get("RANK", "0") == "0"

@@ -21,7 +21,7 @@ from yolov9_fast.engine.config import (
     with_absolute_paths,
 )
 from yolov9_fast.engine.device import device_numbers, parse_device, round_image_size
-from yolov9_fast.engine.distributed import leave_process_group
+from yolov9_fast.engine.distributed import clear_endings, leave_process_group
 from yolov9_fast.engine.run_files import RunFolder, find_run
 from yolov9_fast.errors import UserError
 
@@ -106,20 +106,21 @@ def run(arguments: argparse.Namespace) -> int:
     start_processes(device)
     from yolov9_fast.engine.trainer import Trainer
 
-    try:
-        if resumed:
-            trainer = Trainer.resume(
-                resumed.path.parent,
-                resumed.path.name,
-                device=given.get("device"),
-                workers=given.get("workers"),
-                data=given.get("data"),
-            )
-        else:
-            trainer = Trainer(config)
-        trainer.run()
-    finally:
-        leave_process_group()
+    with clear_endings():
+        try:
+            if resumed:
+                trainer = Trainer.resume(
+                    resumed.path.parent,
+                    resumed.path.name,
+                    device=given.get("device"),
+                    workers=given.get("workers"),
+                    data=given.get("data"),
+                )
+            else:
+                trainer = Trainer(config)
+            trainer.run()
+        finally:
+            leave_process_group()
     return 0
 
 

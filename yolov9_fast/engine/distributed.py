@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
+import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -13,6 +16,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from yolov9_fast.engine.device import parse_device
+from yolov9_fast.engine.heartbeat import Heartbeat, start_heartbeat
+from yolov9_fast.errors import DataError, ProcessError
+
+_heartbeat: Heartbeat | None = None
 
 
 @dataclass(frozen=True)
@@ -95,6 +102,7 @@ def join_process_group(device: str | None) -> ProcessGroup:
     Raises:
         UserError: a device that this machine does not have.
     """
+    global _heartbeat
     size = int(os.environ.get("WORLD_SIZE", "1"))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     chosen = parse_device(device, local_rank)
@@ -105,6 +113,8 @@ def join_process_group(device: str | None) -> ProcessGroup:
     if not dist.is_initialized():
         backend = "nccl" if chosen.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(minutes=30))
+    if _heartbeat is None:
+        _heartbeat = start_heartbeat(dist.get_rank(), dist.get_world_size())
     if dist.get_rank() > 0:
         logging.getLogger("yolov9_fast").setLevel(logging.ERROR)  # Messages come from rank 0.
     return ProcessGroup(dist.get_rank(), dist.get_world_size(), chosen)
@@ -112,5 +122,47 @@ def join_process_group(device: str | None) -> ProcessGroup:
 
 def leave_process_group() -> None:
     """Leave the process group, if there is one."""
+    global _heartbeat
+    if _heartbeat is not None:
+        _heartbeat.stop()
+        _heartbeat = None
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def clear_endings(advice: str = "") -> Iterator[None]:
+    """A context in which what ends a run from outside is one line that ends with `advice`.
+
+    Raises:
+        ProcessError: in place of the error of a collective operation whose other process has ended.
+        DataError, ProcessError, KeyboardInterrupt: those of the body, with the advice.
+    """
+    if advice and _heartbeat is not None:
+        _heartbeat.advice = advice
+    try:
+        yield
+    except KeyboardInterrupt as interrupt:
+        interrupt.args = interrupt.args or ((advice,) if advice else ())
+        raise
+    except (DataError, ProcessError) as error:
+        if not advice:
+            raise
+        raise type(error)(f"{error}; {advice}") from error
+    except RuntimeError as error:
+        if not _is_communication_error(error):
+            raise
+        reason = re.sub(r"^\[[^]]*\]\s*", "", str(error)).split(". ")[0].strip()
+        raise ProcessError(
+            f"{_other_process()} has ended or cannot be reached ({reason}){advice and '; '}{advice}"
+        ) from error
+
+
+def _is_communication_error(error: RuntimeError) -> bool:
+    return dist.is_available() and (isinstance(error, dist.DistError) or "/gloo/" in str(error))
+
+
+def _other_process() -> str:
+    if dist.is_initialized() and dist.get_world_size() == 2:
+        return f"process {1 - dist.get_rank()}"
+    return "another process"

@@ -27,7 +27,7 @@ from yolov9_fast.engine.callbacks import BatchResult, Callback, CallbackList, Ep
 from yolov9_fast.engine.clock import PhaseClock
 from yolov9_fast.engine.config import TrainConfig, read_config
 from yolov9_fast.engine.device import resolve_amp, round_image_size, to_channels_last
-from yolov9_fast.engine.distributed import ProcessGroup, join_process_group, leave_process_group
+from yolov9_fast.engine.distributed import ProcessGroup, clear_endings, join_process_group, leave_process_group
 from yolov9_fast.engine.ema import ModelEMA
 from yolov9_fast.engine.initial_weights import build_model
 from yolov9_fast.engine.interrupts import InterruptMonitor
@@ -255,7 +255,7 @@ class Trainer:
         with contextlib.ExitStack() as stack:
             for resource in (self.training_data.evaluation.loader, self.loader, *self.callbacks):
                 stack.callback(resource.close)
-            try:
+            with clear_endings(f"the last finished epoch is saved; continue with: {self.resume_command}"):
                 with self._interrupts:
                     self.callbacks.call(Callback.on_train_start, self)
                     for epoch in epochs:
@@ -265,10 +265,6 @@ class Trainer:
                             break
                 self.callbacks.call(Callback.on_train_end, self)
                 return self._evaluate_best()
-            except KeyboardInterrupt:
-                if not self.state.finished:
-                    log.info(f"interrupted; the last finished epoch is saved; continue with: {self.resume_command}")
-                raise
 
     def _run_epoch(self, epoch: int) -> None:
         state, group = self.state, self.process_group
@@ -395,7 +391,8 @@ def train(config: TrainConfig, *, callbacks: Sequence[Callback] = ()) -> Validat
     Raises:
         UserError: as `Trainer` and `Trainer.run`.
     """
-    try:
-        return Trainer(config, callbacks=callbacks).run()
-    finally:
-        leave_process_group()
+    with clear_endings():
+        try:
+            return Trainer(config, callbacks=callbacks).run()
+        finally:
+            leave_process_group()

@@ -149,7 +149,8 @@ def test_a_run_trains_is_resumed_and_writes_its_files(
         patch.setattr(Trainer, "_validate", stop_in_second)
         assert main(["train", "--data", str(shapes), "--epochs", "2", *options]) == 130
     shown = capsys.readouterr()
-    assert f"--resume --project {tmp_path} --name run" in shown.out
+    assert shown.err.count("interrupted") == 1
+    assert f"--resume --project {tmp_path} --name run" in shown.err
     assert "Traceback" not in shown.err
 
     assert main(["train", "--resume", str(tmp_path / "run"), "--lr0", "1"]) == 2

@@ -144,7 +144,7 @@ def test_a_damaged_state_is_refused(tiny_config: Make) -> None:
     train(config)
     path = Path(config.project) / "exp/weights/state.pt"
     path.write_bytes(path.read_bytes()[:1000])
-    with pytest.raises(CheckpointError, match="not a usable training state"):
+    with pytest.raises(CheckpointError, match="not a readable training state"):
         Trainer.resume(config.project)
 
 

@@ -169,7 +169,7 @@ def load_state(path: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: the file is damaged, not a state, or one whose counters or tables are of another kind.
     """
-    state = restricted_load(path)
+    state = restricted_load(path, "training state")
     if not isinstance(state, dict) or "version" not in state:
         raise CheckpointError(f"{path}: expected a training state, got something else")
     if type(state["version"]) is not int or state["version"] != STATE_VERSION:
@@ -180,7 +180,7 @@ def load_state(path: Path) -> dict[str, Any]:
     try:
         check_plain_values(state)
     except ValueError as error:
-        raise CheckpointError(f"{path} is not a usable training state: {reason(error)}") from error
+        raise CheckpointError(f"{path} is not a readable training state: {reason(error)}") from error
     return state
 
 

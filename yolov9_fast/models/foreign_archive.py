@@ -54,15 +54,16 @@ def checkpoint_file(path: Path, kind: str) -> Iterator[IO[bytes]]:
         raise CheckpointError(f"{path} is not a readable {kind}: {reason(error)}") from error
 
 
-def restricted_load(path: str | Path) -> Any:
+def restricted_load(path: str | Path, kind: str = "PyTorch checkpoint") -> Any:
     """What a file written by torch.save holds, tensors on the CPU; classes and calls in it come back as inert `Stub`s.
 
     Memory stays below 3 times the file's size and 1 GiB, whatever the file says.
+    `kind`: of the file, for errors.
 
     Raises:
         CheckpointError: no such file, not a PyTorch file, truncated, or ill-formed; names the file.
     """
-    with checkpoint_file(Path(path), "PyTorch checkpoint") as file:
+    with checkpoint_file(Path(path), kind) as file:
         start = file.read(4)
         file.seek(0)
         return _read_zip(file) if start[:2] == b"PK" else _read_legacy(file, start)

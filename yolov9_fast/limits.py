@@ -36,6 +36,8 @@ LIMITS = {
     "PICKLE_BYTES": Limit(64 << 20, "bytes", "the pickle inside a checkpoint, its numbers not counted"),
     "PICKLE_STEPS": Limit(2_000_000, "steps", "instructions of such a pickle, and elements that they copy"),
     "TENSORS": Limit(100_000, "tensors", "a file of weights"),
+    "MODULES": Limit(20_000, "modules", "a network while it is built"),
+    "PARAMETERS": Limit(1 << 30, "parameters", "a network while it is built"),
     "LAYERS": Limit(1000, "layers", "a graph, in YAML or inside a file of weights"),
     "TABLE_BYTES": Limit(64 << 20, "bytes", "the results.csv of a run"),
     "CLASSES": Limit(100_000, "classes", "class names of a data file or of weights"),

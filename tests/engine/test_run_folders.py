@@ -11,7 +11,7 @@ import pytest
 from yolov9_fast.atomic import TemporaryFile
 from yolov9_fast.engine import run_callbacks
 from yolov9_fast.engine.config import TrainConfig
-from yolov9_fast.engine.run_files import find_run, new_run
+from yolov9_fast.engine.run_files import find_run, new_run, read_results, write_results
 from yolov9_fast.engine.trainer import Trainer
 from yolov9_fast.errors import UserError
 
@@ -145,3 +145,19 @@ def test_a_folder_of_runs_that_cannot_be_read_is_named(tmp_path: Path, monkeypat
     monkeypatch.setattr(Path, "iterdir", refuse)
     with pytest.raises(UserError, match="folder of runs cannot be read: Permission denied"):
         find_run(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["a,b\n1,x\n", "a,b\n1,2,3\n", "a\n" + "x" * 200_000 + "\n", "a\n\x00\n"])
+def test_a_table_of_results_that_is_damaged_is_one_line(text: str, tmp_path: Path) -> None:
+    (tmp_path / "results.csv").write_text(text)
+    with pytest.raises(UserError, match=r"results\.csv: results: expected a table of numbers") as found:
+        read_results(tmp_path / "results.csv")
+    assert len(str(found.value)) < 500
+
+
+def test_results_come_back_as_they_were_written(tmp_path: Path) -> None:
+    write_results(tmp_path / "results.csv", [{"epoch": 1, "ap": 0.25}, {"epoch": 2}])
+    first, second = read_results(tmp_path / "results.csv")
+    assert first == {"epoch": 1, "ap": 0.25}
+    assert second["ap"] != second["ap"]
+    assert read_results(tmp_path / "none.csv") == []

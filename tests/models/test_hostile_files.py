@@ -18,8 +18,10 @@ import torch
 from tests.models import hostile
 from tests.models.foreign_files import WKY_PATHS, save_pickled_module, small_model
 from yolov9_fast.errors import CheckpointError
+from yolov9_fast.models import GraphError, create_model
 from yolov9_fast.models.checkpoint import load_checkpoint
 from yolov9_fast.models.foreign_archive import restricted_load
+from yolov9_fast.models.graph import graph_from_dict
 
 F4 = bytes(16)
 
@@ -360,3 +362,23 @@ def test_files_that_only_look_like_zip_are_one_line(tmp_path: Path) -> None:
     data = (tmp_path / "y.zip").read_bytes()
     for cut in range(4, len(data), 3):
         refused(_written(tmp_path / "x.pt", data[:cut]))
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ([-1, "CSPELAN", [8, 8, 8, 10**6]], "at most 20,000 modules, got more .YOLOV9_FAST_MAX_MODULES"),
+        ([-1, "GELAN", [8, 8, 8, "csp", 1, 10**6]], "at most 20,000 modules"),
+        ([-1, "Conv", [20_000, 1, 1]], "at most 1,073,741,824 parameters, got more .YOLOV9_FAST_MAX_PARAMETERS"),
+    ],
+)
+@pytest.mark.slow
+def test_a_graph_that_asks_for_more_than_a_machine_has_is_refused(row: Any, said: str) -> None:
+    rows = [[-1, "Conv", [20_000, 1, 1]], row, row, row] if row[1] == "Conv" else [row]
+    with pytest.raises(GraphError, match=said):
+        create_model(graph_from_dict(graph(*rows), "g.yaml"))
+
+
+def test_a_number_of_classes_above_the_limit_is_refused() -> None:
+    with pytest.raises(ValueError, match="num_classes: expected at most 100,000 classes, got 1,000,000,000"):
+        create_model("gelan-t", 10**9)

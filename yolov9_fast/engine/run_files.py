@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from yolov9_fast._untrusted import absence, reason, shown, user_path
+from yolov9_fast._untrusted import absence, read_text, reason, shown, user_path
 from yolov9_fast.atomic import atomic_write, is_temporary, remove_stale
 from yolov9_fast.engine.saved_state import check_plain_values
 from yolov9_fast.errors import CheckpointError, UserError
@@ -194,3 +194,19 @@ def write_results(path: Path, rows: list[dict[str, float]]) -> None:
     writer.writeheader()
     writer.writerows({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
     atomic_write(path, buffer.getvalue())
+
+
+def read_results(path: Path) -> list[dict[str, float]]:
+    """Rows of results.csv, none where there is no such file; an empty cell is NaN.
+
+    Raises:
+        UserError: it cannot be read, or is no table of numbers.
+    """
+    if not path.exists():
+        return []
+    text = read_text(path, "results", "TABLE_BYTES", UserError)
+    try:
+        rows = list(csv.DictReader(io.StringIO(text, newline="")))
+        return [{column: float(cell or "nan") for column, cell in row.items()} for row in rows]
+    except (csv.Error, ValueError, TypeError) as error:  # TypeError: a row longer than the header
+        raise UserError(f"{path}: results: expected a table of numbers: {reason(error)}") from error

@@ -20,6 +20,7 @@ from yolov9_fast.atomic import atomic_write
 from yolov9_fast.errors import CheckpointError, UserError
 from yolov9_fast.limits import limit
 from yolov9_fast.models import reparameterize
+from yolov9_fast.models.build_limits import build_limits
 from yolov9_fast.models.foreign import (
     Architecture,
     as_float32,
@@ -35,7 +36,6 @@ from yolov9_fast.models.module_options import (
     NormOptions,
     check_attributes,
     checked_norm_options,
-    module_limit,
     norm_options,
     read_norm_options,
     set_norm_options,
@@ -247,7 +247,7 @@ def _own(path: Path, state: dict[str, Tensor], text: str) -> CheckpointContent:
             fused=header["fused"] is True,
         )
         # The largest block of two tensors, a fused RepConv, has eight modules before it is fused.
-        with module_limit(8 * len(state) + 1000):
+        with build_limits(8 * len(state) + 1000):
             model = architecture.build()
         wanted = {key: tuple(value.shape) for key, value in model.state_dict().items()}
         metadata = dict(header.get("metadata") or {})

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from yolov9_fast._text import printable
 from yolov9_fast._untrusted import reason
+from yolov9_fast.limits import above_limit, limit
+from yolov9_fast.models.build_limits import build_limits
 from yolov9_fast.models.graph import Graph, GraphError, build_layer, load_graph
 from yolov9_fast.models.pgi import with_auxiliary
 from yolov9_fast.nn import Conv, DetectionOutput, Head, RepConv, Upsample
@@ -199,7 +201,10 @@ def create_model(
     graph = name if isinstance(name, Graph) else load_graph(name)
     if auxiliary != "default":
         graph = with_auxiliary(graph, auxiliary)
-    return DetectionModel(graph, num_classes, class_tower=class_tower, box_groups=box_groups)
+    if num_classes > limit("CLASSES"):
+        raise ValueError(f"num_classes: {above_limit('CLASSES', num_classes)}")
+    with build_limits():
+        return DetectionModel(graph, num_classes, class_tower=class_tower, box_groups=box_groups)
 
 
 def conv_units(model: nn.Module) -> Iterable[tuple[str, Conv]]:

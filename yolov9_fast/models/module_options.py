@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import math
-import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_module_registration_hook
 
 from yolov9_fast.errors import CheckpointError
 from yolov9_fast.models.foreign_modules import ModuleContent
@@ -98,22 +95,3 @@ def _renamed(
         key = names.get(id(content.state.get(f"{path}.{parameter}")))
         if key is not None:
             yield key.removesuffix(f".{parameter}"), path, attributes
-
-
-@contextmanager
-def module_limit(count: int) -> Iterator[None]:
-    """Within it, this thread cannot build a network of more than `count` modules: a `ValueError` ends the attempt."""
-    left, thread = count, threading.get_ident()
-
-    def register(*_: object) -> None:
-        nonlocal left
-        if threading.get_ident() == thread:
-            left -= 1
-            if left < 0:
-                raise ValueError(f"expected at most {count} modules for the weights in the file, got more")
-
-    hook = register_module_module_registration_hook(register)
-    try:
-        yield
-    finally:
-        hook.remove()

@@ -7,7 +7,6 @@ work on the same cells at once.
 from __future__ import annotations
 
 import contextlib
-import csv
 import dataclasses
 import hashlib
 import json
@@ -24,7 +23,7 @@ from yolov9_fast._untrusted import read_json, shown
 from yolov9_fast.atomic import atomic_write
 from yolov9_fast.data import load_data_config, load_split
 from yolov9_fast.engine.config import TrainConfig
-from yolov9_fast.engine.run_files import RunFolder
+from yolov9_fast.engine.run_files import RunFolder, read_results
 from yolov9_fast.engine.trainer import Trainer
 from yolov9_fast.errors import DataError, UserError
 from yolov9_fast.paper.systems import System
@@ -178,7 +177,7 @@ def _train(cell: Cell) -> None:
     atomic_write(graph, cell.system.graph.as_yaml())
     run = RunFolder(cell.folder / "train")
     config = dataclasses.replace(cell.recipe, model=str(graph), project=str(cell.folder), name="train")
-    if run.state.is_file() and len(_rows(run)) < config.epochs:
+    if run.state.is_file() and len(read_results(run.results)) < config.epochs:
         Trainer.resume(cell.folder, "train", device=config.device, workers=config.workers).run()
     elif not run.state.is_file():
         shutil.rmtree(run.path, ignore_errors=True)  # killed before its first state
@@ -187,17 +186,10 @@ def _train(cell: Cell) -> None:
     run.state.unlink(missing_ok=True)  # several times the size of the weights, and of no use any more
 
 
-def _rows(run: RunFolder) -> list[dict[str, float]]:
-    if not run.results.is_file():
-        return []
-    with run.results.open(encoding="utf-8", newline="") as file:
-        return [{k: float(v) if v else float("nan") for k, v in row.items()} for row in csv.DictReader(file)]
-
-
 def _summary(cell: Cell, run: RunFolder) -> dict[str, Any]:
     import torch
 
-    rows = _rows(run)
+    rows = read_results(run.results)
     best = max(rows, key=lambda row: row["metrics/ap"])
     recipe = dataclasses.asdict(cell.recipe)
     return {

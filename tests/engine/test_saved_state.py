@@ -100,7 +100,9 @@ CHANGES: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
     "gradients of another shape": (set_entry("gradients", 0)(torch.zeros(2)), r"gradients\[0\] has shape \[2\]"),
     "too few gradients": (lambda saved: saved["gradients"].pop(), "gradients: expected a list of"),
     "a generator of another size": (set_entry("torch_rng")(torch.zeros(3, dtype=torch.uint8)), "torch_rng"),
-    "eps that is text": (set_entry("batch_norm", "model.0.bn", 0)("x"), "model.0.bn: eps"),
+    "eps that is text": (set_entry("batch_norm", "model.0.bn", 0)("x"), "model.0.bn: eps: expected"),
+    "no options of BatchNorm": (set_entry("batch_norm")(None), "batch_norm: expected a mapping"),
+    "a single option of BatchNorm": (set_entry("batch_norm", "model.0.bn")([1e-3]), "expected eps and momentum"),
     "a scaler of text": (set_entry("scaler", "scale")("x"), "scaler"),
 }
 

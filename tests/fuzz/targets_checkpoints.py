@@ -21,9 +21,14 @@ from tests.fuzz.frame import Case, target
 from tests.fuzz.readers import changed, hostile_text, hostile_values, json_text, mutated, refused_or_read, watched
 from tests.models import hostile
 from tests.models.foreign_files import WKY_PATHS, save_pickled_module, small_model
+from yolov9_fast.engine.ema import ModelEMA
+from yolov9_fast.engine.resumption import reading_state
+from yolov9_fast.engine.run_files import RunFolder, load_state, read_results, save_state
+from yolov9_fast.engine.training_state import TrainingState
 from yolov9_fast.models import load_checkpoint, save_weights
 from yolov9_fast.models.graph import graph_from_dict
 from yolov9_fast.models.model import DetectionModel
+from yolov9_fast.paper.files import read_numbers
 
 MEMORY_MIB = 1024 + 8 * 16
 """What `load_checkpoint` states for the largest file here, 16 MiB."""
@@ -262,3 +267,80 @@ def safetensors(case: Case) -> None:
         size = case.draw(st.sampled_from([len(raw), len(raw), 0, 2**63, 2**64 - 1, len(raw) + 100]), "size")
         path.write_bytes(struct.pack("<Q", size) + raw + bytes(16))
     read(path)
+
+
+# ---- the state and the records of a run
+
+
+@cache
+def _saved_state() -> bytes:
+    state = _new_state()
+    for parameter in state.model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    state.optimizer.step()
+    state.data = {"names": ["a", "b"]}
+    state.rows = [{"epoch": 1, "metrics/ap": 0.5}]
+    save_state(folder() / "valid_state.pt", state.capture())
+    return (folder() / "valid_state.pt").read_bytes()
+
+
+def _new_state() -> TrainingState:
+    model = tiny_model()
+    optimizer = torch.optim.SGD(model.parameters(), momentum=0.9)
+    return TrainingState(model, ModelEMA(model), optimizer, torch.amp.GradScaler("cpu", enabled=False))
+
+
+@cache
+def _state_to_restore() -> TrainingState:
+    return _new_state()
+
+
+@target("state", memory_mib=MEMORY_MIB, case_seconds=SECONDS)
+def state(case: Case) -> None:
+    path = folder() / "state.pt"
+    kind = case.draw(st.sampled_from(["entries", "entries", "pickle", "file"]), "kind")
+    if kind == "entries":
+        saved = torch.load(io.BytesIO(_saved_state()), weights_only=True)
+        place, key = saved, "version"
+        while isinstance(place, dict | list) and len(place):
+            parent = place
+            key = case.draw(
+                st.sampled_from(sorted(place, key=str) if isinstance(place, dict) else range(len(place))), "key"
+            )
+            place = place[key]
+            if not case.draw(st.integers(0, 3), "deeper"):
+                break
+        if case.draw(st.booleans(), "delete"):
+            del parent[key]
+        else:
+            parent[key] = case.draw(hostile_values() | st.sampled_from([torch.zeros(3), torch.zeros(0)]), "value")
+        torch.save(saved, path)
+    elif kind == "pickle":
+        with zipfile.ZipFile(io.BytesIO(_saved_state())) as archive:
+            entries = {info.filename: archive.read(info) for info in archive.infolist()}
+        name = next(name for name in entries if name.endswith("data.pkl"))
+        entries[name] = case.draw(mutated(entries[name]).map(_Hidden), "pickle").data
+        path.write_bytes(_archive(entries))
+    else:
+        path.write_bytes(case.draw(mutated(_saved_state()).map(_Hidden), "file").data)
+    state = _state_to_restore()
+
+    def restore() -> None:
+        with reading_state(RunFolder(folder())):
+            state.restore(load_state(path))
+
+    with watched(folder()):
+        refused_or_read(restore, path, folder())
+
+
+@target("records", memory_mib=MEMORY_MIB, case_seconds=SECONDS)
+def records(case: Case) -> None:
+    kind = case.draw(st.sampled_from(["results", "numbers"]), "kind")
+    if kind == "results":
+        path = folder() / "results.csv"
+        path.write_bytes(case.draw(mutated(b"epoch,metrics/ap\n1,0.5\n2,nan\n"), "file"))
+    else:
+        path = folder() / "numbers.json"
+        path.write_bytes(json_text(case.draw(hostile_values(), "content")))
+    with watched(folder()):
+        refused_or_read(lambda: read_results(path) if kind == "results" else read_numbers(path), path)

@@ -11,7 +11,7 @@ import torch
 from yolov9_fast.engine.ema import ModelEMA
 from yolov9_fast.engine.saved_state import check_tensors
 from yolov9_fast.models import DetectionModel
-from yolov9_fast.models.module_options import checked_norm_options, norm_options, set_norm_options
+from yolov9_fast.models.module_options import norm_options, set_norm_options, stored_norm_options
 
 
 @dataclass
@@ -73,7 +73,7 @@ class TrainingState:
             KeyError, RuntimeError, ValueError: it belongs to another run; nothing has changed.
         """
         check_tensors(saved, self.capture(), list(self.model.parameters()), self.optimizer)
-        norms = {name: checked_norm_options(name, *pair) for name, pair in saved.get("batch_norm", {}).items()}
+        norms = stored_norm_options(saved.get("batch_norm", {}))
         for model in (self.model, self.ema.model):
             set_norm_options(model, norms)
         self.model.load_state_dict(saved["model"])

@@ -35,10 +35,10 @@ from yolov9_fast.models.model import DetectionModel
 from yolov9_fast.models.module_options import (
     NormOptions,
     check_attributes,
-    checked_norm_options,
     norm_options,
     read_norm_options,
     set_norm_options,
+    stored_norm_options,
 )
 from yolov9_fast.nn.blocks import BN_EPS, BN_MOMENTUM
 
@@ -252,8 +252,7 @@ def _own(path: Path, state: dict[str, Tensor], text: str) -> CheckpointContent:
         wanted = {key: tuple(value.shape) for key, value in model.state_dict().items()}
         metadata = dict(header.get("metadata") or {})
         names = _names(path, header.get("names"), architecture)
-        stored = header.get("batch_norm") or {}
-        norms = norm_options(model) | {name: checked_norm_options(name, *pair) for name, pair in stored.items()}
+        norms = norm_options(model) | stored_norm_options(header.get("batch_norm", {}))
     except KeyError as error:
         raise CheckpointError(f"{path}: its description of the network cannot be read: it lacks {error}") from error
     except RecursionError as error:

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from yolov9_fast._untrusted import shown
 from yolov9_fast.errors import CheckpointError
 from yolov9_fast.models.foreign_modules import ModuleContent
 
@@ -38,8 +39,18 @@ def checked_norm_options(name: str, eps: Any, momentum: Any) -> NormOptions:
             continue
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
         if not is_number or not math.isfinite(value) or not 0 <= value <= largest:
-            raise ValueError(f"{name}: {option}: expected a number in [0, {largest:g}], got {str(value)[:50]}")
+            raise ValueError(f"{name}: {option}: expected a number in [0, {largest:g}], got {shown(value)}")
     return float(eps), None if momentum is None else float(momentum)
+
+
+def stored_norm_options(stored: Any) -> dict[str, NormOptions]:
+    """eps and momentum by module name, from lists of two; raises `ValueError` where `stored` is anything else."""
+    if not isinstance(stored, dict):
+        raise ValueError(f"batch_norm: expected a mapping, got a {type(stored).__name__}")
+    for name, pair in stored.items():
+        if not isinstance(name, str) or not isinstance(pair, list | tuple) or len(pair) != 2:
+            raise ValueError(f"batch_norm: {str(name)[:100]}: expected eps and momentum, got {shown(pair)}")
+    return {name: checked_norm_options(name, *pair) for name, pair in stored.items()}
 
 
 def read_norm_options(content: ModuleContent, renamed: Mapping[str, Tensor]) -> dict[str, NormOptions]:

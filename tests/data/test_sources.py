@@ -195,7 +195,9 @@ def test_frames_that_fail_are_counted(
 def test_a_clock_rate_is_no_frame_rate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fake_video(monkeypatch, pattern="xx", total=9000, fps=1000.0)
     (tmp_path / "v.webm").touch()
-    assert all(frame.image is not None for frame in open_source(tmp_path / "v.webm"))
+    frames = list(open_source(tmp_path / "v.webm"))
+    assert [frame.fps for frame in frames] == [None, None]
+    assert all(frame.image is not None for frame in frames)
 
 
 def test_a_video_of_too_many_pixels_is_an_error_frame(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -318,7 +320,9 @@ def test_what_is_no_source_is_named_by_its_type(source: object, got: str) -> Non
     assert str(error.value) == f"source: expected paths, addresses or numbers of webcams, got {got}"
 
 
-@pytest.mark.parametrize("source", [[], "rtsp://\ud800", "\ud800.png", "a\0.png", "rtsp://a\0", "x" * 300, "9" * 300])
+@pytest.mark.parametrize(
+    "source", [[], "", [""], "rtsp://\ud800", "\ud800.png", "a\0.png", "rtsp://a\0", "x" * 300, "9" * 300]
+)
 def test_what_names_nothing_is_one_short_line(source: object) -> None:
     with pytest.raises(DataError) as error:
         open_source(source)  # type: ignore[arg-type]

@@ -262,6 +262,7 @@ class Unreadable:
         (io.StringIO("text"), "got one that gives str"),
         (Unreadable(), "cannot be read: Input/output error"),
         (PillowImage.new("F", (8, 8)), "got mode F"),
+        ("", "got an empty text"),
         (77, "webcam 77 cannot be opened"),
         ("77", "webcam 77 cannot be opened"),
     ],
@@ -272,6 +273,12 @@ def test_other_inputs_are_one_short_line_without_pixels(predictor: Predictor, im
     assert text in str(error.value)
     assert len(str(error.value)) < 250
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("frames", ["a.png", [PICTURE], [None]])
+def test_a_stream_is_of_frames(predictor: Predictor, frames: object) -> None:
+    with pytest.raises(DataError, match=r"frames: expected those of `open_source`, got (str|ndarray|NoneType)"):
+        list(predictor.stream(frames))  # type: ignore[arg-type]
 
 
 def test_a_list_that_holds_itself_is_an_error(predictor: Predictor) -> None:

@@ -85,6 +85,8 @@ def _name(part: object) -> str:
     name = os.fspath(part) if isinstance(part, os.PathLike) else part
     if isinstance(name, bool) or not isinstance(name, str | int):
         raise DataError(f"source: expected paths, addresses or numbers of webcams, got {type(name).__name__}")
+    if name == "":
+        raise DataError("source: expected a path, address or number of a webcam, got an empty text")
     return str(name)
 
 
@@ -176,14 +178,14 @@ def _video_frames(capture: Any, item: str, index: int) -> Iterator[Frame]:
     try:
         height, width = (int(capture.get(side)) for side in (cv2.CAP_PROP_FRAME_HEIGHT, cv2.CAP_PROP_FRAME_WIDTH))
         check_pixels(height, width, item)
-        fps = float(capture.get(cv2.CAP_PROP_FPS))
-        announced = capture.get(cv2.CAP_PROP_FRAME_COUNT)
-        total = int(announced) if 0 < announced < 2**53 and fps <= _LARGEST_FPS else 0
+        rate, announced = capture.get(cv2.CAP_PROP_FPS), capture.get(cv2.CAP_PROP_FRAME_COUNT)
+        fps = float(rate) if 0 < rate <= _LARGEST_FPS else None
+        total = int(announced) if 0 < announced < 2**53 and not rate > _LARGEST_FPS else 0
         longest_gap = _LONGEST_GAP if total else _LONGEST_GAP_OF_UNKNOWN
         while gap < longest_gap:
             good, image = _read(capture)
             if good:
-                yield Frame(image, item, index, number, is_video=True, fps=fps or None)
+                yield Frame(image, item, index, number, is_video=True, fps=fps)
                 read, gap = read + 1, 0
             elif total and number >= total:
                 break

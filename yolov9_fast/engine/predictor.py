@@ -152,6 +152,8 @@ class Predictor:
     def stream(self, frames: Iterable[Frame]) -> Iterator[tuple[Frame, Prediction | None]]:
         """Each frame with its prediction, one at a time; None for a frame that could not be read."""
         for frame in frames:
+            if not isinstance(frame, Frame):
+                raise DataError(f"frames: expected those of `open_source`, got {type(frame).__name__}")
             if frame.image is None:
                 yield frame, None
             else:

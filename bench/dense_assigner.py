@@ -30,6 +30,11 @@ class DenseAssigner(nn.Module):
         self.topk, self.num_classes, self.bg_idx = topk, num_classes, num_classes
         self.alpha, self.beta, self.eps, self.inside_only = alpha, beta, 1e-9, inside_only
 
+    def inside(self, points: Tensor, gt_boxes: Tensor) -> Tensor:
+        """[B, N, A]: whether an anchor is a candidate of a ground truth."""
+        low, high = gt_boxes[:, :, None].chunk(2, -1)
+        return torch.cat((points - low, high - points), -1).amin(-1) > self.eps
+
     @torch.no_grad()
     def forward(
         self, scores: Tensor, boxes: Tensor, points: Tensor, labels: Tensor, gt_boxes: Tensor, mask: Tensor
@@ -45,8 +50,7 @@ class DenseAssigner(nn.Module):
                 nothing.bool(),
                 nothing,
             )
-        low, high = gt_boxes[:, :, None].chunk(2, -1)
-        inside = torch.cat((points - low, high - points), -1).amin(-1) > self.eps
+        inside = self.inside(points, gt_boxes)
         score = scores.gather(2, labels[:, None, :, 0].long().expand(-1, anchors, -1)).transpose(1, 2)
         overlap = _ciou(gt_boxes[:, :, None], boxes[:, None]).clamp(min=0)
         if self.inside_only:

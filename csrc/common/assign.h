@@ -123,6 +123,20 @@ YF_HOST_DEVICE bool strictly_inside(float x, float y, const Box& box) {
   return (x - box.x1 > kInsideEps) & (y - box.y1 > kInsideEps) & (box.x2 - x > kInsideEps) & (box.y2 - y > kInsideEps);
 }
 
+// The box with sides of at least `least`: a shorter one is lengthened about its middle.
+YF_HOST_DEVICE Box widened(Box box, float least) {
+  const float half = least * 0.5f;
+  if (box.x2 - box.x1 < least) {
+    const float middle = (box.x1 + box.x2) * 0.5f;
+    box.x1 = middle - half, box.x2 = middle + half;
+  }
+  if (box.y2 - box.y1 < least) {
+    const float middle = (box.y1 + box.y2) * 0.5f;
+    box.y1 = middle - half, box.y2 = middle + half;
+  }
+  return box;
+}
+
 // Inside or on the border, and no side farther than `reach`.
 YF_HOST_DEVICE bool within_reach(float x, float y, const Box& box, float reach) {
   const float left = x - box.x1, top = y - box.y1, right = box.x2 - x, bottom = box.y2 - y;

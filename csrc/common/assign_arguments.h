@@ -17,13 +17,13 @@ constexpr char kOp[] = "assign";
 // Contiguous copies live here while the kernels run.
 struct Arguments {
   Tensor scores, boxes, points, labels, gt_boxes, mask;
-  std::optional<Tensor> strides;
+  std::optional<Tensor> sizes;  // rule kMit: strides; rule kUltralytics: the least side
   Tensor gt_index, weight;
   double alpha, beta;
   int64_t topk, rule;
 
   Arguments(const Tensor& scores_, const Tensor& boxes_, const Tensor& points_, const Tensor& labels_,
-            const Tensor& gt_boxes_, const Tensor& mask_, const std::optional<Tensor>& strides_, int64_t topk_,
+            const Tensor& gt_boxes_, const Tensor& mask_, const std::optional<Tensor>& sizes_, int64_t topk_,
             double alpha_, double beta_, int64_t rule_)
       : scores(scores_),
         boxes(boxes_),
@@ -31,7 +31,7 @@ struct Arguments {
         labels(torch::stable::contiguous(labels_)),
         gt_boxes(torch::stable::contiguous(gt_boxes_)),
         mask(torch::stable::contiguous(mask_)),
-        strides(strides_),
+        sizes(sizes_),
         gt_index(torch::stable::new_empty(boxes_, {boxes_.size(0), boxes_.size(1)}, ScalarType::Long)),
         weight(torch::stable::new_empty(boxes_, {boxes_.size(0), boxes_.size(1)})),
         alpha(alpha_),
@@ -61,11 +61,12 @@ struct Arguments {
                     rule);
     STD_TORCH_CHECK(anchors < INT32_MAX - kChunk && count < INT32_MAX, kOp,
                     ": boxes, gt_boxes: expected fewer than 2^31 anchors and ground truths");
-    if (strides.has_value()) strides = torch::stable::contiguous(*strides);
-    STD_TORCH_CHECK(rule != kMit || strides.has_value(), kOp, ": strides: expected [A] for rule 2, got none");
-    STD_TORCH_CHECK(!strides.has_value() || (strides->dim() == 1 && strides->size(0) == anchors &&
-                                             strides->scalar_type() == ScalarType::Float),
-                    kOp, ": strides: expected float32 [A]");
+    if (sizes.has_value()) sizes = torch::stable::contiguous(*sizes);
+    STD_TORCH_CHECK(rule != kMit || sizes.has_value(), kOp, ": sizes: expected [A] for rule 2, got none");
+    STD_TORCH_CHECK(rule != kYolov9 || !sizes.has_value(), kOp, ": sizes: expected none for rule 0");
+    STD_TORCH_CHECK(!sizes.has_value() || (sizes->dim() == 1 && sizes->size(0) == (rule == kMit ? anchors : 1) &&
+                                           sizes->scalar_type() == ScalarType::Float),
+                    kOp, ": sizes: expected float32 [A] for rule 2, [1] for rule 1");
   }
 
   bool nothing_to_do() const { return boxes.size(0) == 0 || boxes.size(1) == 0 || gt_boxes.size(1) == 0; }
@@ -85,7 +86,9 @@ struct Arguments {
     p.boxes = static_cast<const float*>(boxes.const_data_ptr());
     p.boxes_image = boxes.stride(0), p.boxes_anchor = boxes.stride(1), p.boxes_side = boxes.stride(2);
     p.points = static_cast<const float*>(points.const_data_ptr());
-    p.strides = strides.has_value() ? static_cast<const float*>(strides->const_data_ptr()) : nullptr;
+    const float* given = sizes.has_value() ? static_cast<const float*>(sizes->const_data_ptr()) : nullptr;
+    p.strides = rule == kMit ? given : nullptr;
+    p.min_side = rule == kMit ? nullptr : given;
     p.labels = static_cast<const int64_t*>(labels.const_data_ptr());
     p.gt_boxes = static_cast<const float*>(gt_boxes.const_data_ptr());
     p.mask = static_cast<const bool*>(mask.const_data_ptr());

@@ -26,6 +26,7 @@ struct Problem {
   int64_t boxes_image, boxes_anchor, boxes_side;
   const float* points;    // [A, 2] dense
   const float* strides;   // [A] dense, or null
+  const float* min_side;  // [1], or null
   const int64_t* labels;  // [B, N] dense
   const float* gt_boxes;  // [B, N, 4] dense
   const bool* mask;       // [B, N] dense
@@ -57,9 +58,12 @@ struct Problem {
     return static_cast<float>(scores[image * scores_image + anchor * scores_anchor + label * scores_class]);
   }
 
+  // The box in which a ground truth looks for anchors.
+  YF_HOST_DEVICE Box searched(const Box& gt) const { return min_side == nullptr ? gt : widened(gt, *min_side); }
+
   YF_HOST_DEVICE bool may_learn(int64_t anchor, const Box& gt) const {
     const float x = points[2 * anchor], y = points[2 * anchor + 1];
-    return rule == kMit ? within_reach(x, y, gt, kReach * strides[anchor]) : strictly_inside(x, y, gt);
+    return rule == kMit ? within_reach(x, y, gt, kReach * strides[anchor]) : strictly_inside(x, y, searched(gt));
   }
 
   YF_HOST_DEVICE float metric_of(int64_t image, int64_t anchor, int64_t label, float overlap) const {
@@ -124,6 +128,7 @@ YF_BLOCK void claim(const Block& block, ClaimShared& shared, const Problem<Score
   if (!p.mask[row]) return;
   const int64_t image = row / p.count, index = row % p.count, label = p.labels[row];
   const Shape gt = p.gt(row);
+  const Box box = p.searched(gt.box);
   const int threads = block.threads();
   // A value that decides which phases follow is read after one barrier and may change only after another.
   const auto settled = [&](const int& value) {
@@ -143,7 +148,6 @@ YF_BLOCK void claim(const Block& block, ClaimShared& shared, const Problem<Score
       const int64_t end = first_chunk + kListedChunks < p.chunk_count() ? first_chunk + kListedChunks : p.chunk_count();
       for (int64_t c = first_chunk + t; c < end; c += threads) {
         const float* chunk = p.chunks + 4 * c;
-        const Box& box = gt.box;
         if (chunk[2] >= box.x1 && chunk[0] <= box.x2 && chunk[3] >= box.y1 && chunk[1] <= box.y2) {
           shared.chunks[append(&shared.count_chunks)] = static_cast<int>(c);
         }

@@ -218,13 +218,14 @@ class Assigner {
 
   // Overlaps of 16 anchors with `gt`, 0 for those that may not learn it.
   template <int64_t rule>
-  void overlaps(int64_t base, int64_t first, const Shape& gt, float* __restrict both) const {
+  void overlaps(int64_t base, int64_t first, const Shape& gt, const Box& searched, float* __restrict both) const {
     const float *x = x_.data() + first, *y = y_.data() + first, *reach = reach_.data() + (rule == kMit ? first : 0);
     const Columns::Lanes predicted(predicted_, base + first);
     const Shape target = gt;
+    const Box box = searched;
     for (int j = 0; j < kLanes; ++j) {
-      const bool inside = rule == kMit ? within_reach(x[j], y[j], target.box, reach[rule == kMit ? j : 0])
-                                       : strictly_inside(x[j], y[j], target.box);
+      const bool inside = rule == kMit ? within_reach(x[j], y[j], box, reach[rule == kMit ? j : 0])
+                                       : strictly_inside(x[j], y[j], box);
       const float value = overlap(target, predicted[j]);
       both[j] = inside ? value : 0.0f;
     }
@@ -257,18 +258,19 @@ class Assigner {
   void claim(int64_t row) const {
     const int64_t image = row / p_.count, index = row % p_.count, base = image * width_, label = p_.labels[row];
     const Shape gt = gt_boxes_[image * depth_ + index];
+    const Box box = p_.searched(gt.box);
     Top top(p_.topk);
     alignas(64) float both[kLanes];
     const float* sides = chunk_sides_.data();
     for (int64_t c = 0; c < chunks_; c += kLanes) {
-      uint32_t meeting = lanes_where<Compare::kGreaterEqual>(sides + c, -gt.box.x2) &
-                         lanes_where<Compare::kGreaterEqual>(sides + chunks_ + c, -gt.box.y2) &
-                         lanes_where<Compare::kGreaterEqual>(sides + 2 * chunks_ + c, gt.box.x1) &
-                         lanes_where<Compare::kGreaterEqual>(sides + 3 * chunks_ + c, gt.box.y1);
+      uint32_t meeting = lanes_where<Compare::kGreaterEqual>(sides + c, -box.x2) &
+                         lanes_where<Compare::kGreaterEqual>(sides + chunks_ + c, -box.y2) &
+                         lanes_where<Compare::kGreaterEqual>(sides + 2 * chunks_ + c, box.x1) &
+                         lanes_where<Compare::kGreaterEqual>(sides + 3 * chunks_ + c, box.y1);
       for (; meeting != 0; meeting &= meeting - 1) {
         const int64_t first = (c + __builtin_ctz(meeting)) * kLanes;
         if (first >= width_) break;
-        p_.rule == kMit ? overlaps<kMit>(base, first, gt, both) : overlaps<kYolov9>(base, first, gt, both);
+        p_.rule == kMit ? overlaps<kMit>(base, first, gt, box, both) : overlaps<kYolov9>(base, first, gt, box, both);
         gather(image, first, label, both, top);
       }
     }
@@ -369,9 +371,9 @@ class Assigner {
 };
 
 std::tuple<Tensor, Tensor> assign(const Tensor& scores, const Tensor& boxes, const Tensor& points, const Tensor& labels,
-                                  const Tensor& gt_boxes, const Tensor& mask, const std::optional<Tensor>& strides,
+                                  const Tensor& gt_boxes, const Tensor& mask, const std::optional<Tensor>& sizes,
                                   int64_t topk, double alpha, double beta, int64_t rule) {
-  const Arguments given(scores, boxes, points, labels, gt_boxes, mask, strides, topk, alpha, beta, rule);
+  const Arguments given(scores, boxes, points, labels, gt_boxes, mask, sizes, topk, alpha, beta, rule);
   if (given.nothing_to_do()) return given.all_background();
   dispatch(given.scores.scalar_type(), kOp, "scores", [&](auto score) {
     using Score = decltype(score);

@@ -45,18 +45,18 @@ __global__ void weigh_kernel(Problem<Score> p) {
 unsigned blocks(int64_t items, int threads) { return static_cast<unsigned>((items + threads - 1) / threads); }
 
 std::tuple<Tensor, Tensor> assign(const Tensor& scores, const Tensor& boxes, const Tensor& points, const Tensor& labels,
-                                  const Tensor& gt_boxes, const Tensor& mask, const std::optional<Tensor>& strides,
+                                  const Tensor& gt_boxes, const Tensor& mask, const std::optional<Tensor>& sizes,
                                   int64_t topk, double alpha, double beta, int64_t rule) {
   const int32_t device = boxes.get_device_index();
   const torch::stable::accelerator::DeviceGuard guard(device);
-  const Arguments given(scores, boxes, points, labels, gt_boxes, mask, strides, topk, alpha, beta, rule);
+  const Arguments given(scores, boxes, points, labels, gt_boxes, mask, sizes, topk, alpha, beta, rule);
   const std::pair<const Tensor*, const char*> others[] = {{&scores, "scores"},
                                                           {&points, "anchor_points"},
                                                           {&labels, "gt_labels"},
                                                           {&gt_boxes, "gt_boxes"},
                                                           {&mask, "gt_mask"}};
   for (const auto& [tensor, name] : others) check_device(*tensor, device, kOp, name);
-  if (strides.has_value()) check_device(*strides, device, kOp, "strides");
+  if (sizes.has_value()) check_device(*sizes, device, kOp, "sizes");
   if (given.nothing_to_do()) return given.all_background();
   const int64_t all = boxes.size(0) * boxes.size(1), rows = boxes.size(0) * gt_boxes.size(1);
   STD_TORCH_CHECK(all < INT32_MAX && rows < INT32_MAX, kOp,

@@ -13,10 +13,10 @@ using namespace yolov9_fast::tal;
 using namespace yolov9_fast;
 
 std::tuple<Tensor, Tensor> assign(const Tensor& scores, const Tensor& boxes, const Tensor& points, const Tensor& labels,
-                                  const Tensor& gt_boxes, const Tensor& mask, const std::optional<Tensor>& strides,
+                                  const Tensor& gt_boxes, const Tensor& mask, const std::optional<Tensor>& sizes,
                                   int64_t topk, double alpha, double beta, int64_t rule, int64_t threads,
                                   int64_t seed) {
-  const Arguments given(scores, boxes, points, labels, gt_boxes, mask, strides, topk, alpha, beta, rule);
+  const Arguments given(scores, boxes, points, labels, gt_boxes, mask, sizes, topk, alpha, beta, rule);
   const HostBlock block(threads, seed, kMaxThreads);
   if (given.nothing_to_do()) return given.all_background();
   dispatch(given.scores.scalar_type(), kOp, "scores", [&](auto score) {
@@ -43,6 +43,6 @@ std::tuple<Tensor, Tensor> assign(const Tensor& scores, const Tensor& boxes, con
 STABLE_TORCH_LIBRARY_FRAGMENT(yolov9_fast_emulated, library) {
   library.def(
       "assign(Tensor scores, Tensor boxes, Tensor anchor_points, Tensor gt_labels, Tensor gt_boxes, Tensor gt_mask, "
-      "Tensor? strides, int topk, float alpha, float beta, int rule, int threads, int seed) -> (Tensor, Tensor)");
+      "Tensor? sizes, int topk, float alpha, float beta, int rule, int threads, int seed) -> (Tensor, Tensor)");
 }
 STABLE_TORCH_LIBRARY_IMPL(yolov9_fast_emulated, CPU, library) { library.impl("assign", TORCH_BOX(&assign)); }

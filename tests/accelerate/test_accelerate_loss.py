@@ -44,9 +44,25 @@ class _OfUltralytics(_dense.DenseAssigner):
         super().__init__(inside_only=True, **kwargs)
 
 
-def of_ultralytics() -> type:
+class _LengthensShortSides(_OfUltralytics):
+    """As later versions: a side shorter than a value that the instance holds has that length for the candidates."""
+
+    def inside(self, points: Tensor, gt_boxes: Tensor) -> Tensor:
+        least = getattr(self, "stride_val", None) or self.stride[0]
+        low, high = gt_boxes.chunk(2, -1)
+        middle, half = (low + high) / 2, (high - low).clamp(min=least) / 2
+        return super().inside(points, torch.cat((middle - half, middle + half), -1))
+
+
+def of_ultralytics(base: type = _OfUltralytics) -> type:
     """A class by the name and module by which theirs goes."""
-    return type("TaskAlignedAssigner", (_OfUltralytics,), {"__module__": "ultralytics.utils.tal"})
+    return type("TaskAlignedAssigner", (base,), {"__module__": "ultralytics.utils.tal"})
+
+
+def lengthening(**attributes: Any) -> Any:
+    assigner = of_ultralytics(_LengthensShortSides)(num_classes=CLASSES)
+    vars(assigner).update(attributes)
+    return SimpleNamespace(assigner=assigner)
 
 
 class RenamedAssigner(_dense.DenseAssigner):
@@ -150,6 +166,47 @@ def test_an_assigner_from_ultralytics_goes_by_its_rule_and_returns_the_index(see
     case = scene(seed)
     assert len(fast.assigner(*case)) == 5
     assert_equal_targets(fast.assigner(*case), plain.assigner(*case))
+
+
+@pytest.mark.parametrize(
+    ("attributes", "positives"),
+    [({"stride": [8, 16, 32], "stride_val": 16}, 5), ({"stride": [8, 16, 32]}, 2), ({"stride_val": 16.0}, 5)],
+)
+def test_short_sides_are_as_long_as_the_assigner_says(attributes: dict[str, Any], positives: int) -> None:
+    """A box of 8 px at 64 px."""
+    centres, strides = anchor_points([(8, 8), (4, 4), (2, 2)])
+    points = centres * strides
+    boxes = torch.cat((points - 20, points + 20), 1)[None]
+    scores = torch.linspace(0.1, 0.9, len(points))[None, :, None].expand(-1, -1, CLASSES).contiguous()
+    case = (
+        scores,
+        boxes,
+        points,
+        torch.zeros(1, 1, 1),
+        torch.tensor([[[20.5, 20.5, 28.5, 28.5]]]),
+        torch.ones(1, 1, 1),
+    )
+    plain, fast = lengthening(**attributes), lengthening(**attributes)
+    assert yf.accelerate_loss(fast).swapped == [("assigner", "ultralytics")]
+    assert int(plain.assigner(*case)[3].sum()) == positives
+    assert_equal_targets(fast.assigner(*case), plain.assigner(*case))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_contests_of_lengthened_boxes_are_those_of_the_assigner(seed: int) -> None:
+    attributes = {"stride": [8, 16, 32], "stride_val": 40}
+    plain, fast = lengthening(**attributes), lengthening(**attributes)
+    yf.accelerate_loss(fast)
+    case = scene(seed, low=8.0)
+    assert_equal_targets(fast.assigner(*case), plain.assigner(*case))
+    fast.assigner.stride_val = plain.assigner.stride_val = 24
+    assert_equal_targets(fast.assigner(*case), plain.assigner(*case))
+
+
+def test_lengthened_sides_by_another_rule_are_left_alone() -> None:
+    assert "lengthens" in yf.accelerate_loss(lengthening(stride_val=16), rule="yolov9").skipped[0][1]
+    for wrong in ("wide", [], -1, float("nan")):
+        assert "stride_val" in yf.accelerate_loss(lengthening(stride_val=wrong)).skipped[0][1]
 
 
 @pytest.mark.parametrize(("seed", "low"), [(0, 16.0), (1, 16.0), (2, 16.0), (3, 0.5), (4, 2.0)])

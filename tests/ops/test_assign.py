@@ -210,7 +210,19 @@ def test_a_wrong_shape_is_named(name: str) -> None:
         assign(**arguments)
 
 
-@pytest.mark.parametrize("option", [{"topk": 0}, {"alpha": -1.0}, {"beta": 0.0}, {"beta": math.nan}, {"rule": "other"}])
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"topk": 0},
+        {"alpha": -1.0},
+        {"beta": 0.0},
+        {"beta": math.nan},
+        {"rule": "other"},
+        {"min_side": 16.0},
+        {"min_side": -1.0, "rule": "ultralytics"},
+        {"min_side": math.inf, "rule": "ultralytics"},
+    ],
+)
 def test_a_wrong_option_is_named(option: dict[str, float]) -> None:
     with pytest.raises(ValueError, match=f"^{next(iter(option))}: expected"):
         assign(*random_case(0, batch=1, objects=1), **option)

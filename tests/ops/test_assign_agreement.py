@@ -108,6 +108,8 @@ def varied_case(seed: int) -> Case:
         boxes = boxes.transpose(1, 2).contiguous().transpose(1, 2)
     alpha, beta = pick((0.5, 6.0), (0.5, 6.0), (0.5, 6.0), (1.0, 4.0), (0.0, 0.5), (0.3, 1.7))
     options = {"topk": pick(1, 2, 5, 10, 10, 13, 40, 100), "alpha": alpha, "beta": beta, "rule": pick(*MODULE.RULES)}
+    if options["rule"] == "ultralytics":
+        options["min_side"] = pick(0.0, 4.0, 16.0)
     return (scores, boxes, points, labels, gt_boxes, mask), {**options, "strides": strides}
 
 

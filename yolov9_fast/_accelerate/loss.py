@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -37,8 +38,9 @@ def accelerate_loss(criterion: Any, *, rule: str | None = None, returns_index: b
 
     It looks for the attributes `assigner`, `assigner2`, `assigner3` (modules called with scores, boxes, anchor points,
     labels, ground-truth boxes and mask) and `matcher` (called with targets and (class logits, boxes)), of the criterion
-    and of its `loss`, `criterion`, `one2many`, `one2one`. Topk, alpha and beta are those of the replaced assigner. The
-    outputs have the published form: labels [B, A], boxes [B, A, 4], scores [B, A, classes], foreground [B, A], and with
+    and of its `loss`, `criterion`, `one2many`, `one2one`. Topk, alpha, beta and the least side of a box that looks for
+    candidates (`stride_val`, or the first `stride`, of Ultralytics) are those of the replaced assigner. The outputs
+    have the published form: labels [B, A], boxes [B, A, 4], scores [B, A, classes], foreground [B, A], and with
     `returns_index` the index of the ground truth [B, A]; of a matcher: [B, A, classes + 4] and foreground [B, A].
 
     A second call changes nothing. The criterion can still be pickled and copied.
@@ -125,6 +127,7 @@ class FastAssigner(nn.Module):
             alpha=self.alpha,
             beta=self.beta,
             rule=self.rule,
+            min_side=_min_side(self),
         )
         labels, boxes, scores, foreground, index = dense_targets(
             found, gt_labels, gt_bboxes, self.num_classes, self.bg_idx
@@ -225,7 +228,28 @@ def _assigner(original: Any, rule: str | None, returns_index: bool | None) -> Fa
             f"{name} has topk {original.topk}, alpha {original.alpha}, beta {original.beta}, which ops.assign refuses"
         )
     chosen = rule or ("ultralytics" if of_ultralytics else "yolov9")
+    try:
+        min_side = _min_side(original)
+    except (TypeError, ValueError, LookupError):
+        min_side = math.nan
+    if not 0 <= min_side < math.inf:
+        return f"{name} has no number as {' or '.join(_MIN_SIDES)}"
+    if min_side and chosen != "ultralytics":
+        return f"{name} lengthens short sides to {min_side}, rule {chosen!r} does not"
     return FastAssigner(original, chosen, of_ultralytics if returns_index is None else returns_index)
+
+
+_MIN_SIDES = ("stride_val", "stride")
+
+
+def _min_side(assigner: Any) -> float:
+    """Pixels to which an assigner lengthens shorter sides when it looks for candidates; 0 for one that does not.
+
+    In Ultralytics the instance holds them: as `stride_val`, in earlier versions as the first `stride`.
+    """
+    value = next((found for name in _MIN_SIDES if (found := getattr(assigner, name, None)) is not None), 0.0)
+    first = value if isinstance(value, int | float) or (isinstance(value, Tensor) and value.dim() == 0) else value[0]
+    return float(first)
 
 
 def _matcher(original: Any, rule: str | None) -> FastMatcher | str:

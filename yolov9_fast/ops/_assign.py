@@ -45,6 +45,7 @@ def assign(
     beta: float = 6.0,
     rule: str = "yolov9",
     strides: Tensor | None = None,
+    min_side: float = 0.0,
 ) -> Assignment:
     """Task-aligned assignment (TOOD, Feng et al. 2021) as in the published YOLOv9; no gradient.
 
@@ -57,7 +58,8 @@ def assign(
     - "yolov9": the above; an anchor claimed more than once may be assigned to a ground truth that did not claim it, or
       to padding.
     - "ultralytics": o and m are 0 outside the ground truth's box and for padding, so that an anchor is assigned to a
-      ground truth that contains it.
+      ground truth that contains it. With `min_side`, the box that has to contain the anchor is the ground truth's with
+      shorter sides lengthened to `min_side` about their middle; o is that of the ground truth's own box.
     - "mit": the centre may be on the border and no side may be farther than 14.99 strides; only anchors with m > 0
       are claimed; a ground truth that claims none gets the anchor with its highest m > 0, inside or outside; an anchor
       is assigned to one of the ground truths that claim it.
@@ -75,18 +77,23 @@ def assign(
         topk, alpha, beta: as above.
         rule: "yolov9", "ultralytics" or "mit".
         strides: [A] or [A, 1], pixels per cell of each anchor; required by rule "mit", ignored by the others.
+        min_side: pixels; for rule "ultralytics" only.
 
     Returns:
         Assignment(gt_index [B, A] int64 with −1 for background, weight [B, A] in the dtype of `boxes`).
 
     Raises:
-        ValueError: shapes that do not fit, an unknown rule, topk < 1, alpha < 0, beta <= 0, no strides for "mit".
+        ValueError: shapes that do not fit, an unknown rule, topk < 1, alpha < 0, beta <= 0, no strides for "mit",
+            a negative or infinite min_side, or one with another rule than "ultralytics".
         TypeError: scores, boxes, anchor points or ground-truth boxes that are not floating-point tensors.
     """
     _check_tensors(scores, boxes, anchor_points, gt_labels, gt_boxes, gt_mask)
-    _check_options(boxes, topk, alpha, beta, rule, strides)
+    _check_options(boxes, topk, alpha, beta, rule, strides, min_side)
     dtype = torch.float64 if boxes.dtype == torch.float64 else torch.float32
     gt_shape = gt_boxes.shape[:2]
+    sizes = boxes.new_full((1,), min_side, dtype=dtype) if min_side else None
+    if rule == "mit" and strides is not None:
+        sizes = strides.detach().reshape(-1).to(dtype)
     gt_index, weight = unless_recorded(OPERATOR)(
         scores.detach(),
         boxes.detach().to(dtype),
@@ -94,7 +101,7 @@ def assign(
         gt_labels.detach().reshape(gt_shape).long(),
         gt_boxes.detach().to(dtype),
         gt_mask.detach().reshape(gt_shape) > 0,
-        None if strides is None or rule != "mit" else strides.detach().reshape(-1).to(dtype),
+        sizes,
         int(topk),
         float(alpha),
         float(beta),
@@ -124,7 +131,9 @@ def _check_tensors(
             raise ValueError(f"{name}: expected {expected} or {[*expected, 1]}, got {list(value.shape)}")
 
 
-def _check_options(boxes: Tensor, topk: int, alpha: float, beta: float, rule: str, strides: Tensor | None) -> None:
+def _check_options(
+    boxes: Tensor, topk: int, alpha: float, beta: float, rule: str, strides: Tensor | None, min_side: float
+) -> None:
     if topk < 1:
         raise ValueError(f"topk: expected at least 1, got {topk}")
     if not 0 <= alpha < math.inf:
@@ -133,6 +142,8 @@ def _check_options(boxes: Tensor, topk: int, alpha: float, beta: float, rule: st
         raise ValueError(f"beta: expected a number above 0, got {beta}")
     if rule not in RULES:
         raise ValueError(f"rule: expected one of {', '.join(RULES)}, got {rule!r}")
+    if not 0 <= min_side < math.inf or (min_side and rule != "ultralytics"):
+        raise ValueError(f"min_side: expected 0, or a number above 0 for rule 'ultralytics', got {min_side}")
     anchors = boxes.shape[1]
     if rule == "mit" and (strides is None or tuple(strides.shape) not in ((anchors,), (anchors, 1))):
         got = None if strides is None else list(strides.shape)
@@ -147,21 +158,23 @@ def assign_reference(
     gt_labels: Tensor,
     gt_boxes: Tensor,
     gt_mask: Tensor,
-    strides: Tensor | None,
+    sizes: Tensor | None,
     topk: int,
     alpha: float,
     beta: float,
     rule: int,
 ) -> tuple[Tensor, Tensor]:
-    """`assign` in eager PyTorch: a few ground truths at a time, without padding; gt_index and weight [B, A]."""
+    """`assign` in eager PyTorch: a few ground truths at a time, without padding; gt_index and weight [B, A].
+
+    `sizes`: the strides [A] of rule "mit", or the least side [1] of rule "ultralytics".
+    """
     batch, anchors = boxes.shape[:2]
     gt_index = torch.full((batch, anchors), -1, dtype=torch.int64, device=boxes.device)
     weight = boxes.new_zeros(batch, anchors)
     image, gt = torch.nonzero(gt_mask, as_tuple=True)
     if len(image) == 0 or anchors == 0:
         return gt_index, weight
-    reach = None if strides is None else strides * _REACH
-    anchor_filter = _AnchorFilter(anchor_points, reach, rule)
+    anchor_filter = _AnchorFilter(anchor_points, sizes, rule)
     alignment = _Alignment(scores, boxes, aspect(boxes), gt_labels, gt_boxes, aspect(gt_boxes), alpha, beta)
 
     claimed = []
@@ -223,20 +236,29 @@ class _AnchorFilter(NamedTuple):
     """Which anchors the rule lets a ground truth claim, by their centres."""
 
     points: Tensor
-    reach: Tensor | None
+    sizes: Tensor | None
     rule: int
 
     def __call__(self, gt_boxes: Tensor, anchor: Tensor | None = None) -> Tensor:
         """Whether anchors [n] are allowed for boxes [n, 4], or all anchors for boxes [n, 1, 4]."""
         x, y = (self.points if anchor is None else self.points[anchor]).unbind(-1)
         x1, y1, x2, y2 = gt_boxes.unbind(-1)
+        if self.rule == _ULTRALYTICS and self.sizes is not None:
+            (x1, x2), (y1, y2) = _lengthened(x1, x2, self.sizes), _lengthened(y1, y2, self.sizes)
         left, top, right, bottom = x - x1, y - y1, x2 - x, y2 - y
         nearest = torch.minimum(torch.minimum(left, top), torch.minimum(right, bottom))
         if self.rule != _MIT:
             return nearest > _INSIDE_EPS
         farthest = torch.maximum(torch.maximum(left, top), torch.maximum(right, bottom))
-        assert self.reach is not None
-        return (nearest >= 0) & (farthest <= (self.reach if anchor is None else self.reach[anchor]))
+        assert self.sizes is not None
+        return (nearest >= 0) & (farthest <= _REACH * (self.sizes if anchor is None else self.sizes[anchor]))
+
+
+def _lengthened(low: Tensor, high: Tensor, least: Tensor) -> tuple[Tensor, Tensor]:
+    """Both ends of sides that are at least `least` long."""
+    middle, half = (low + high) * 0.5, least * 0.5
+    short = high - low < least
+    return torch.where(short, middle - half, low), torch.where(short, middle + half, high)
 
 
 def _pairs_at_once(tensor: Tensor) -> int:
@@ -380,7 +402,7 @@ class _Kernels(NamedTuple):
 KERNELS = _Kernels(
     Kernel(
         "assign(Tensor scores, Tensor boxes, Tensor anchor_points, Tensor gt_labels, Tensor gt_boxes, Tensor gt_mask, "
-        "Tensor? strides, int topk, float alpha, float beta, int rule) -> (Tensor, Tensor)",
+        "Tensor? sizes, int topk, float alpha, float beta, int rule) -> (Tensor, Tensor)",
         assign_reference,
         _fake,
     )
@@ -398,7 +420,7 @@ def _supports(
     gt_labels: Tensor,
     gt_boxes: Tensor,
     gt_mask: Tensor,
-    strides: Tensor | None,
+    sizes: Tensor | None,
     topk: int,
     *rest: Any,
 ) -> str | None:
@@ -407,7 +429,7 @@ def _supports(
     if min(topk, boxes.shape[1]) > _MAX_TOPK:
         return f"it takes a topk of at most {_MAX_TOPK}, got {topk}"
     tensors = (scores, boxes, anchor_points, gt_labels, gt_boxes, gt_mask)
-    return not_on(device, *tensors) or (None if strides is None else not_on(device, strides))
+    return not_on(device, *tensors) or (None if sizes is None else not_on(device, sizes))
 
 
 OPERATOR = Operator(

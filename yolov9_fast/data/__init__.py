@@ -2,6 +2,7 @@
 
 from yolov9_fast.data.augment import AugmentConfig, LabelledImage
 from yolov9_fast.data.coco import category_ids, coco_ground_truth, open_annotations
+from yolov9_fast.data.coco_file import CocoFile
 from yolov9_fast.data.config import DataConfig, Split, load_data_config
 from yolov9_fast.data.custom import Augmentation
 from yolov9_fast.data.dataset import DetectionDataset, SampleKey
@@ -16,6 +17,7 @@ __all__ = [
     "AugmentConfig",
     "Augmentation",
     "Batch",
+    "CocoFile",
     "DataConfig",
     "DetectionDataset",
     "DetectionLoader",

@@ -240,7 +240,7 @@ def _own(path: Path, state: dict[str, Tensor], text: str) -> CheckpointContent:
             raise CheckpointError(f"{path} has format version {version}; this yolov9_fast reads up to {FORMAT_VERSION}")
         architecture = Architecture(
             source="yolov9_fast",
-            graph=graph_from_dict(header["graph"], str(path)),
+            graph=graph_from_dict(header["graph"], "graph"),
             num_classes=_count(header, "num_classes", limit("CLASSES")),
             class_tower=_optional_count(header, "class_tower"),
             box_groups=_optional_count(header, "box_groups"),

@@ -21,6 +21,8 @@ from yolov9_fast.limits import above_limit, limit
 
 LARGEST_COORDINATE = 1e9
 """Of boxes and outlines, in pixels."""
+LARGEST_AREA = 1e10
+"""pycocotools leaves larger objects out of every metric."""
 Size = tuple[int, int] | None
 
 
@@ -175,7 +177,7 @@ def _object(entry: Any, largest: int) -> tuple[CocoObject, str | None]:
     box = _box(entry.get("bbox"))
     given = entry.get("area")
     area = box[2] * box[3] if given is None else finite_number(given)
-    if area is None or not 0 <= area <= LARGEST_COORDINATE**2:
+    if area is None or not 0 <= area <= LARGEST_AREA:
         raise _Unusable(f"area is not a number of pixels ({shown(given)})")
     outline, problem = _outline(entry.get("segmentation"), largest)
     assert ids[1] is not None
@@ -189,7 +191,7 @@ def _box(value: Any) -> tuple[float, float, float, float]:
     x, y, width, height = map(finite_number, value)
     if x is None or y is None or width is None or height is None:
         raise _Unusable(f"bbox is not 4 finite numbers ({shown(value)})")
-    if max(abs(x), abs(y), width, height) > LARGEST_COORDINATE:
+    if max(abs(x), abs(y), width, height) > LARGEST_COORDINATE or width * height > LARGEST_AREA:
         raise _Unusable(f"bbox is too large ({shown(value)})")
     if width <= 0 or height <= 0:
         raise _Unusable(f"box without area ({shown(value)})")

@@ -130,6 +130,7 @@ def is_webcam(source: object) -> bool:
 
 def _open_live(source: str) -> Any:
     kind = "webcam" if source.isdecimal() else "stream"
+    os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # FFmpeg's own messages may hold the password.
     try:
         capture = _open_video(int(source) if source.isdecimal() else source)
     except UnicodeEncodeError:
@@ -140,8 +141,7 @@ def _open_live(source: str) -> Any:
 
 
 def _open_video(source: str | int) -> Any:
-    """OpenCV's reader. It takes names that are not UTF-8 as bytes only; FFmpeg's messages may hold a password."""
-    os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
+    """OpenCV's reader, which takes names that are not UTF-8 as bytes only."""
     return require("cv2").VideoCapture(source if isinstance(source, int) else os.fsencode(source))
 
 

@@ -243,6 +243,63 @@ def test_a_class_that_overrides_a_known_forward_is_skipped() -> None:
     assert "__call__ of its own" in report.skipped["2"]
 
 
+class Other:
+    """Forwards of classes with a known name and the right children that compute something else."""
+
+    class Conv(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.bn, self.act = nn.Conv2d(8, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.SiLU()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.bn(self.act(self.conv(x)))
+
+    class RepNBottleneck(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.cv1, self.cv2, self.add = official_shaped.Conv(8, 8), official_shaped.Conv(8, 8), True
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + 0.1 * self.cv2(self.cv1(x))
+
+    class ADown(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.cv1, self.cv2 = official_shaped.Conv(4, 4, 3, 2), official_shaped.Conv(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            first, second = x.chunk(2, 1)
+            return torch.cat((self.cv1(first), self.cv2(nn.functional.max_pool2d(second, 3, 2, 1))), 1)
+
+    class CBFuse(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.idx = [1, 0]
+
+        def forward(self, xs: Any) -> Tensor:
+            return xs[-1] + 2 * nn.functional.interpolate(xs[0][self.idx[0]], xs[-1].shape[2:])
+
+
+@pytest.mark.parametrize("kind", [Other.Conv, Other.RepNBottleneck, Other.ADown, Other.CBFuse])
+def test_a_class_of_a_known_name_that_computes_something_else_is_skipped(kind: type[nn.Module]) -> None:
+    model = nn.Sequential(kind(), official_shaped.Conv(8, 8))
+    calls: list[str] = []
+    for module in model.modules():
+        module.register_forward_hook(lambda *_: calls.append("called"))
+    report = yf.accelerate(model)
+    assert "its forward gives another result" in report.skipped["0"]
+    assert report.accelerated["1"] == "conv"
+    assert not calls
+
+
+def test_a_replaced_forward_of_the_class_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    own = official_shaped.Conv.forward
+    monkeypatch.setattr(official_shaped.Conv, "forward", lambda self, x: 0.5 * own(self, x))
+    plain, fast = make("csp elan"), make("csp elan")
+    assert "its forward gives another result" in yf.accelerate(fast).skipped["cv1"]
+    assert_same(fast, plain)
+
+
 @pytest.mark.parametrize("of", ["block", "child", "torch"])
 def test_a_forward_of_the_class_that_is_replaced_later_runs(of: str, monkeypatch: pytest.MonkeyPatch) -> None:
     block = make("csp elan")

@@ -1,7 +1,8 @@
 """Which modules of a model the operators can run, recognised by class name and children, without their code.
 
 The names are those under which the YOLOv9 family builds the paper's blocks (official code, MIT YOLO, Ultralytics and
-their descendants). A class of another name with the right children may compute something else, so it is not touched.
+their descendants). A class of another name with the right children may compute something else, so it is not touched;
+whether one of a known name does is for `probe.py` to find.
 """
 
 from __future__ import annotations

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
 
 from yolov9_fast._accelerate.classes import origin_of, reset_class, set_class
 from yolov9_fast._accelerate.matching import FOLDED, KINDS, OPERATORS, Kind, match
+from yolov9_fast._accelerate.probe import differs
 
 _CONVERTED = "_yolov9_fast_converted"
 """On a block of this library: that the parameters below it were contiguous before."""
@@ -42,8 +44,8 @@ def accelerate(
 ) -> Report:
     """Make the blocks of a YOLOv9 of any code run the fused operators, in place.
 
-    Modules are recognised by class name and children, and an instance changes only its class, to a subclass of the same
-    name: parameters, buffers, state_dict, hooks, copies (EMA), DDP, SyncBatchNorm conversion before or after,
+    Modules are recognised by class name, children and the result of a copy on a small input. An instance changes only
+    its class, to a subclass of the same name: parameters, buffers, state_dict, hooks, copies (EMA), DDP, SyncBatchNorm,
     `.half()`, the model's own `fuse()` and `torch.compile` work as before, and pickling writes the model's own classes.
     Results equal the model's own up to rounding; the model's own forward runs while something traces or transforms
     it, as torch.jit.trace or torch.func.grad. Models of this library use the operators without it; for them only the
@@ -67,8 +69,9 @@ def accelerate(
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     chosen = _chosen(ops)
     report = Report(memory_format=memory_format)
+    probed: dict[Any, bool | None] = {}
     for name, module in model.named_modules():
-        _accelerate_one(name, module, chosen, report)
+        _accelerate_one(name, module, chosen, report, probed)
     return report
 
 
@@ -102,7 +105,10 @@ def _chosen(ops: str | Iterable[str]) -> frozenset[str]:
     return names
 
 
-def _accelerate_one(name: str, module: nn.Module, chosen: frozenset[str], report: Report) -> None:
+def _accelerate_one(
+    name: str, module: nn.Module, chosen: frozenset[str], report: Report, probed: dict[Any, bool | None]
+) -> None:
+    """`probed`: for each class whether its forward computes something else than its kind; None: not known yet."""
     origin = origin_of(module)
     kind, reason = match(module, type(module) if origin is None else origin.base)
     if kind is None:
@@ -123,6 +129,13 @@ def _accelerate_one(name: str, module: nn.Module, chosen: frozenset[str], report
     if "forward" in module.__dict__ and getattr(module, "bn", None) is not None:
         report.skipped[name] = f"its forward is {FOLDED}, which leaves out its norm"
         return
+    if origin is None:
+        key = type(module), "forward" in module.__dict__
+        if probed.get(key) is None:
+            probed[key] = differs(module, kind)
+        if probed[key]:
+            report.skipped[name] = f"{type(module).__name__} is no {kind.name}: its forward gives another result"
+            return
     reset_class(module)
     try:
         set_class(module, kind, report.memory_format)

@@ -185,6 +185,14 @@ def test_names_follow_the_sorted_category_ids() -> None:
     assert [c.name for c in by_caller.per_class] == ["first", "second"]
 
 
+def test_names_of_the_categories_in_another_order_name_the_same_classes() -> None:
+    gt = dataset([(0, 10, BOX), (0, 20, FAR), (1, 20, FAR)])
+    metrics = evaluate_coco(gt, [detection(0, 20, FAR, 0.9)], names={1: "thing0", 0: "thing1"})
+    assert [(c.name, c.objects) for c in metrics.per_class] == [("thing1", 2), ("thing0", 1)]
+    assert metrics.per_class[0].ap50 > 0.4
+    assert metrics.curves.names == ("thing1", "thing0")
+
+
 def test_given_category_ids_are_the_order_of_the_classes() -> None:
     gt = dataset([(0, 10, BOX), (0, 20, FAR), (1, 20, FAR), (1, 30, BOX)], categories=3)
     found = [detection(0, 20, FAR, 0.9), detection(1, 20, FAR, 0.9), detection(1, 30, BOX, 0.8)]

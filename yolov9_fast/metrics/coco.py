@@ -142,14 +142,15 @@ def evaluate_coco(
     (pycocotools by itself overwrites `ignore` by `iscrowd`.)
     `detections`: COCO results (`image_id`, `category_id`, `bbox` [x, y, w, h] in pixels, `score`); may be empty.
     `category_ids`: the category of each class 0, 1, …, the order of `per_class` and of the curves; annotations of other
-    categories are left out; default all, sorted. `names`: class index → name; default the categories' own names.
+    categories are left out; default all, in the order of `names` where those are the categories' names, else sorted.
+    `names`: class index → name; default the categories' own names.
     `image_ids`: evaluate only these images (default all). Ids and numbers in a string equal the number; true and false
     are no numbers.
 
     Raises `DataError` for a dataset without those lists, an unknown image or category in a detection, or values that
     are not finite numbers.
     """
-    dataset = _normalise_ground_truth(ground_truth, category_ids)
+    dataset = _normalise_ground_truth(ground_truth, category_ids, names or {})
     chosen = _choose_images(dataset, image_ids)
     results = _normalise_detections(detections, dataset)
     evaluation = _run_pycocotools(dataset, results, chosen)
@@ -220,12 +221,18 @@ class _Dataset:
     annotations: list[dict[str, Any]]
 
 
-def _normalise_ground_truth(ground_truth: dict[str, Any], category_ids: Sequence[int | str] | None) -> _Dataset:
+def _normalise_ground_truth(
+    ground_truth: dict[str, Any], category_ids: Sequence[int | str] | None, class_names: dict[int, str]
+) -> _Dataset:
     for key in ("images", "annotations", "categories"):
         if not isinstance(ground_truth, dict) or not isinstance(ground_truth.get(key), list):
             raise DataError(f"COCO ground truth: expected a JSON object with a list '{key}'")
     images = _rank(_id(image, "id", "image") for image in ground_truth["images"])
     names = {_id(c, "id", "category"): str(c.get("name", c["id"])) for c in ground_truth["categories"]}
+    by_name = {name: category for category, name in names.items()}
+    ordered = [class_names[index] for index in sorted(class_names)]
+    if category_ids is None and len(by_name) == len(names) and sorted(ordered) == sorted(by_name):
+        category_ids = [by_name[name] for name in ordered]
     categories = _rank(names) if category_ids is None else _given_order(category_ids, names)
     if not images or not categories:
         raise DataError(f"COCO ground truth: expected images and categories, got {len(images)} and {len(categories)}")

@@ -151,3 +151,18 @@ class Every(Main):
     assert finished.returncode == 0, finished.stderr
     assert {path.name for path in tmp_path.glob("*-*")} == {"Main-0", "Every-0", "Every-1"}
     assert _state(config)["epoch"] == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sync_bn", [True, False])
+def test_one_image_of_32_pixels_in_each_of_two_processes(tiny_config: Make, sync_bn: bool) -> None:
+    """Synchronised BatchNorm has a value of each process; without it, the run is refused before it begins."""
+    config = tiny_config(imgsz=32, batch=2, epochs=1, sync_bn=sync_bn)
+    finished = _run(_command(config, processes=2))
+    if sync_bn:
+        assert finished.returncode == 0, finished.stderr
+        assert _state(config)["epoch"] == 0
+    else:
+        assert finished.returncode != 0
+        assert "imgsz: expected at least 64 for a batch of one image in each process" in finished.stderr
+        assert not Path(config.project).exists()

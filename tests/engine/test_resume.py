@@ -87,7 +87,6 @@ def test_a_run_whose_training_set_shrank_goes_on_learning(
     """Counted by epochs × batches, the first iterations after the change would lie before the last step."""
     options = {"batch": 4, "nominal_batch": 4, "epochs": 3, "schedule": "constant"}
     run = _interrupted(tiny_config(data=str(own_data), **options), epoch=1)
-    assert load_state(run.state)["iteration"] == 8
     for image in _training_images(own_data)[4:]:
         image.unlink()
     watch = Watch()

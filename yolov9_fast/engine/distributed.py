@@ -48,14 +48,6 @@ class ProcessGroup:
         if self.is_distributed:
             dist.barrier()
 
-    def any(self, flag: bool) -> bool:
-        """Whether `flag` is set on any process."""
-        if not self.is_distributed:
-            return flag
-        value = torch.tensor([int(flag)], device=self.device)
-        dist.all_reduce(value, op=dist.ReduceOp.MAX)
-        return bool(value.item())
-
     def sum(self, values: Tensor) -> Tensor:
         """Sum over the processes, on every process."""
         if self.is_distributed:

@@ -76,6 +76,13 @@ def test_image_sizes_are_rounded_up_to_multiples_of_32(size: int, rounded: int) 
     assert round_image_size(size) == rounded
 
 
+@pytest.mark.parametrize("size", [16_416, 10**9, 10**30])
+def test_a_size_above_the_limit_of_pixels_is_refused(size: int) -> None:
+    with pytest.raises(UserError, match="imgsz: expected at most 268,435,456 pixels"):
+        round_image_size(size)
+    assert round_image_size(16_384) == 16_384
+
+
 @pytest.mark.parametrize(
     ("cores", "processes", "batch", "workers"),
     [(1, 1, 16, 0), (4, 1, 16, 3), (4, 2, 16, 1), (64, 1, 16, 8), (64, 1, 2, 2)],

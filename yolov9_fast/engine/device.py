@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from yolov9_fast._untrusted import shown
 from yolov9_fast.errors import UserError
+from yolov9_fast.limits import above_limit, limit
 from yolov9_fast.models import DetectionModel, fuse
 from yolov9_fast.models.model import MAX_STRIDE
 
@@ -81,7 +82,13 @@ def autocast(device: torch.device, amp: str) -> contextlib.AbstractContextManage
 
 
 def round_image_size(size: int) -> int:
-    """`size` in pixels, rounded up to a multiple of the largest stride; a log line tells if that changes it."""
+    """`size` in pixels, rounded up to a multiple of the largest stride; a log line tells if that changes it.
+
+    Raises:
+        UserError: a square of that side has more than `limit("IMAGE_PIXELS")`.
+    """
+    if size * size > limit("IMAGE_PIXELS"):
+        raise UserError(f"imgsz: {above_limit('IMAGE_PIXELS', size * size)}")
     rounded = -(-size // MAX_STRIDE) * MAX_STRIDE
     if rounded != size:
         log.info(f"image size {size} is not a multiple of {MAX_STRIDE}: using {rounded}")

@@ -110,6 +110,19 @@ def test_an_unexpected_exception_is_not_caught(monkeypatch: pytest.MonkeyPatch) 
         main(["info"])
 
 
+def test_a_part_that_a_source_tree_lacks_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(arguments: object) -> int:
+        raise ModuleNotFoundError("No module named 'yolov9_fast.kernels'", name="yolov9_fast.kernels")
+
+    command(monkeypatch, run)
+    assert main(["info"]) == 2
+    shown = capsys.readouterr().err
+    assert shown.startswith("error: yolov9_fast.kernels is part of an installation only")
+    assert shown.count("\n") == 1
+
+
 @pytest.mark.slow
 def test_a_closed_pipe_is_no_error() -> None:
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}

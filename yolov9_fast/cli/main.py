@@ -40,6 +40,9 @@ COMMANDS = {
 }
 EXIT_ERROR = 2
 
+_INSTALLED_PARTS = ("yolov9_fast.bench", "yolov9_fast.kernels")
+"""Folders of their own in the source tree, which become part of the package when it is installed."""
+
 _EPILOG = """examples:
   yolov9-fast demo
   yolov9-fast train --model yolov9-s --data my.yaml --epochs 100
@@ -70,6 +73,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             except BrokenPipeError:  # the reader, such as `head`, has closed the pipe
                 silence_stdout()
                 return 0
+            except ModuleNotFoundError as error:
+                if error.name not in _INSTALLED_PARTS:
+                    raise
+                text = "is part of an installation only, and this is a source tree; start Python in another folder"
+                print(f"error: {error.name} {text}, or compile it with `pip install`", file=sys.stderr)
+                return EXIT_ERROR
     except BaseException as error:  # an interrupt may have become another error on its way through a library
         if signals.received is None and not isinstance(error, KeyboardInterrupt):
             raise

@@ -247,8 +247,8 @@ def test_a_file_with_its_used_categories_only_is_used_and_noted(tmp_path: Path) 
     [record], report = load_split(config, "train", for_training=False)
     assert record.boxes[:, 0].tolist() == [1]
     assert report.notes == [
-        "  a.json has no category 'a': no objects, detections get category id 101",
-        "  a.json has no category 'c': no objects, detections get category id 102",
+        "  a.json has no category for 2 classes: no objects there, and their detections get category ids above "
+        "its own: ['a', 'c']",
     ]
     assert category_ids(config, "train") == [101, 7, 102]
     gt = coco_ground_truth(config, "train", [record])

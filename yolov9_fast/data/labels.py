@@ -11,8 +11,8 @@ import numpy as np
 
 from yolov9_fast._collection import collection_paused
 from yolov9_fast._numbers import LARGEST_INTEGER
-from yolov9_fast._untrusted import MissingFileError, absence, read_text
-from yolov9_fast.data.coco import category_ids, open_annotations, outlines_in, place_objects
+from yolov9_fast._untrusted import MissingFileError, absence, read_text, shown
+from yolov9_fast.data.coco import category_ids, classes_without_category, open_annotations, outlines_in, place_objects
 from yolov9_fast.data.coco_file import CocoFile, CocoImage
 from yolov9_fast.data.config import DataConfig
 from yolov9_fast.data.listing import label_path, list_images
@@ -110,7 +110,7 @@ def _coco_records(
     folders = config.split(split).images
     classes = {category: label for label, category in enumerate(category_ids(config, split, coco=coco))}
     report.skipped += coco.skipped
-    report.notes += [*coco.notes, *_category_notes(config, coco, classes)]
+    report.notes += [*coco.notes, *_category_notes(config, coco)]
     paths = {image.id: path for image in coco.images if (path := _find(image.file_name, folders))}
     if coco.images and not paths:
         places = ", ".join(str(folder) for folder in folders)
@@ -146,12 +146,13 @@ def _coco_records(
     return records
 
 
-def _category_notes(config: DataConfig, coco: CocoFile, classes: dict[int, int]) -> list[str]:
-    category_of = {label: category for category, label in classes.items()}
+def _category_notes(config: DataConfig, coco: CocoFile) -> list[str]:
+    missing = classes_without_category(coco, config)
+    if not missing:
+        return []
     return [
-        f"  {coco.file.name} has no category '{name}': no objects, detections get category id {category_of[label]}"
-        for label, name in config.names.items()
-        if category_of[label] not in coco.categories
+        f"  {coco.file.name} has no category for {len(missing)} classes: no objects there, and their detections "
+        f"get category ids above its own: {shown(missing)}"
     ]
 
 

@@ -17,7 +17,7 @@ from torch.nn.utils import parametrize
 import yolov9_fast as yf
 from tests.accelerate import official_shaped
 from yolov9_fast.models import create_model, fuse
-from yolov9_fast.nn import CSPELAN, Conv, RepBottleneck, RepConv
+from yolov9_fast.nn import CSPELAN, ELAN, SPPCSPC, SPPELAN, ADown, Conv, MPDown, RepBottleneck, RepConv
 from yolov9_fast.nn.plan import PLAN, Called, Plan
 from yolov9_fast.nn.steps import Bottleneck, Chain, Csp, Elan, RepUnit, Unit
 from yolov9_fast.nn.sync_batch_norm import convert_sync_batch_norm
@@ -156,6 +156,28 @@ def test_a_replaced_child_runs() -> None:
     block.set_submodule("cv4.act", nn.ReLU())
     assert_as_defined(block, x)
     assert called(block) == [block.cv4]
+
+
+@pytest.mark.parametrize("kind", [CSPELAN, ELAN, SPPELAN, ADown, MPDown, SPPCSPC])
+def test_a_wrapped_child_runs(kind: Callable[..., nn.Module]) -> None:
+    class Wrapped(nn.Module):
+        def __init__(self, inner: nn.Module) -> None:
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.inner(x).sin()
+            return y
+
+    arguments = {CSPELAN: (12, 20, 16, 8), ELAN: (12, 20, 16, 8), SPPELAN: (12, 20, 6)}.get(kind, (12, 20))
+    block, x = make(kind, *arguments).double(), image()[..., :8, :6].double()
+    block(x)
+    for name, child in [*block.named_children()]:
+        for wrapper in (nn.Sequential, Wrapped):
+            setattr(block, name, wrapper(child))
+            assert_as_defined(block, x)
+        setattr(block, name, child)
+    assert_as_defined(block, x)
 
 
 def test_a_forward_set_on_an_instance_runs() -> None:

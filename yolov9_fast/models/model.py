@@ -90,6 +90,7 @@ class DetectionModel(nn.Module):
         self.model = nn.ModuleList(layers)
         self._main_layers = graph.reachable(graph.main_sources)
         self._unjoined = _unjoined_layers(graph)
+        self._types = [*map(type, layers)]
         self._many_inputs = frozenset(i for i, layer in enumerate(graph.layers) if layer.spec.inputs == "many")
 
     @property
@@ -146,7 +147,7 @@ class DetectionModel(nn.Module):
             )
         auxiliary = self.has_auxiliary if auxiliary is None else auxiliary and self.has_auxiliary
         outputs: list[Any] = []
-        unjoined = self._unjoined if fused(images) and not hooked(*self.model) else ()
+        unjoined = self._unjoined if fused(images) and self._as_built() else ()
         for index, layer in enumerate(self.graph.layers[:-1]):
             if not auxiliary and index not in self._main_layers:
                 outputs.append(None)
@@ -159,6 +160,15 @@ class DetectionModel(nn.Module):
             outputs.append(module(inputs if index in self._many_inputs else inputs[0]))
         sources = self.graph.head.sources if auxiliary else self.graph.main_sources
         return cast(DetectionOutput, self.head([outputs[s] for s in sources]))
+
+    def _as_built(self) -> bool:
+        """Whether the layers are of the classes that the graph says, and need not be called: a joined map may be."""
+        layers = [*self.model]
+        return (
+            [*map(type, layers)] == self._types
+            and not hooked(*layers)
+            and not any("forward" in vars(layer) for layer in layers)
+        )
 
     def forward(self, images: Tensor) -> DetectionOutput | Tensor:
         if self.training:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from itertools import chain
 from pathlib import Path
 
 from yolov9_fast._untrusted import absence, read_text, shown
@@ -67,9 +68,10 @@ def read_lines(file: Path) -> list[str]:
 def listed_path(line: str, *folders: Path | None) -> Path:
     """The path that a line of a list stands for: in the first of `folders` that has it, else in the first."""
     names = [line, line.replace("\\", "/")] if "\\" in line else [line]
-    paths = [folder / name for name in names for folder in folders if folder is not None]
+    paths = (folder / name for name in names for folder in folders if folder is not None)
     # Not Path.exists, which raises for a name that is too long.
-    return next((path for path in paths if os.path.exists(path)), paths[0])
+    first = next(paths)
+    return next((path for path in chain([first], paths) if os.path.exists(path)), first)
 
 
 def _expand(entry: Path, config: DataConfig, split: str, report: LabelReport) -> list[Path]:

@@ -103,6 +103,12 @@ def test_a_trace_holds_operators_of_pytorch_alone(network: str, trace: Any, grad
     assert "yolov9_fast." not in text.replace("__torch__.yolov9_fast.", "")
 
 
+def test_a_script_is_compiled_from_the_forward_of_the_class() -> None:
+    model, plain = other_code()
+    layer, x = torch.jit.script(model.model[0]), image()
+    assert torch.equal(layer(x), plain.model[0](x))
+
+
 def test_symbolic_tracing_ends() -> None:
     model, plain = other_code()
     previous = signal.signal(signal.SIGALRM, lambda *_: pytest.fail("symbolic tracing does not end"))

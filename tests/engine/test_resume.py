@@ -278,6 +278,31 @@ def test_a_lost_file_of_the_final_evaluation_is_written_again(tiny_config: Make)
         assert (run.path / name).is_file()
 
 
+def test_a_resumed_run_keeps_the_tensorboard_events_of_its_last_finished_epoch(
+    tiny_config: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tensorboard = pytest.importorskip("torch.utils.tensorboard")
+    purged: list[int | None] = []
+    steps: list[int] = []
+
+    class Writer:
+        def __init__(self, folder: str, purge_step: int | None = None) -> None:
+            purged.append(purge_step)
+
+        def add_scalar(self, tag: str, value: float, step: int) -> None:
+            steps.append(step)
+
+        def flush(self) -> None: ...
+
+        close = flush
+
+    monkeypatch.setattr(tensorboard, "SummaryWriter", Writer)
+    run = _interrupted(tiny_config(epochs=2, tensorboard=True))
+    _resume(run).run()
+    assert purged == [None, 2]
+    assert sorted(set(steps)) == [1, 2]
+
+
 def test_the_advised_command_is_one_for_a_shell_in_any_folder(
     tiny_config: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

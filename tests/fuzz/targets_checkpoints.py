@@ -32,7 +32,7 @@ from yolov9_fast.paper.files import read_numbers
 
 MEMORY_MIB = 1024 + 8 * 16
 """What `load_checkpoint` states for the largest file here, 16 MiB."""
-SECONDS = 30.0
+SECONDS = 60.0
 _STEPS = "100000"
 TINY = {
     "name": "tiny",

@@ -28,7 +28,7 @@ from yolov9_fast.limits import limit
 from yolov9_fast.models.graph import load_graph
 from yolov9_fast.models.model import create_model
 
-SECONDS = 20.0
+SECONDS = 30.0
 SIZE = (24, 32)
 
 

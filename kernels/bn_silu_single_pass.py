@@ -100,7 +100,8 @@ def statistics_of(x: tl.tensor, valid: tl.tensor, count: tl.tensor) -> tuple[tl.
     off = tl.where(valid, x.to(tl.float32) - mean[None, :], 0.0)
     # The mean of the deviations is the rounding error of the mean itself; to correct it costs no read.
     error = tl.sum(off, axis=0) / count
-    return mean + error, tl.sum(off * off, axis=0) - count * error * error
+    squares = tl.sum(off * off, axis=0)
+    return mean + error, tl.where(squares == float("inf"), squares, squares - count * error * error)
 
 
 # Reads the inputs (and residual), writes out: 4 bytes for one input, 6 for two, 2 more with a residual.

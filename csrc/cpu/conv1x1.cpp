@@ -35,6 +35,13 @@ struct Maps {
   bool channels_last() const { return first().channels_last(); }
 };
 
+// All maps of a call; the layout of one alone may be ambiguous.
+std::vector<Tensor> with(std::vector<Tensor> tensors, const Tensor& other) {
+  tensors.push_back(other);
+  for (const Tensor& x : tensors) STD_TORCH_CHECK(x.dim() == 4, kOp, ": expected [B, C, H, W], got ", x.dim(), " dimensions");
+  return tensors;
+}
+
 Maps concatenated(const std::vector<Tensor>& tensors, const char* name, std::optional<Layout> layout = std::nullopt) {
   STD_TORCH_CHECK(!tensors.empty(), kOp, ": ", name, ": expected at least one tensor, got none");
   Maps maps;
@@ -185,7 +192,7 @@ void check_weight(const Tensor& weight, const Tensor& like, int64_t outputs, int
 
 void conv1x1_forward(const std::vector<Tensor>& inputs, const Tensor& weight, const std::optional<Tensor>& bias,
                      Tensor out) {
-  const Maps in = concatenated(inputs, "inputs");
+  const Maps in = concatenated(inputs, "inputs", common_layout(with(inputs, out)));
   const Maps result = concatenated({out}, "out", in.layout());
   STD_TORCH_CHECK(result.first().same_pixels(in.first()) && out.scalar_type() == inputs.front().scalar_type(), kOp,
                   ": out: expected dtype, batch, height and width of inputs");
@@ -337,7 +344,7 @@ void weight_grad(const Maps& dy, const Maps& inputs, T* result) {
 }
 
 Tensor conv1x1_weight_grad(const Tensor& dy, const std::vector<Tensor>& inputs) {
-  const Maps in = concatenated(inputs, "inputs");
+  const Maps in = concatenated(inputs, "inputs", common_layout(with(inputs, dy)));
   const Maps d = concatenated({dy}, "dy", in.layout());
   STD_TORCH_CHECK(d.first().same_pixels(in.first()) && dy.scalar_type() == inputs.front().scalar_type(), kOp,
                   ": dy: expected dtype, batch, height and width of inputs");

@@ -7,8 +7,10 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <optional>
+#include <vector>
 
 #include "common/dispatch.h"
 
@@ -42,6 +44,16 @@ inline Layout layout_of(const Tensor& x) {
   const bool rows =
       row_stride(x).has_value() && (!has_planes(x) || (x.size(1) > 1 && x.stride(1) == 1 && x.stride(3) != 1));
   return rows ? Layout::kChannelsLast : Layout::kPlanes;
+}
+
+// The layout that all tensors have: that of the first where they do, or the other, as one channel or one pixel has both.
+inline Layout common_layout(const std::vector<Tensor>& tensors) {
+  const Layout own = layout_of(tensors.front());
+  const Layout other = own == Layout::kPlanes ? Layout::kChannelsLast : Layout::kPlanes;
+  const auto all_have = [&](Layout layout) {
+    return std::all_of(tensors.begin(), tensors.end(), [&](const Tensor& x) { return has_layout(x, layout); });
+  };
+  return !all_have(own) && all_have(other) ? other : own;
 }
 
 // Element (n, c, p) of a tensor is at data + n * image + c * channel + p * pixel, where p = y * width + x.

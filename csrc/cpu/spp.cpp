@@ -116,8 +116,15 @@ void pool_three(const FeatureMap& x, const FeatureMap (&y)[3]) {
   });
 }
 
+// The view of the first of `tensors`, x, in a layout that all have.
+FeatureMap first_of(const std::vector<Tensor>& tensors) {
+  for (const Tensor& map : tensors)
+    STD_TORCH_CHECK(map.dim() == 4, kOp, ": expected [B, C, H, W], got ", map.dim(), " dimensions");
+  return feature_map(tensors.front(), kOp, "x", common_layout(tensors));
+}
+
 void spp_forward(const Tensor& x, Tensor y1, Tensor y2, Tensor y3) {
-  const FeatureMap map = feature_map(x, kOp, "x");
+  const FeatureMap map = first_of({x, y1, y2, y3});
   const FeatureMap out[3] = {map_like(map, x, y1, "y1"), map_like(map, x, y2, "y2"), map_like(map, x, y3, "y3")};
   if (map.empty()) return;
   dispatch(x.scalar_type(), kOp, "x", [&](auto zero) { pool_three<decltype(zero)>(map, out); });
@@ -147,7 +154,7 @@ void pool_three_backward(const FeatureMap (&maps)[3], const FeatureMap (&gradien
 
 Tensor spp_backward(const Tensor& x, const Tensor& y1, const Tensor& y2, const Tensor& d0, const Tensor& d1,
                     const Tensor& d2, const Tensor& d3) {
-  const FeatureMap map = feature_map(x, kOp, "x");
+  const FeatureMap map = first_of({x, y1, y2, d0, d1, d2, d3});
   const FeatureMap maps[3] = {map, map_like(map, x, y1, "y1"), map_like(map, x, y2, "y2")};
   const FeatureMap gradients[4] = {map_like(map, x, d0, "d0"), map_like(map, x, d1, "d1"), map_like(map, x, d2, "d2"),
                                    map_like(map, x, d3, "d3")};

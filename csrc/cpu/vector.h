@@ -189,10 +189,13 @@ inline Doubles inverse_exponential(Doubles x) {
   return x;
 }
 
-template <typename V>
-V sigmoid(V x) {
-  return 1 / (1 + inverse_exponential(x));
+// 0 below -87, where e^-x stops: times x it is 0, and NaN at minus infinity, as in torch.
+inline Floats sigmoid(Floats x) {
+  const Floats s = 1 / (1 + inverse_exponential(x));
+  return x < -87.0f ? Floats{} : s;
 }
+
+inline Doubles sigmoid(Doubles x) { return 1 / (1 + inverse_exponential(x)); }
 
 template <typename V>
 V silu(V x) {

@@ -59,6 +59,11 @@ def image_stride(x: Tensor) -> int | None:
     return image if dense and image >= pixels * channels else None
 
 
+def telling(maps: Sequence[Tensor]) -> Tensor:
+    """The first map that has one layout only: one channel or one pixel has both; or the first of all."""
+    return next((x for x in maps if (row_stride(x) is None) != (image_stride(x) is None)), maps[0])
+
+
 def in_layout_of(
     like: Tensor, maps: Sequence[Tensor], memory_format: torch.memory_format | None = None
 ) -> list[Tensor]:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from yolov9_fast.ops._boxes import REG_MAX, ciou_of_sides
 from yolov9_fast.ops._boxes import aspect as aspect_by_atan
-from yolov9_fast.ops._checks import check_floating
+from yolov9_fast.ops._checks import check_floating, check_one_device, described
 from yolov9_fast.ops._operator import Compiled, Kernel, Operator, not_on
 from yolov9_fast.ops._recording import unless_recorded
 
@@ -89,6 +89,15 @@ def assign(
     """
     _check_tensors(scores, boxes, anchor_points, gt_labels, gt_boxes, gt_mask)
     _check_options(boxes, topk, alpha, beta, rule, strides, min_side)
+    check_one_device(
+        scores=scores,
+        boxes=boxes,
+        anchor_points=anchor_points,
+        gt_labels=gt_labels,
+        gt_boxes=gt_boxes,
+        gt_mask=gt_mask,
+        strides=strides if rule == "mit" else None,
+    )
     dtype = torch.float64 if boxes.dtype == torch.float64 else torch.float32
     gt_shape = gt_boxes.shape[:2]
     sizes = boxes.new_full((1,), min_side, dtype=dtype) if min_side else None
@@ -126,6 +135,8 @@ def _check_tensors(
     if gt_boxes.dim() != 3 or gt_boxes.shape[0] != batch or gt_boxes.shape[2] != 4:
         raise ValueError(f"gt_boxes: expected [{batch}, N, 4], got {list(gt_boxes.shape)}")
     for name, value in (("gt_labels", gt_labels), ("gt_mask", gt_mask)):
+        if not isinstance(value, Tensor) or value.is_complex():
+            raise TypeError(f"{name}: expected a tensor of numbers, got {described(value)}")
         if value.shape[:2] != gt_boxes.shape[:2] or value.numel() != gt_boxes.shape[0] * gt_boxes.shape[1]:
             expected = list(gt_boxes.shape[:2])
             raise ValueError(f"{name}: expected {expected} or {[*expected, 1]}, got {list(value.shape)}")
@@ -145,6 +156,8 @@ def _check_options(
     if not 0 <= min_side < math.inf or (min_side and rule != "ultralytics"):
         raise ValueError(f"min_side: expected 0, or a number above 0 for rule 'ultralytics', got {min_side}")
     anchors = boxes.shape[1]
+    if rule == "mit" and strides is not None:
+        check_floating("strides", strides)
     if rule == "mit" and (strides is None or tuple(strides.shape) not in ((anchors,), (anchors, 1))):
         got = None if strides is None else list(strides.shape)
         raise ValueError(f"strides: expected {[anchors]} or {[anchors, 1]} for rule 'mit', got {got}")

@@ -50,9 +50,11 @@ def computed_in(dtype: torch.dtype) -> torch.dtype:
 
 
 def parameter(vector: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """γ or β in the dtype of the computation; a parameter of another dtype gets its gradient through the conversion."""
+    """γ or β in the dtype of the computation, contiguous; the gradient passes through a conversion."""
     wanted = torch.float64 if dtype == torch.float64 else torch.float32
-    return vector if vector is None or vector.dtype == wanted else vector.to(wanted)
+    if vector is None or (vector.dtype == wanted and vector.is_contiguous()):
+        return vector
+    return vector.to(wanted).contiguous()
 
 
 def empty_vector(x: Tensor) -> Tensor:
@@ -73,12 +75,15 @@ def check_statistics(
         raise ValueError(f"x: expected more than 1 value per channel when training, got input size {list(x.shape)}")
 
 
-def not_for_kernels(x: Tensor, running: Tensor | None) -> str | None:
-    """For `supports`: why the kernels cannot take these dtypes, on any device."""
+def not_for_kernels(x: Tensor, *statistics: Tensor | None) -> str | None:
+    """For `supports`: why the kernels cannot take these dtypes and running statistics, on any device."""
     if x.dtype not in FLOATING:
         return f"it takes {', '.join(str(dtype) for dtype in FLOATING)}, got {x.dtype}"
-    if running is not None and running.dtype != computed_in(x.dtype):
-        return f"it needs running statistics in {computed_in(x.dtype)}, got {running.dtype}"
+    for running in statistics:
+        if running is not None and running.dtype != computed_in(x.dtype):
+            return f"it needs running statistics in {computed_in(x.dtype)}, got {running.dtype}"
+        if running is not None and not running.is_contiguous():
+            return "it needs contiguous running statistics"
     return None
 
 

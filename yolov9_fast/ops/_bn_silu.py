@@ -66,15 +66,13 @@ def bn_silu(
     Raises `ValueError` or `TypeError` that names the argument.
     """
     check_map("x", x)
-    channels = x.shape[1:2]
     for name, vector in (
         ("weight", weight),
         ("bias", bias),
         ("running_mean", running_mean),
         ("running_var", running_var),
     ):
-        if vector is not None and vector.shape != channels:
-            check_vector(name, vector, x)
+        check_vector(name, vector, x)
     bn.check_statistics(x, training, running_mean, running_var, group is None)
     if residual is not None:
         check_like("residual", residual, x.shape, x.device)
@@ -100,8 +98,7 @@ def bias_silu(
     Written into `out`; without one, into x itself where autograd records nothing, else into a new tensor.
     """
     check_map("x", x)
-    if bias is not None:
-        check_vector("bias", bias, x)
+    check_vector("bias", bias, x)
     recorded = torch.is_grad_enabled() and any(
         tensor is not None and tensor.requires_grad for tensor in (x, bias, residual)
     )
@@ -372,15 +369,15 @@ def _run(
 
 
 def _supports_cpu(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, running_mean: Tensor | None, *rest: Any
+    x: Tensor, weight: Any, bias: Any, running_mean: Tensor | None, running_var: Tensor | None, *rest: Any
 ) -> str | None:
-    return (None if x.is_cpu else not_on("cpu", x)) or bn.not_for_kernels(x, running_mean)
+    return (None if x.is_cpu else not_on("cpu", x)) or bn.not_for_kernels(x, running_mean, running_var)
 
 
 def _supports_triton(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, running_mean: Tensor | None, *rest: Any
+    x: Tensor, weight: Any, bias: Any, running_mean: Tensor | None, running_var: Tensor | None, *rest: Any
 ) -> str | None:
-    return not_for_triton("bn_silu", x) or bn.not_for_kernels(x, running_mean)
+    return not_for_triton("bn_silu", x) or bn.not_for_kernels(x, running_mean, running_var)
 
 
 def _triton() -> _Kernels:

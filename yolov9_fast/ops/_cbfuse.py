@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from yolov9_fast._layout import empty_map, in_layout_of, memory_format_of
-from yolov9_fast.ops._checks import check_map
+from yolov9_fast.ops._checks import check_map, maps_of
 from yolov9_fast.ops._operator import (
     AutogradFunction,
     Compiled,
@@ -34,6 +34,7 @@ def cbfuse(inputs: Sequence[Tensor], target: Tensor) -> Tensor:
     ratio of sizes, as `F.interpolate(mode="nearest")` takes them. Without inputs the result is `target`. Differentiable
     once; the result is dense, in the layout of `target`. Raises `TypeError`/`ValueError` that name the argument.
     """
+    inputs = maps_of("inputs", inputs)
     _check(inputs, target)
     if not inputs:
         return target
@@ -62,8 +63,6 @@ def _check(inputs: Sequence[Tensor], target: Tensor) -> None:
             raise ValueError(f"{name}: expected a tensor on {target.device}, got one on {x.device}")
         if x.dtype != target.dtype and not torch.is_autocast_enabled(target.device.type):
             raise TypeError(f"{name}: expected {target.dtype} as the target, got {x.dtype}")
-        if 0 in x.shape[2:] and 0 not in target.shape:
-            raise ValueError(f"{name}: expected at least one pixel to resize, got {list(x.shape)}")
 
 
 def _promoted(inputs: Sequence[Tensor], target: Tensor) -> tuple[list[Tensor], Tensor]:
@@ -122,7 +121,8 @@ def _run(kernels: _Kernels, inputs: Sequence[Tensor], target: Tensor) -> Tensor:
 
 class _CBFuse(AutogradFunction):
     @staticmethod
-    def forward(ctx: Any, kernels: _Kernels, target: Tensor, *inputs: Tensor) -> Tensor:
+    def forward(ctx: Any, *arguments: Any) -> Tensor:
+        kernels, target, *inputs = arguments
         ctx.kernels = kernels
         ctx.like = memory_format_of(target)
         ctx.sizes = [(x.shape[2], x.shape[3]) for x in inputs]

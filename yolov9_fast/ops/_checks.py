@@ -11,29 +11,53 @@ FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def check_map(name: str, x: object) -> None:
-    """Raises `TypeError` or `ValueError` unless `x` is a floating-point tensor [B, C, H, W]."""
+    """Raises `TypeError` or `ValueError` unless `x` is a floating-point tensor [B, C, H, W]; only B may be 0."""
     if not isinstance(x, Tensor) or x.dtype not in FLOATING:
-        got = x.dtype if isinstance(x, Tensor) else type(x).__name__
-        raise TypeError(f"{name}: expected a tensor of float32, float64, bfloat16 or float16, got {got}")
+        raise TypeError(f"{name}: expected a tensor of float32, float64, bfloat16 or float16, got {described(x)}")
     if x.ndim != 4:
         raise ValueError(f"{name}: expected [B, C, H, W], got {list(x.shape)}")
+    if 0 in x.shape[1:]:
+        raise ValueError(f"{name}: expected [B, C, H, W] with C, H and W of at least 1, got {list(x.shape)}")
+
+
+def maps_of(name: str, maps: object, *, single: bool = False) -> list[Tensor]:
+    """The list of several maps, with `single` also of one; `TypeError` for what is no list or tuple of them."""
+    if single and isinstance(maps, Tensor):
+        return [maps]
+    if not isinstance(maps, list | tuple):
+        wanted = "a tensor or a list of tensors" if single else "a list of tensors"
+        raise TypeError(f"{name}: expected {wanted}, got {described(maps)}")
+    return list(maps)
+
+
+def described(value: object) -> str:
+    """What an argument of a wrong type is: a tensor's dtype, or the type."""
+    return str(value.dtype) if isinstance(value, Tensor) else type(value).__name__
 
 
 def check_floating(name: str, x: object) -> None:
     """Raises `TypeError` unless `x` is a floating-point tensor."""
     if not isinstance(x, Tensor) or not x.is_floating_point():
-        got = x.dtype if isinstance(x, Tensor) else type(x).__name__
-        raise TypeError(f"{name}: expected a floating-point tensor, got {got}")
+        raise TypeError(f"{name}: expected a floating-point tensor, got {described(x)}")
 
 
 def check_vector(name: str, vector: Tensor | None, x: Tensor) -> None:
-    """Raises `ValueError` unless `vector` is None or has one element for each channel of `x`."""
-    if vector is not None and vector.shape != x.shape[1:2]:
-        raise ValueError(f"{name}: expected [{x.shape[1]}], got {list(vector.shape)}")
+    """Raises `TypeError` or `ValueError` unless `vector` is None or a floating [C] on the device of `x`."""
+    if vector is not None:
+        check_floating(name, vector)
+        check_like(name, vector, x.shape[1:2], x.device)
+
+
+def check_integers(name: str, x: object) -> None:
+    """Raises `TypeError` unless `x` is a tensor of integers."""
+    if not isinstance(x, Tensor) or x.is_floating_point() or x.is_complex() or x.dtype == torch.bool:
+        raise TypeError(f"{name}: expected an integer tensor, got {described(x)}")
 
 
 def check_like(name: str, given: Tensor, shape: Sequence[int], device: torch.device) -> None:
-    """Raises `ValueError` for another shape or device."""
+    """Raises `TypeError` for anything but a tensor, `ValueError` for another shape or device."""
+    if not isinstance(given, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {described(given)}")
     if list(given.shape) != list(shape):
         raise ValueError(f"{name}: expected {list(shape)}, got {list(given.shape)}")
     if given.device != device:

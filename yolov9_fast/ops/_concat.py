@@ -21,7 +21,7 @@ from torch import Tensor
 
 from yolov9_fast._layout import empty_map, layout_of, memory_format_of
 from yolov9_fast.ops import _backend
-from yolov9_fast.ops._checks import check_map
+from yolov9_fast.ops._checks import check_map, maps_of
 from yolov9_fast.ops._operator import AutogradFunction, Compiled, Kernel, Operator, not_on
 
 
@@ -119,6 +119,7 @@ def concat(parts: Sequence[Tensor]) -> Tensor:
     Parts that are adjacent slices of one buffer (slots) are not copied: the result is then a
     view of them. The gradients of the parts are views of the whole gradient. Raises `ValueError` for other shapes.
     """
+    parts = maps_of("parts", parts)
     if not parts:
         raise ValueError("parts: expected at least one tensor, got none")
     for number, part in enumerate(parts):
@@ -279,7 +280,9 @@ def _assemble(gradients: Sequence[Tensor | None], sizes: Sequence[int]) -> Tenso
 
 class _Join(AutogradFunction):
     @staticmethod
-    def forward(ctx: Any, buffer: Tensor, to_copy: Sequence[bool], *parts: Tensor) -> Tensor:
+    def forward(ctx: Any, *arguments: Any) -> Tensor:
+        buffer: Tensor
+        buffer, to_copy, *parts = arguments
         ctx.sizes = [part.shape[1] for part in parts]
         for part, place, copied in zip(parts, buffer.split_with_sizes(ctx.sizes, 1), to_copy, strict=True):
             if copied:

@@ -16,9 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from yolov9_fast._layout import empty_map, in_layout_of, layout_of, row_stride
+from yolov9_fast._layout import empty_map, in_layout_of, layout_of, row_stride, telling
 from yolov9_fast.ops._backend import get_backend
-from yolov9_fast.ops._checks import check_like, check_map
+from yolov9_fast.ops._checks import check_floating, check_like, check_map, maps_of
 from yolov9_fast.ops._concat import placed, returned
 from yolov9_fast.ops._operator import (
     AutogradFunction,
@@ -42,7 +42,7 @@ def conv1x1(
     the layout of the inputs, that does not require a gradient. Differentiable in inputs, weight and bias, once. Under
     autocast everything is cast as for `conv2d`. Raises `TypeError`/`ValueError` that name the argument.
     """
-    maps = [inputs] if isinstance(inputs, Tensor) else list(inputs)
+    maps = maps_of("inputs", inputs, single=True)
     _check(maps, weight, bias, out)
     if torch.is_autocast_enabled(weight.device.type):
         maps, weight, bias = _autocast(maps, weight, bias)
@@ -84,7 +84,6 @@ def conv1x1_pair_reference(x: Tensor, weight1: Tensor, weight2: Tensor) -> tuple
 def _check(inputs: Sequence[Tensor], weight: Tensor, bias: Tensor | None, out: Tensor | None) -> None:
     if not inputs:
         raise ValueError("inputs: expected at least one map, got none")
-    check_map("weight", weight)
     for number, x in enumerate(inputs):
         check_map(f"inputs[{number}]", x)
         if x.shape[0] != inputs[0].shape[0] or x.shape[2:] != inputs[0].shape[2:]:
@@ -92,6 +91,7 @@ def _check(inputs: Sequence[Tensor], weight: Tensor, bias: Tensor | None, out: T
                 f"inputs[{number}]: expected the shape of inputs[0] {list(inputs[0].shape)} except for the channels, "
                 f"got {list(x.shape)}"
             )
+    check_map("weight", weight)
     if len({tensor.device for tensor in (*inputs, weight)}) > 1:
         raise ValueError(
             f"inputs, weight: expected tensors on one device, got {[str(x.device) for x in (*inputs, weight)]}"
@@ -99,8 +99,11 @@ def _check(inputs: Sequence[Tensor], weight: Tensor, bias: Tensor | None, out: T
     channels = sum(x.shape[1] for x in inputs)
     if weight.shape[1:] != (channels, 1, 1):
         raise ValueError(f"weight: expected [O, {channels}, 1, 1], got {list(weight.shape)}")
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(f"bias: expected [{weight.shape[0]}], got {list(bias.shape)}")
+    if weight.shape[0] == 0:
+        raise ValueError(f"weight: expected at least one output channel, got {list(weight.shape)}")
+    if bias is not None:
+        check_floating("bias", bias)
+        check_like("bias", bias, weight.shape[:1], weight.device)
     if not torch.is_autocast_enabled(weight.device.type):
         dtypes = {tensor.dtype for tensor in (*inputs, weight, *(() if bias is None else (bias,)))}
         if len(dtypes) > 1:
@@ -177,6 +180,20 @@ def weight_grad_reference(dy: Tensor, inputs: list[Tensor]) -> Tensor:
     return torch.einsum("bohw,bkhw->ok", dy, torch.cat(list(inputs), 1))[:, :, None, None].contiguous()
 
 
+def _flops_of_maps(inputs: Sequence[Sequence[int]], weight: Sequence[int], *rest: Any, **named: Any) -> int:
+    """A multiplication and an addition for each number of the weight and each pixel."""
+    batch, _, height, width = inputs[0]
+    return 2 * batch * height * width * weight[0] * weight[1]
+
+
+def _flops_of_input_grad(dy: Sequence[int], weight: Sequence[int], *rest: Any, **named: Any) -> int:
+    return _flops_of_maps([dy], weight)
+
+
+def _flops_of_weight_grad(dy: Sequence[int], inputs: Sequence[Sequence[int]], *rest: Any, **named: Any) -> int:
+    return _flops_of_maps([dy], (dy[1], sum(shape[1] for shape in inputs)))
+
+
 class _Kernels(NamedTuple):
     forward: Callable[..., Any]
     input_grad: Callable[..., Any]
@@ -188,16 +205,19 @@ KERNELS = _Kernels(
         "conv1x1_forward(Tensor[] inputs, Tensor weight, Tensor? bias, Tensor(a!) out) -> ()",
         forward_reference,
         lambda inputs, weight, bias, out: None,
+        _flops_of_maps,
     ),
     input_grad=Kernel(
         "conv1x1_input_grad(Tensor dy, Tensor weight, int[] channels) -> Tensor[]",
         input_grad_reference,
         lambda dy, weight, channels: [empty_map(dy, count) for count in channels],
+        _flops_of_input_grad,
     ),
     weight_grad=Kernel(
         "conv1x1_weight_grad(Tensor dy, Tensor[] inputs) -> Tensor",
         weight_grad_reference,
         lambda dy, inputs: dy.new_empty((dy.shape[1], sum(x.shape[1] for x in inputs), 1, 1)),
+        _flops_of_weight_grad,
     ),
 )
 
@@ -208,7 +228,7 @@ KERNELS = _Kernels(
 def _run(
     kernels: _Kernels, inputs: Sequence[Tensor], weight: Tensor, bias: Tensor | None, out: Tensor | None
 ) -> Tensor:
-    maps = in_layout_of(inputs[0] if out is None else out, inputs)
+    maps = in_layout_of(telling(inputs if out is None else [out, *inputs]), inputs)
     result: Tensor = _Conv1x1.apply(kernels, weight, bias, out, *maps)
     return result
 
@@ -220,12 +240,12 @@ def _run_pair(kernels: _Kernels, x: Tensor, weight1: Tensor, weight2: Tensor) ->
 
 class _Conv1x1(AutogradFunction):
     @staticmethod
-    def forward(
-        ctx: Any, kernels: _Kernels, weight: Tensor, bias: Tensor | None, out: Tensor | None, *inputs: Tensor
-    ) -> Tensor:
+    def forward(ctx: Any, *arguments: Any) -> Tensor:
+        out: Tensor | None
+        kernels, weight, bias, out, *inputs = arguments
         ctx.kernels = kernels
         ctx.save_for_backward(weight, *inputs)
-        result = empty_map(inputs[0], weight.shape[0]) if out is None else out
+        result = empty_map(telling(inputs), weight.shape[0]) if out is None else out
         kernels.forward(list(inputs), weight, bias, result)
         return result if out is None else returned(result)
 
@@ -234,7 +254,7 @@ class _Conv1x1(AutogradFunction):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         weight, *inputs = ctx.saved_tensors
         kernels = ctx.kernels
-        (dy,) = in_layout_of(inputs[0], [dy])
+        (dy,) = in_layout_of(telling(inputs), [dy])
         need = ctx.needs_input_grad
         dweight = kernels.weight_grad(dy, inputs) if need[1] else None
         dbias = dy.sum((0, 2, 3)) if need[2] else None

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from yolov9_fast.ops._boxes import REG_MAX, STRIDES, anchor_points
-from yolov9_fast.ops._checks import FLOATING
+from yolov9_fast.ops._checks import FLOATING, check_floating, check_integers, check_one_device, described, maps_of
 from yolov9_fast.ops._operator import Compiled, Kernel, Operator, needs_gradient, not_on
 from yolov9_fast.ops._recording import unless_recorded
 
@@ -64,13 +64,15 @@ def decode_for_assignment(maps: Sequence[Tensor], labels: Tensor, strides: Seque
 
     Args:
         maps, strides: as for `decode`.
-        labels: [B, N] class of each ground truth. Where N is less than the number of classes, compiled kernels compute
-            only the scores of these classes, K = max(N, 1); else K = nc.
+        labels: [B, N] class of each ground truth; for one outside [0, nc) the score is 0. Where N is less than the
+            number of classes, compiled kernels compute only the scores of these classes, K = max(N, 1); else K = nc.
 
     Raises:
         ValueError: maps or labels that do not fit.
     """
     check_maps(maps, strides)
+    check_integers("labels", labels)
+    check_one_device(maps=maps[0], labels=labels)
     if labels.dim() != 2 or labels.shape[0] != maps[0].shape[0]:
         raise ValueError(f"labels: expected [{maps[0].shape[0]}, N], got {list(labels.shape)}")
     maps = [level.detach() for level in maps]
@@ -122,9 +124,15 @@ def with_one_pixel_stride(level: Tensor) -> Tensor:
 
 
 def check_maps(maps: Sequence[Tensor], strides: Sequence[int]) -> None:
-    """Raise `ValueError` unless `maps` are raw maps of one head, one per stride."""
+    """Raise `TypeError` or `ValueError` unless `maps` are raw maps of one head, one per stride."""
+    maps = maps_of("maps", maps)
+    if not isinstance(strides, list | tuple):
+        raise TypeError(f"strides: expected a list of numbers, got {described(strides)}")
     if len(maps) != len(strides) or not maps:
         raise ValueError(f"maps: expected one per stride {list(strides)}, got {len(maps)}")
+    for level in maps:
+        check_floating("maps", level)
+    check_one_device(**{f"maps[{number}]": level for number, level in enumerate(maps)})
     for level in maps:
         if level.dim() != 4 or level.shape[1] <= 4 * REG_MAX or level.shape[:2] != maps[0].shape[:2]:
             shapes = [list(each.shape) for each in maps]
@@ -194,13 +202,15 @@ def _run(kernels: _Kernels, maps: Sequence[Tensor], strides: Sequence[int]) -> T
 def _run_for_assignment(
     kernels: _Kernels, maps: Sequence[Tensor], labels: Tensor, strides: Sequence[int]
 ) -> AssignmentInputs:
+    if maps[0].shape[0] == 0:  # kernels write the points with the boxes of the first image
+        return decode_for_assignment_reference(maps, labels, strides)
     count, classes = labels.shape[1], maps[0].shape[1] - 4 * REG_MAX
     labels = labels.long().contiguous()
     wanted, columns = None, labels
     if count < classes:
         # `assign` expects at least one column, also without ground truths.
-        wanted = labels if count else labels.new_zeros(labels.shape[0], 1)
-        columns = torch.arange(count, device=labels.device).expand_as(labels)
+        wanted = labels.clamp(0, classes - 1) if count else labels.new_zeros(labels.shape[0], 1)
+        columns = torch.where(wanted == labels, torch.arange(count, device=labels.device), -1) if count else labels
     scores, boxes, points = kernels.forward([with_one_pixel_stride(level) for level in maps], wanted, strides)
     return AssignmentInputs(scores.transpose(1, 2), boxes, points, columns)
 

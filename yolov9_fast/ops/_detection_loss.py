@@ -12,6 +12,7 @@ from torch import Tensor
 
 from yolov9_fast.ops._assign import Assignment
 from yolov9_fast.ops._boxes import REG_MAX, STRIDES, ciou
+from yolov9_fast.ops._checks import check_floating, check_integers, check_one_device
 from yolov9_fast.ops._decode import (
     check_maps,
     flatten_maps,
@@ -75,15 +76,30 @@ def detection_loss(
         [3]: box, cls, dfl, each times its gain.
 
     Raises:
-        ValueError: shapes that do not fit.
+        TypeError: tensors of other dtypes.
+        ValueError: shapes that do not fit; on a CPU also ground truths or classes that do not exist.
     """
     check_maps(maps, strides)
+    gt_index, weight = assignment
+    check_integers("assignment.gt_index", gt_index)
+    check_floating("assignment.weight", weight)
+    check_integers("gt_labels", gt_labels)
+    check_floating("gt_boxes", gt_boxes)
+    check_floating("normaliser", normaliser)
+    check_one_device(
+        maps=maps[0], gt_index=gt_index, weight=weight, gt_labels=gt_labels, gt_boxes=gt_boxes, normaliser=normaliser
+    )
     anchors = sum(level.shape[2] * level.shape[3] for level in maps)
     expected = [maps[0].shape[0], anchors]
     for name, tensor in zip(assignment._fields, assignment, strict=True):
         if list(tensor.shape) != expected:
             raise ValueError(f"assignment.{name}: expected {expected} to fit maps, got {list(tensor.shape)}")
-    if gt_boxes.dim() != 3 or gt_labels.shape != gt_boxes.shape[:2] or gt_boxes.shape[2] != 4:
+    if (
+        gt_boxes.dim() != 3
+        or gt_boxes.shape[0] != expected[0]
+        or gt_labels.shape != gt_boxes.shape[:2]
+        or gt_boxes.shape[2] != 4
+    ):
         raise ValueError(
             f"gt_boxes: expected [B, N, 4] with gt_labels [B, N], got {list(gt_boxes.shape)}, {list(gt_labels.shape)}"
         )
@@ -91,12 +107,29 @@ def detection_loss(
         raise ValueError(f"normaliser: expected one element, got {list(normaliser.shape)}")
     if len(gains) != 3:
         raise ValueError(f"gains: expected three (box, cls, dfl), got {len(gains)}")
+    if gt_index.is_cpu and not torch.compiler.is_compiling():
+        _check_values(gt_index, gt_labels, maps[0].shape[1] - 4 * REG_MAX)
     box, cls, dfl = gains
     options = LossOptions(tuple(strides), class_pos_weight, label_smoothing, focal_gamma, (box, cls, dfl))
     result: Tensor = unless_recorded(OPERATOR)(
         maps, assignment, gt_labels, gt_boxes, normaliser.detach().reshape(()), options
     )
     return result
+
+
+def _check_values(gt_index: Tensor, gt_labels: Tensor, classes: int) -> None:
+    """Raises `ValueError` for indices of no ground truth and classes that do not exist; a GPU would have to wait."""
+    if gt_index.numel() == 0:
+        return
+    count, highest = gt_labels.shape[1], int(gt_index.max())
+    if highest >= count:
+        raise ValueError(f"assignment.gt_index: expected indices below {count}, got {highest}")
+    if highest < 0 or (int(gt_labels.min()) >= 0 and int(gt_labels.max()) < classes):
+        return
+    labels = gt_labels.gather(1, gt_index.clamp(min=0).long())[gt_index >= 0]
+    outside = labels[(labels < 0) | (labels >= classes)]
+    if len(outside):
+        raise ValueError(f"gt_labels: expected classes in [0, {classes}), got {int(outside[0])}")
 
 
 def detection_loss_reference(
@@ -157,7 +190,7 @@ def dfl_loss(bins: Tensor, distance: Tensor) -> Tensor:
     lower = distance.floor()
     fraction = distance - lower
     log_probability = bins.log_softmax(-1)
-    index = lower.long()[..., None]
+    index = lower.nan_to_num(0).long()[..., None]  # what is NaN stays so by its fraction
     below = log_probability.gather(-1, index)[..., 0]
     above = log_probability.gather(-1, index + 1)[..., 0]
     return -((1 - fraction) * below + fraction * above).mean(-1)

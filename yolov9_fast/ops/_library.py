@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils.flop_counter import register_flop_formula
 
 NAMESPACE = "yolov9_fast"
 PACKAGE_FOLDER = Path(__file__).resolve().parent.parent
@@ -28,11 +29,18 @@ _library = torch.library.Library(NAMESPACE, "FRAGMENT")
 _defined: dict[str, Callable[..., Any]] = {}
 
 
-def define(schema: str, *, fake: Callable[..., Any], reference: Callable[..., Any]) -> Callable[..., Any]:
+def define(
+    schema: str,
+    *,
+    fake: Callable[..., Any],
+    reference: Callable[..., Any],
+    flops: Callable[..., int] | None = None,
+) -> Callable[..., Any]:
     """Register one operator and return it, `torch.ops.yolov9_fast.NAME.default`.
 
     `schema`: as `box_iou(Tensor a, Tensor b) -> Tensor`. `fake`: same arguments, returns empty tensors of the right
     shape, stride, dtype and device. `reference`: eager PyTorch; it runs where there is no compiled implementation.
+    `flops`: floating-point operations of a call by the shapes of its arguments, for `FlopCounterMode`.
     A schema that is registered already is not registered again.
     """
     name = schema.split("(", 1)[0]
@@ -40,8 +48,11 @@ def define(schema: str, *, fake: Callable[..., Any], reference: Callable[..., An
         _library.define(schema)
         _library.impl(name, reference, "CompositeExplicitAutograd")
         torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
+        packet = getattr(getattr(torch.ops, NAMESPACE), name)
+        if flops is not None:
+            register_flop_formula(packet)(flops)
         # The overload itself: finding it at each call would cost more than some of these kernels.
-        _defined[schema] = getattr(getattr(torch.ops, NAMESPACE), name).default
+        _defined[schema] = packet.default
     return _defined[schema]
 
 

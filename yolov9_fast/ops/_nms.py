@@ -254,8 +254,8 @@ KERNELS = _Kernels(
 
 def _run(kernels: _Kernels, prediction: Tensor, *options: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     prediction = prediction.float()
-    if prediction.stride(2) != 1:  # any other stride is read as it is
-        prediction = prediction.contiguous()
+    if prediction.stride(2) != 1:  # any other stride is read as it is; `contiguous` leaves an empty tensor's
+        prediction = prediction.clone(memory_format=torch.contiguous_format)
     result: tuple[Tensor, Tensor, Tensor, Tensor] = kernels.forward(prediction, *options)
     return result
 

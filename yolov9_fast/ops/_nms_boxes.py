@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from yolov9_fast.ops._checks import check_floating, check_one_device
+from yolov9_fast.ops._checks import check_floating, check_integers, check_one_device
 from yolov9_fast.ops._nms import greedy
 from yolov9_fast.ops._operator import Compiled, Kernel, Operator, not_on
 
@@ -64,9 +64,7 @@ def _check(boxes: Tensor, scores: Tensor, labels: Tensor | None, iou: float, max
     if scores.dim() != 1 or scores.shape[0] != number:
         raise ValueError(f"scores: expected [{number}], got {list(scores.shape)}")
     if labels is not None:
-        if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.is_complex():
-            got = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
-            raise TypeError(f"labels: expected an integer tensor, got {got}")
+        check_integers("labels", labels)
         if labels.shape != scores.shape:
             raise ValueError(f"labels: expected [{number}], got {list(labels.shape)}")
     check_one_device(boxes=boxes, scores=scores, labels=labels)

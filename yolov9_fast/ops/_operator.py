@@ -43,8 +43,9 @@ def supports_anything(*args: Any) -> str | None:
 class Kernel:
     """One kernel of an operator.
 
-    Its schema, as `box_iou(Tensor a, Tensor b) -> Tensor`; its definition in eager PyTorch; and `fake`, which returns
-    empty tensors of the right shape, stride, dtype and device.
+    Its schema, as `box_iou(Tensor a, Tensor b) -> Tensor`; its definition in eager PyTorch; `fake`, which returns
+    empty tensors of the right shape, stride, dtype and device; and for products `flops`, which takes the shapes of the
+    arguments, for `torch.utils.flop_counter`. As there, sums and element by element operations count as 0.
 
     Calling it runs the definition.
     """
@@ -52,6 +53,7 @@ class Kernel:
     schema: str
     reference: Function
     fake: Function
+    flops: Callable[..., int] | None = None
 
     def __call__(self, *args: Any) -> Any:
         return self.reference(*args)
@@ -63,7 +65,7 @@ class Kernel:
     def registered(self, suffix: str = "", function: Function | None = None) -> Function:
         """`torch.ops.yolov9_fast.NAMEsuffix`, run by `function`; by default by compiled code or the reference."""
         schema = self.schema.replace(self.name, self.name + suffix, 1)
-        return _library.define(schema, fake=self.fake, reference=function or self.reference)
+        return _library.define(schema, fake=self.fake, reference=function or self.reference, flops=self.flops)
 
 
 @dataclass(frozen=True)
@@ -305,7 +307,11 @@ def not_for_triton(op: str, *tensors: Tensor) -> str | None:
 if TYPE_CHECKING:
 
     class AutogradFunction(torch.autograd.Function):
-        """`torch.autograd.Function`, whose `apply` has no annotations."""
+        """`torch.autograd.Function`, whose `apply` has no annotations.
+
+        A `forward` of any number of tensors has to be `forward(ctx, *arguments)`: without gradients torch.compile
+        (2.13) leaves out `ctx` where the arguments are one fewer than the parameters, `*tensors` counted as one.
+        """
 
         @classmethod
         def apply(cls, *args: Any) -> Any: ...

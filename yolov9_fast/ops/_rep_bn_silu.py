@@ -330,7 +330,7 @@ def _supports_triton(x1: Tensor, norm1: Norm, x2: Tensor, norm2: Norm, *rest: An
 
 
 def _not_for_kernels(x: Tensor, norm1: Norm, norm2: Norm) -> str | None:
-    return bn.not_for_kernels(x, norm1[2]) or bn.not_for_kernels(x, norm2[2])
+    return bn.not_for_kernels(x, *norm1[2:], *norm2[2:])
 
 
 def _triton() -> _Kernels:

@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from yolov9_fast._layout import empty_map, in_layout_of, layout_of, memory_format_of
-from yolov9_fast.ops._checks import check_map, check_out
+from yolov9_fast._layout import empty_map, in_layout_of, layout_of, memory_format_of, telling
+from yolov9_fast.ops._checks import check_map, check_out, maps_of
 from yolov9_fast.ops._concat import placed, returned
 from yolov9_fast.ops._operator import (
     AutogradFunction,
@@ -64,9 +64,10 @@ def _check(x: Tensor, out: Sequence[Tensor] | None) -> None:
     check_map("x", x)
     if out is None:
         return
-    if len(out) != 3:
-        raise ValueError(f"out: expected three maps, got {len(out)}")
-    for number, slot in enumerate(out):
+    slots = maps_of("out", out)
+    if len(slots) != 3:
+        raise ValueError(f"out: expected three maps, got {len(slots)}")
+    for number, slot in enumerate(slots):
         check_out(f"out[{number}]", slot, x.shape, x)
 
 
@@ -119,19 +120,20 @@ def _run(kernels: _Kernels, x: Tensor, out: Sequence[Tensor] | None) -> tuple[Te
 
 class _Spp(AutogradFunction):
     @staticmethod
-    def forward(ctx: Any, kernels: _Kernels, x: Tensor, *out: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, kernels: _Kernels, *maps: Tensor) -> tuple[Tensor, ...]:
+        x, *out = maps
         ctx.kernels = kernels
-        (source,) = in_layout_of(out[0] if out else x, [x])
-        maps = out or tuple(empty_map(source) for _ in range(3))
-        kernels.forward(source, *maps)
-        ctx.save_for_backward(source, *maps[:2])
-        return x.view_as(x), *(returned(y) if out else y for y in maps)
+        (source,) = in_layout_of(telling(out) if out else x, [x])
+        pooled = out or [empty_map(source) for _ in range(3)]
+        kernels.forward(source, *pooled)
+        ctx.save_for_backward(source, *pooled[:2])
+        return x.view_as(x), *(returned(y) if out else y for y in pooled)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         x, first, second = ctx.saved_tensors
-        readable = in_layout_of(x, list(gradients))
+        readable = in_layout_of(telling(ctx.saved_tensors), list(gradients))
         return None, ctx.kernels.backward(x, first, second, *readable), None, None, None
 
 

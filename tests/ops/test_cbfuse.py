@@ -160,7 +160,7 @@ def test_wrong_arguments_are_named() -> None:
         yf.ops.cbfuse([torch.zeros(2, 4, 2, 2)], target)
     with pytest.raises(TypeError, match=r"^inputs\[0\]: expected torch.float32"):
         yf.ops.cbfuse([torch.zeros(2, 3, 2, 2, dtype=torch.float64)], target)
-    with pytest.raises(ValueError, match=r"^inputs\[0\]: expected at least one pixel"):
+    with pytest.raises(ValueError, match=r"^inputs\[0\]: expected \[B, C, H, W\] with C, H and W of at least 1"):
         yf.ops.cbfuse([torch.zeros(2, 3, 0, 2)], target)
     with pytest.raises(TypeError, match=r"^target: expected a tensor of .*, got NoneType"):
         yf.ops.cbfuse([], None)  # type: ignore[arg-type]

@@ -179,7 +179,7 @@ def test_mixed_layouts_and_odd_strides_are_read(name: str) -> None:
 
 
 @needs_cpu
-@pytest.mark.parametrize("shape", [(0, 3, 4, 4), (2, 3, 0, 4)])
+@pytest.mark.parametrize("shape", [(0, 3, 4, 4), (0, 3, 1, 4)])
 def test_empty_maps(shape: tuple[int, ...]) -> None:
     x, weight = torch.zeros(shape, requires_grad=True), weight_of(5, 3)
     with yf.backend("cpu"):

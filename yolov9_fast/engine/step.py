@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from yolov9_fast.engine.clock import PhaseClock
 from yolov9_fast.engine.device import autocast, prepare_images
 from yolov9_fast.engine.training_state import TrainingState
+from yolov9_fast.errors import UserError
 from yolov9_fast.losses import DetectionLoss
+from yolov9_fast.nn import DetectionOutput
 
 PHASES = ("data", "forward", "loss", "backward", "step")
 
@@ -51,6 +53,9 @@ class TrainStep:
         Returns:
             The loss terms in the order of `criterion.names`, float64 [terms]; and whether an update was skipped because
             the gradients are not finite.
+
+        Raises:
+            UserError: a BatchNorm gets one value per channel.
         """
         images = prepare_images(images, self.device, channels_last=self.channels_last)
         if size is not None:
@@ -58,7 +63,7 @@ class TrainStep:
         clock.end("data")
         with self._local_gradients(not update):
             with autocast(self.device, self.amp):
-                output = self.network(images)
+                output = self._forward(images)
             clock.end("forward")
             loss = self.criterion(output, targets, (images.shape[2], images.shape[3]))
             clock.end("loss")
@@ -67,6 +72,19 @@ class TrainStep:
         clock.end("backward")
         skipped = update and not self.update()
         return loss.items.double(), skipped
+
+    def _forward(self, images: Tensor) -> DetectionOutput:
+        try:
+            output: DetectionOutput = self.network(images)
+        except ValueError as error:
+            # torch's own words, and those of `bn_silu`. Which block pools to one pixel is known only here.
+            if "more than 1 value per channel" not in str(error):
+                raise
+            raise UserError(
+                f"batch: expected more images: with {len(images)} of {images.shape[3]} × {images.shape[2]} pixels a "
+                f"BatchNorm has one value per channel; use another --batch, or a larger --imgsz"
+            ) from error
+        return output
 
     def update(self) -> bool:
         """Clip, step the optimiser, update the moving average; False if skipped for gradients that are not finite."""

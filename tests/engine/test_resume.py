@@ -173,7 +173,7 @@ def test_a_state_of_another_network_is_one_short_line(tiny_config: Make) -> None
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 600
     torch.save({"version": 2, "epoch": "one"}, run.state)
-    with pytest.raises(CheckpointError, match="not a usable training state: epoch: expected an integer"):
+    with pytest.raises(CheckpointError, match="epoch: expected an integer"):
         _resume(run)
     torch.save({"version": 1, "epoch": 1}, run.state)
     with pytest.raises(CheckpointError, match="expected a training state of version 2, got 1"):

@@ -96,7 +96,7 @@ def test_an_unknown_option_in_a_recipe_file_is_named(tmp_path: Path) -> None:
 def test_the_launch_command_repeats_the_words_in_as_many_processes() -> None:
     command = train.launch_command(["train", "--device", "0,1", "--data", "d.yaml"], 2)
     assert command == [
-        *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"),
+        *(sys.executable, "-m", "yolov9_fast.engine.launch", "--standalone", "--nproc-per-node=2"),
         *("-m", "yolov9_fast", "train", "--device", "0,1", "--data", "d.yaml"),
     ]
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -27,7 +29,9 @@ ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 def _command(config: TrainConfig, processes: int = 1) -> list[str]:
     recipe = Path(config.project).parent / f"{config.name}.yaml"
     write_config(config, recipe)
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
+    launcher = (
+        ["-m", "yolov9_fast.engine.launch", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
+    )
     return [sys.executable, *launcher, "-m", "yolov9_fast", "train", "--config", str(recipe)]
 
 
@@ -84,6 +88,67 @@ def test_ctrl_c_ends_with_130_and_leaves_the_last_checkpoint(tiny_config: Make) 
     assert "--resume" in out + err
     assert "Traceback" not in err
     assert _state(config)["epoch"] >= 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+@pytest.mark.parametrize("victim", [0, 1])
+def test_of_two_processes_one_that_dies_or_stops_is_named_in_one_line(
+    tiny_config: Make, number: signal.Signals, victim: int
+) -> None:
+    """Without a launcher: rank 0 also has the store."""
+    config = tiny_config(epochs=500)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    common = {**ENVIRONMENT, **address, "WORLD_SIZE": "2", "YOLOV9_FAST_MAX_SILENT_SECONDS": "5"}
+    processes = [
+        subprocess.Popen(
+            _command(config),
+            env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in (0, 1)
+    ]
+    run = Path(config.project) / "exp"
+    _wait_for_two_epochs(run, processes[0])
+    processes[victim].send_signal(number)
+    _, errors = processes[1 - victim].communicate(timeout=120)
+    processes[victim].kill()
+    processes[victim].communicate()
+    assert processes[1 - victim].returncode == 2
+    assert "Traceback" not in errors
+    [line] = [line for line in errors.splitlines() if "error" in line]
+    what = (
+        "has ended or cannot be reached" if number is signal.SIGKILL else r"\(pid \d+ on .+\) has been silent for 5 s"
+    )
+    if number is signal.SIGSTOP and victim == 0:
+        what = "has been silent for 5 s"
+    assert re.search(rf"process {victim} {what}.*continue with: yolov9-fast train --resume", line)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("many", [False, True])
+def test_the_launcher_adds_no_traceback(tiny_config: Make, many: bool) -> None:
+    """Of a process that dies, or of twenty interrupts."""
+    config = tiny_config(epochs=500)
+    command = _command(config, processes=2)
+    process = subprocess.Popen(command, env=ENVIRONMENT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    _wait_for_two_epochs(Path(config.project) / "exp", process)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    ranks = [int(pid) for pid in children if b"yolov9_fast" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    if many:
+        for _ in range(20):
+            process.send_signal(signal.SIGINT)
+            time.sleep(0.01)
+    else:
+        os.kill(ranks[-1], signal.SIGKILL)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == (130 if many else 2)
+    assert "Traceback" not in errors
+    assert errors.count("continue with: yolov9-fast train --resume") == 1
 
 
 @pytest.mark.slow

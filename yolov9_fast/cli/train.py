@@ -210,5 +210,5 @@ def start_processes(device: str | None) -> None:
 
 def launch_command(words: Sequence[str], processes: int) -> list[str]:
     """The command that runs `yolov9-fast WORDS` in `processes` processes on this machine."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    launcher = [sys.executable, "-m", "yolov9_fast.engine.launch", "--standalone", f"--nproc-per-node={processes}"]
     return [*launcher, "-m", "yolov9_fast", *words]

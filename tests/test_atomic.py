@@ -150,3 +150,31 @@ def test_a_writer_whose_file_was_removed_before_it_was_locked_takes_another(
 
 def test_the_longest_file_name_can_be_written(tmp_path: Path) -> None:
     assert atomic_write(tmp_path / ("n" * 255), b"x").read_bytes() == b"x"
+
+
+_INTERRUPTED_SAVE = """
+import sys, torch
+from yolov9_fast.atomic import atomic_write
+
+class Interrupted:
+    def __init__(self, file):
+        self.file, self.calls = file, 0
+    def write(self, data):
+        self.calls += 1
+        if self.calls == 2:
+            raise KeyboardInterrupt
+        return self.file.write(data)
+
+try:
+    atomic_write(sys.argv[1], lambda file: torch.save({"w": torch.zeros(1000)}, Interrupted(file)))
+except KeyboardInterrupt:
+    print("interrupted")
+"""
+
+
+def test_an_interrupted_torch_save_does_not_end_the_process(tmp_path: Path) -> None:
+    """Its writer has bytes left, and writes them when it is destroyed."""
+    words = [sys.executable, "-c", _INTERRUPTED_SAVE, str(tmp_path / "state.pt")]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout) == (0, "interrupted\n"), done.stderr
+    assert list(tmp_path.iterdir()) == []

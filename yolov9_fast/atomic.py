@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import io
 import os
 import uuid
 from collections.abc import Callable
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 from yolov9_fast._untrusted import user_path
 from yolov9_fast.errors import UserError
 
+_Error = TypeVar("_Error", bound=BaseException)
 _PREFIX = ".yolov9_fast-"
 _cleaned: set[str] = set()
 """Folders in which this process has removed what killed processes left."""
@@ -47,7 +49,12 @@ def atomic_write(path: str | Path, content: bytes | str | Callable[[BinaryIO], o
     except BaseException as error:
         if temporary is not None:
             temporary.discard()
-        system_error = _system_error(error)
+        if not isinstance(error, Exception):
+            raise
+        interrupt = _cause(error, KeyboardInterrupt)
+        if interrupt is not None:  # torch.save makes another error of it
+            raise interrupt from None
+        system_error = _cause(error, OSError)
         if system_error is None:
             raise
         state = "the previous file is intact" if os.path.exists(path) else "nothing was written"
@@ -82,7 +89,7 @@ class TemporaryFile:
             remove_stale(folder)
         while True:
             self.path = folder / f"{_PREFIX}{uuid.uuid4().hex}.tmp{suffix}"
-            self.file: BinaryIO = open(self.path, "xb")  # noqa: SIM115
+            self.file = _File(io.FileIO(self.path, "x"))
             with contextlib.suppress(OSError):  # Not every network file system has locks.
                 fcntl.flock(self.file, fcntl.LOCK_EX)
             if self.path.exists():
@@ -103,6 +110,13 @@ class TemporaryFile:
             self.path.unlink(missing_ok=True)
         with contextlib.suppress(OSError):
             self.file.close()
+
+
+class _File(io.BufferedWriter):
+    """Takes bytes without effect after it is closed: torch's writer ends the process if its last ones are refused."""
+
+    def write(self, data: Any, /) -> int:
+        return len(data) if self.closed else super().write(data)
 
 
 def is_temporary(name: str) -> bool:
@@ -132,13 +146,11 @@ def _sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def _system_error(error: BaseException) -> OSError | None:
-    """The operating system's error that caused `error`; torch.save and others wrap it in their own."""
-    if not isinstance(error, Exception):
-        return None
+def _cause(error: BaseException, kind: type[_Error]) -> _Error | None:
+    """The error of this kind that caused `error`, or `error` itself; torch.save and others wrap it in their own."""
     seen: BaseException | None = error
     while seen is not None:
-        if isinstance(seen, OSError):
+        if isinstance(seen, kind):
             return seen
         seen = seen.__cause__ or seen.__context__
     return None

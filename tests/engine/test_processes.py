@@ -120,7 +120,7 @@ def test_of_two_processes_one_that_dies_or_stops_is_named_in_one_line(
     processes[victim].communicate()
     assert processes[1 - victim].returncode == 2
     assert "Traceback" not in errors
-    [line] = [line for line in errors.splitlines() if "error" in line]
+    [line] = [line for line in re.split(r"[\r\n]+", errors) if line.startswith("error")]
     what = (
         "has ended or cannot be reached" if number is signal.SIGKILL else r"\(pid \d+ on .+\) has been silent for 5 s"
     )

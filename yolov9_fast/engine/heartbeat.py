@@ -105,7 +105,7 @@ class Heartbeat:
     def _end_process(message: str) -> None:
         # The main thread waits inside a collective operation, which no exception reaches.
         if message:
-            print(f"error: {message}", file=sys.stderr, flush=True)
+            print(f"\nerror: {message}", file=sys.stderr, flush=True)  # below the progress bar
         os._exit(2)
 
 

@@ -15,7 +15,7 @@ import pytest
 from yolov9_fast import __version__
 from yolov9_fast.cli import main as cli
 from yolov9_fast.cli.main import COMMANDS, main
-from yolov9_fast.cli.output import set_up_logging
+from yolov9_fast.cli.output import _ConsoleHandler
 from yolov9_fast.engine.distributed import clear_endings
 from yolov9_fast.errors import UserError
 
@@ -161,10 +161,10 @@ def test_errors_are_one_line_without_control_characters(
 
 
 def test_log_lines_are_printed_without_control_characters(capsys: pytest.CaptureFixture[str]) -> None:
-    set_up_logging()
-    logger = logging.getLogger("yolov9_fast.some.module")
-    logger.warning("skipped: %s", HOSTILE)
-    logger.info("two\nlines\x1b", extra={"lines": True})
+    console = _ConsoleHandler()  # not through a logger: pytest keeps what loggers get
+    attributes = {"levelno": logging.WARNING, "levelname": "WARNING", "msg": f"skipped: {HOSTILE}"}
+    console.emit(logging.makeLogRecord(attributes))
+    console.emit(logging.makeLogRecord({"levelno": logging.INFO, "msg": "two\nlines\x1b", "lines": True}))
     printed = capsys.readouterr()
     assert printed.err == "warning: skipped: a\\nwarning: all is well\\x1b[2J\\udc80\\u202e猫\n"
     assert printed.out == "two\nlines\\x1b\n"

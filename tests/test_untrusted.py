@@ -120,6 +120,12 @@ def test_sizes_are_limited_and_the_limit_can_be_raised(tmp_path: Path, monkeypat
         read_bytes("/proc/self/maps", "label file", "LABEL_BYTES")
 
 
+def test_the_page_lists_every_limit() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "bad_input.md").read_text()
+    for name, entry in LIMITS.items():
+        assert f"| `{name}` | {entry.default:,} {entry.unit} | {entry.meaning} |" in page
+
+
 def test_limits_are_checked() -> None:
     assert all(limit(name) == entry.default for name, entry in LIMITS.items())
 

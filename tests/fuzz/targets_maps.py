@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.fuzz.frame import Case, target
-from tests.fuzz.operators import DTYPES, SPECIAL, Invocation, Made, check, side, spoil, tensor
+from tests.fuzz.operators import DTYPES, RELATIVE, SPECIAL, Invocation, Made, check, side, spoil, tensor
 from yolov9_fast import ops
 from yolov9_fast.ops import Norm
 
@@ -157,7 +157,7 @@ def norm(case: Case, name: str, channels: int, dtype: torch.dtype, training: boo
     if training and case.draw(st.booleans(), f"{name}.no statistics"):
         return [weight, bias, None, None]
     wide = torch.float64 if dtype == torch.float64 else torch.float32
-    mean = tensor(case, f"{name}.mean", (channels,), wide)
+    mean = tensor(case, f"{name}.mean", (channels,), wide, specials=SPECIAL[:3])
     var = tensor(case, f"{name}.var", (channels,), wide, kinds=["uniform"], specials=[0.0, 1e30], shift=0.01)
     return [weight, bias, mean, var]
 
@@ -198,6 +198,7 @@ def bn_silu(case: Case) -> None:
             "bn_silu",
             call,
             arguments,
+            relative=RELATIVE[dtype],
             gradients=finite(x, residual, *given),
             skip=lambda name, number, expected: by_channel(name, number, expected, channels),
         )
@@ -228,6 +229,7 @@ def rep_bn_silu(case: Case) -> None:
             "rep_bn_silu",
             call,
             arguments,
+            relative=RELATIVE[dtype],
             gradients=finite(*maps, residual, *norms[0], *norms[1]),
             skip=lambda name, number, expected: by_channel(name, number, expected, channels),
         )

@@ -135,6 +135,10 @@ def test_vectors_with_gaps() -> None:
 
 X = torch.zeros(1, 2, 4, 4)
 WRONG: dict[str, tuple[Callable[[], Any], str]] = {
+    "shared memory": (
+        lambda: ops.spp(X, [torch.zeros(1, 2, 4, 1).expand(1, 2, 4, 4)] * 3),
+        r"out\[0\]: expected elements",
+    ),
     "no channels": (lambda: ops.spp(torch.zeros(1, 0, 4, 4)), r"x: expected \[B, C, H, W\] with C, H and W of at"),
     "no rows": (lambda: ops.conv1x1(torch.zeros(1, 2, 0, 4), torch.zeros(1, 2, 1, 1)), r"inputs\[0\]: expected \[B, C"),
     "no outputs": (lambda: ops.conv1x1(X, torch.zeros(0, 2, 1, 1)), "weight: expected"),

@@ -21,8 +21,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from yolov9_fast._layout import empty_map
-from yolov9_fast.ops._checks import FLOATING
+from yolov9_fast._layout import empty_map, layout_of
+from yolov9_fast.ops._checks import FLOATING, check_writable
 
 
 class Norm(NamedTuple):
@@ -70,6 +70,9 @@ def check_statistics(
         raise ValueError("running_mean, running_var: expected two tensors or None twice, got one")
     if not training and running_mean is None:
         raise ValueError("running_mean, running_var: expected tensors when training is False, got None")
+    for name, vector in (("running_mean", running_mean), ("running_var", running_var)):
+        if training and vector is not None:
+            check_writable(name, vector)
     if training and one_process and x.numel() == x.shape[1]:
         # torch's own message: a variance of one value is undefined.
         raise ValueError(f"x: expected more than 1 value per channel when training, got input size {list(x.shape)}")
@@ -85,6 +88,11 @@ def not_for_kernels(x: Tensor, *statistics: Tensor | None) -> str | None:
         if running is not None and not running.is_contiguous():
             return "it needs contiguous running statistics"
     return None
+
+
+def unreadable(out: Tensor | None) -> str | None:
+    """For `supports`: why kernels that write in place cannot write to `out`."""
+    return None if out is None or layout_of(out) is not None else "out must be channels_last or contiguous"
 
 
 def _column(vector: Tensor) -> Tensor:

@@ -377,7 +377,7 @@ def _supports_cpu(
 def _supports_triton(
     x: Tensor, weight: Any, bias: Any, running_mean: Tensor | None, running_var: Tensor | None, *rest: Any
 ) -> str | None:
-    return not_for_triton("bn_silu", x) or bn.not_for_kernels(x, running_mean, running_var)
+    return not_for_triton("bn_silu", x) or bn.unreadable(rest[4]) or bn.not_for_kernels(x, running_mean, running_var)
 
 
 def _triton() -> _Kernels:

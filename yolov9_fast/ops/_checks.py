@@ -70,8 +70,15 @@ def check_out(name: str, out: Tensor, shape: Sequence[int], like: Tensor) -> Non
     check_like(name, out, shape, like.device)
     if out.dtype != like.dtype:
         raise TypeError(f"{name}: expected {like.dtype}, got {out.dtype}")
+    check_writable(name, out)
+
+
+def check_writable(name: str, out: Tensor) -> None:
+    """Raises `ValueError` for a tensor that requires a gradient or whose elements share memory: it is overwritten."""
     if out.requires_grad:
-        raise ValueError(f"{name}: expected a tensor that requires no gradient: it is overwritten")
+        raise ValueError(f"{name}: expected a tensor that requires no gradient: it is overwritten, got one that does")
+    if any(size > 1 and stride == 0 for size, stride in zip(out.shape, out.stride(), strict=True)):
+        raise ValueError(f"{name}: expected elements in memory of their own, got strides {list(out.stride())}")
 
 
 def check_one_device(**tensors: Tensor | None) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from yolov9_fast._layout import empty_map, in_layout_of, layout_of, row_stride, telling
 from yolov9_fast.ops._backend import get_backend
-from yolov9_fast.ops._checks import check_floating, check_like, check_map, maps_of
+from yolov9_fast.ops._checks import check_floating, check_like, check_map, check_writable, maps_of
 from yolov9_fast.ops._concat import placed, returned
 from yolov9_fast.ops._operator import (
     AutogradFunction,
@@ -111,8 +111,7 @@ def _check(inputs: Sequence[Tensor], weight: Tensor, bias: Tensor | None, out: T
     if out is not None:
         check_map("out", out)
         check_like("out", out, (inputs[0].shape[0], weight.shape[0], *inputs[0].shape[2:]), inputs[0].device)
-        if out.requires_grad:
-            raise ValueError("out: expected a tensor that requires no gradient: it is overwritten")
+        check_writable("out", out)
 
 
 def _autocast(maps: list[Tensor], weight: Tensor, other: Tensor | None) -> tuple[list[Tensor], Tensor, Any]:
@@ -337,6 +336,8 @@ def _supports_cuda(inputs: Sequence[Tensor], weight: Tensor, bias: Tensor | None
 def _supports_triton(inputs: Sequence[Tensor], weight: Tensor, bias: Tensor | None, out: Tensor | None) -> str | None:
     if len(inputs) == 1 and get_backend("conv1x1") == "auto":
         return "one map is a matrix product of cuBLAS"
+    if out is not None and layout_of(out) is None:
+        return "out must be channels_last or contiguous"
     return not_for_triton("conv1x1", *inputs, weight)
 
 

@@ -326,7 +326,7 @@ def _supports_cpu(x1: Tensor, norm1: Norm, x2: Tensor, norm2: Norm, *rest: Any) 
 
 
 def _supports_triton(x1: Tensor, norm1: Norm, x2: Tensor, norm2: Norm, *rest: Any) -> str | None:
-    return not_for_triton("rep_bn_silu", x1) or _not_for_kernels(x1, norm1, norm2)
+    return not_for_triton("rep_bn_silu", x1) or bn.unreadable(rest[4]) or _not_for_kernels(x1, norm1, norm2)
 
 
 def _not_for_kernels(x: Tensor, norm1: Norm, norm2: Norm) -> str | None:

@@ -228,6 +228,7 @@ def _run(
     kernels: _Kernels, inputs: Sequence[Tensor], weight: Tensor, bias: Tensor | None, out: Tensor | None
 ) -> Tensor:
     maps = in_layout_of(telling(inputs if out is None else [out, *inputs]), inputs)
+    bias = None if bias is None else bias.contiguous()
     result: Tensor = _Conv1x1.apply(kernels, weight, bias, out, *maps)
     return result
 

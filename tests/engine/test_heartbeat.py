@@ -78,5 +78,5 @@ def test_a_lost_connection_is_one_line_with_advice() -> None:
         raise RuntimeError("mine")
     with pytest.raises(DataError, match=r"^bad; do this$"), clear_endings("do this"):
         raise DataError("bad")
-    with pytest.raises(KeyboardInterrupt, match="do this"), clear_endings(), clear_endings("do this"):
+    with pytest.raises(KeyboardInterrupt, match="do this"), clear_endings(), clear_endings(lambda: "do this"):
         raise KeyboardInterrupt

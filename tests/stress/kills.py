@@ -106,6 +106,9 @@ class Stress:
                 return
             if code == 0:
                 break
+            if code == 2 and "has finished its" in command.errors():
+                self.counts["afterwards"]["had finished when it was killed"] += 1
+                break
             if not kill:
                 self.failures.append(f"{name}: {history}: exit code {code}: {command.errors()[-1000:]}")
                 return

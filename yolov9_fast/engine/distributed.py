@@ -6,7 +6,7 @@ import contextlib
 import logging
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -123,31 +123,33 @@ def leave_process_group() -> None:
 
 
 @contextlib.contextmanager
-def clear_endings(advice: str = "") -> Iterator[None]:
-    """A context in which what ends a run from outside is one line that ends with `advice`.
+def clear_endings(advice: str | Callable[[], str] = "") -> Iterator[None]:
+    """A context in which what ends a run from outside is one line that ends with `advice`, or what it returns.
 
     Raises:
         ProcessError: in place of the error of a collective operation whose other process has ended.
         DataError, ProcessError, KeyboardInterrupt: those of the body, with the advice.
     """
+
+    def advised(text: str) -> str:
+        return "; ".join(filter(None, (text, advice if isinstance(advice, str) else advice())))
+
     if advice and _heartbeat is not None:
-        _heartbeat.advice = advice
+        _heartbeat.advice = advised("")
     try:
         yield
     except KeyboardInterrupt as interrupt:
-        interrupt.args = interrupt.args or ((advice,) if advice else ())
+        interrupt.args = interrupt.args or ((advised(""),) if advice else ())
         raise
     except (DataError, ProcessError) as error:
         if not advice:
             raise
-        raise type(error)(f"{error}; {advice}") from error
+        raise type(error)(advised(str(error))) from error
     except RuntimeError as error:
         if not _is_communication_error(error):
             raise
         reason = re.sub(r"^\[[^]]*\]\s*", "", str(error)).split(". ")[0].strip()
-        raise ProcessError(
-            f"{_other_process()} has ended or cannot be reached ({reason}){advice and '; '}{advice}"
-        ) from error
+        raise ProcessError(advised(f"{_other_process()} has ended or cannot be reached ({reason})")) from error
 
 
 def _is_communication_error(error: RuntimeError) -> bool:

@@ -238,6 +238,11 @@ class Trainer:
         """End training after this epoch (in every process); for callbacks. The run has then finished."""
         self.state.stopped = reason or "stopped by a callback"
 
+    def _advice(self) -> str:
+        if self.state.finished:
+            return f"the run has finished; results in {self.run_folder.path}"
+        return f"the last finished epoch is saved; continue with: {self.resume_command}"
+
     def _epochs_left(self) -> range:
         return range(self.config.epochs if self.state.stopped else self.state.epoch + 1, self.config.epochs)
 
@@ -255,7 +260,7 @@ class Trainer:
         with contextlib.ExitStack() as stack:
             for resource in (self.training_data.evaluation.loader, self.loader, *self.callbacks):
                 stack.callback(resource.close)
-            with clear_endings(f"the last finished epoch is saved; continue with: {self.resume_command}"):
+            with clear_endings(self._advice):
                 with self._interrupts:
                     self.callbacks.call(Callback.on_train_start, self)
                     for epoch in epochs:

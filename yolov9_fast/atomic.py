@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import io
 import os
+import sys
 import uuid
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +13,9 @@ from typing import Any, BinaryIO, TypeVar
 
 from yolov9_fast._untrusted import user_path
 from yolov9_fast.errors import UserError
+
+if sys.platform != "win32":
+    import fcntl
 
 _Error = TypeVar("_Error", bound=BaseException)
 _PREFIX = ".yolov9_fast-"
@@ -91,7 +94,7 @@ class TemporaryFile:
             self.path = folder / f"{_PREFIX}{uuid.uuid4().hex}.tmp{suffix}"
             self.file = _File(io.FileIO(self.path, "x"))
             with contextlib.suppress(OSError):  # Not every network file system has locks.
-                fcntl.flock(self.file, fcntl.LOCK_EX)
+                lock(self.file.fileno(), wait=True)
             if self.path.exists():
                 return
             self.file.close()  # Another process has removed it before it was locked.
@@ -100,6 +103,8 @@ class TemporaryFile:
         """Flush to disk and rename to the target."""
         self.file.flush()
         os.fsync(self.file.fileno())
+        if sys.platform == "win32":  # no open file is renamed there
+            self.file.close()
         os.replace(self.path, self.target)
         self.file.close()
         _sync_folder(self.target.parent)
@@ -119,6 +124,18 @@ class _File(io.BufferedWriter):
         return len(data) if self.closed else super().write(data)
 
 
+def lock(descriptor: int, *, wait: bool) -> None:
+    """Lock an open file or folder for this process.
+
+    Raises:
+        BlockingIOError: another process has it locked, and `wait` is False.
+        OSError: the file system or the operating system has no such locks.
+    """
+    if sys.platform == "win32":
+        raise OSError("no locks on this operating system")
+    fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+
+
 def is_temporary(name: str) -> bool:
     """Whether a file of this name is a `TemporaryFile`."""
     return name.startswith(_PREFIX) and ".tmp" in name
@@ -131,12 +148,14 @@ def remove_stale(folder: Path) -> None:
             if is_temporary(entry.name) and entry.is_file(follow_symlinks=False):
                 # Without a lock nobody can know whether it is being written: it stays.
                 with contextlib.suppress(OSError), open(entry.path, "r+b") as file:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    lock(file.fileno(), wait=False)
                     os.unlink(entry.path)
 
 
 def _sync_folder(folder: Path) -> None:
     """Flush the folder: the rename survives a power failure only then."""
+    if sys.platform == "win32":  # no folder is opened there
+        return
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -42,6 +42,7 @@ LIMITS = {
     "TABLE_BYTES": Limit(64 << 20, "bytes", "the results.csv of a run"),
     "CLASSES": Limit(100_000, "classes", "class names of a data file or of weights"),
     "CLASS_NAME": Limit(1000, "characters", "the name of one class"),
+    "WORKERS": Limit(512, "processes", "loader processes of one process of a run"),
     "SILENT_SECONDS": Limit(60, "seconds", "without a sign of life of a process of the run"),
 }
 

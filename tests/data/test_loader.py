@@ -25,7 +25,7 @@ from yolov9_fast.data import (
 )
 from yolov9_fast.data.augment import LabelledImage
 from yolov9_fast.data.watch import state
-from yolov9_fast.errors import DataError, ProcessError
+from yolov9_fast.errors import DataError, ProcessError, UserError
 
 
 @pytest.fixture
@@ -269,6 +269,11 @@ def test_closed_loader_raises_and_its_workers_have_ended(records: list[ImageReco
 def test_wrong_option_is_named(records: list[ImageRecord], options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         create_loader(training_set(records), **{"batch_size": 2, "shuffle": True, **options})
+
+
+def test_too_many_workers_are_refused_before_one_starts(records: list[ImageRecord]) -> None:
+    with pytest.raises(UserError, match="workers: expected at most 512 processes, got 999,999,999"):
+        create_loader(training_set(records), batch_size=2, workers=999_999_999, shuffle=False)
 
 
 def test_rect_dataset_needs_its_own_batches(records: list[ImageRecord]) -> None:

@@ -21,6 +21,7 @@ from yolov9_fast.data.dataset import DetectionDataset, SampleKey
 from yolov9_fast.data.sample import Batch, Sample, collate
 from yolov9_fast.data.watch import WorkerWatch
 from yolov9_fast.errors import ProcessError, UserError
+from yolov9_fast.limits import above_limit, limit
 
 
 def create_loader(
@@ -68,6 +69,8 @@ class DetectionLoader:
     def __init__(self, dataset: DetectionDataset, order: BatchOrder, workers: int) -> None:
         if workers < 0:
             raise ValueError(f"workers: expected at least 0, got {workers}")
+        if workers > limit("WORKERS"):
+            raise UserError(f"workers: {above_limit('WORKERS', workers)}")
         self.dataset = dataset
         self._order = order
         self._watch = WorkerWatch()

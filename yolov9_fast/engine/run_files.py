@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import csv
-import fcntl
 import io
 import logging
 import os
@@ -15,7 +14,7 @@ from typing import Any
 import torch
 
 from yolov9_fast._untrusted import absence, read_text, reason, shown, user_path
-from yolov9_fast.atomic import atomic_write, is_temporary, remove_stale
+from yolov9_fast.atomic import atomic_write, is_temporary, lock, remove_stale
 from yolov9_fast.engine.saved_state import check_plain_values
 from yolov9_fast.errors import CheckpointError, UserError
 from yolov9_fast.models.foreign_archive import restricted_load
@@ -34,7 +33,7 @@ class FolderClaim:
 
     def __init__(self, folder: Path) -> None:
         self._descriptor = os.open(folder, os.O_RDONLY)
-        fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        lock(self._descriptor, wait=False)
 
     def __del__(self) -> None:
         with contextlib.suppress(AttributeError, OSError):

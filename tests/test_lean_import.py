@@ -66,3 +66,13 @@ else:
     raise SystemExit("no error")
 """
     assert after(code)["torch"] is False
+
+
+def test_products_are_counted_once_a_program_counts_operations() -> None:
+    code = """
+import sys, torch, yolov9_fast.ops
+assert "torch.utils.flop_counter" not in sys.modules
+from torch.utils.flop_counter import flop_registry
+assert torch.ops.yolov9_fast.conv1x1_forward in flop_registry
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)

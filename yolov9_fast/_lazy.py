@@ -5,7 +5,9 @@ from __future__ import annotations
 import importlib
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 from typing import Any
 
@@ -66,3 +68,39 @@ def import_callable(path: str) -> Callable[..., Any]:
     if not callable(found):
         raise ValueError(f"{path!r}: module {module} has no function {name}")
     return found  # type: ignore[no-any-return]
+
+
+def when_imported(module: str, call: Callable[[], object]) -> None:
+    """Run `call()` at once if `module` has been imported, else right after it is; imports nothing itself."""
+    if module in sys.modules:
+        call()
+        return
+    _waiting.setdefault(module, []).append(call)
+    if _FINDER not in sys.meta_path:
+        sys.meta_path.insert(0, _FINDER)
+
+
+_waiting: dict[str, list[Callable[[], object]]] = {}
+
+
+class _Finder(MetaPathFinder):
+    """Finds the modules that `when_imported` waits for, as Python itself does, and has the calls run after them."""
+
+    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
+        if name not in _waiting:
+            return None
+        calls = _waiting.pop(name)
+        spec = PathFinder.find_spec(name, path, target)
+        if spec is not None and spec.loader is not None:
+            execute = spec.loader.exec_module
+
+            def exec_module(module: ModuleType) -> None:
+                execute(module)
+                for call in calls:
+                    call()
+
+            spec.loader.exec_module = exec_module  # type: ignore[method-assign]
+        return spec
+
+
+_FINDER = _Finder()

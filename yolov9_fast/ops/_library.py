@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.flop_counter import register_flop_formula
+
+from yolov9_fast._lazy import when_imported
 
 NAMESPACE = "yolov9_fast"
 PACKAGE_FOLDER = Path(__file__).resolve().parent.parent
@@ -50,10 +51,15 @@ def define(
         torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
         packet = getattr(getattr(torch.ops, NAMESPACE), name)
         if flops is not None:
-            register_flop_formula(packet)(flops)
+            _count_flops(packet, flops)
         # The overload itself: finding it at each call would cost more than some of these kernels.
         _defined[schema] = packet.default
     return _defined[schema]
+
+
+def _count_flops(packet: Any, flops: Callable[..., int]) -> None:
+    module = "torch.utils.flop_counter"  # imports triton
+    when_imported(module, lambda: sys.modules[module].register_flop_formula(packet)(flops))
 
 
 def why_not_compiled(name: str, backend: str) -> str | None:

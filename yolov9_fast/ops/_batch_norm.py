@@ -44,6 +44,9 @@ class Branch(NamedTuple):
     rstd: Tensor
 
 
+VECTORS = ("weight", "bias", "running_mean", "running_var")
+
+
 def computed_in(dtype: torch.dtype) -> torch.dtype:
     """Dtype of statistics, parameters and sums: float64 for float64 maps, float32 for all others."""
     return torch.float64 if dtype == torch.float64 else torch.float32
@@ -70,8 +73,8 @@ def check_statistics(
         raise ValueError("running_mean, running_var: expected two tensors or None twice, got one")
     if not training and running_mean is None:
         raise ValueError("running_mean, running_var: expected tensors when training is False, got None")
-    for name, vector in (("running_mean", running_mean), ("running_var", running_var)):
-        if training and vector is not None:
+    for name, vector in (("running_mean", running_mean), ("running_var", running_var)) if training else ():
+        if vector is not None and (vector.requires_grad or not vector.is_contiguous()):
             check_writable(name, vector)
     if training and one_process and x.numel() == x.shape[1]:
         # torch's own message: a variance of one value is undefined.
@@ -82,9 +85,10 @@ def not_for_kernels(x: Tensor, *statistics: Tensor | None) -> str | None:
     """For `supports`: why the kernels cannot take these dtypes and running statistics, on any device."""
     if x.dtype not in FLOATING:
         return f"it takes {', '.join(str(dtype) for dtype in FLOATING)}, got {x.dtype}"
+    wanted = computed_in(x.dtype)
     for running in statistics:
-        if running is not None and running.dtype != computed_in(x.dtype):
-            return f"it needs running statistics in {computed_in(x.dtype)}, got {running.dtype}"
+        if running is not None and running.dtype != wanted:
+            return f"it needs running statistics in {wanted}, got {running.dtype}"
         if running is not None and not running.is_contiguous():
             return "it needs contiguous running statistics"
     return None

@@ -16,7 +16,7 @@ from torch import Tensor
 from yolov9_fast._layout import empty_map
 from yolov9_fast.ops import _batch_norm as bn
 from yolov9_fast.ops._batch_norm import Branch
-from yolov9_fast.ops._checks import check_like, check_map, check_out, check_vector
+from yolov9_fast.ops._checks import check_like, check_map, check_out, check_vectors
 from yolov9_fast.ops._concat import placed, returned
 from yolov9_fast.ops._operator import (
     AutogradFunction,
@@ -66,13 +66,7 @@ def bn_silu(
     Raises `ValueError` or `TypeError` that names the argument.
     """
     check_map("x", x)
-    for name, vector in (
-        ("weight", weight),
-        ("bias", bias),
-        ("running_mean", running_mean),
-        ("running_var", running_var),
-    ):
-        check_vector(name, vector, x)
+    check_vectors(x, bn.VECTORS, (weight, bias, running_mean, running_var))
     bn.check_statistics(x, training, running_mean, running_var, group is None)
     if residual is not None:
         check_like("residual", residual, x.shape, x.device)
@@ -98,7 +92,7 @@ def bias_silu(
     Written into `out`; without one, into x itself where autograd records nothing, else into a new tensor.
     """
     check_map("x", x)
-    check_vector("bias", bias, x)
+    check_vectors(x, ("bias",), (bias,))
     recorded = torch.is_grad_enabled() and any(
         tensor is not None and tensor.requires_grad for tensor in (x, bias, residual)
     )

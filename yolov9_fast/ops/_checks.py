@@ -41,11 +41,20 @@ def check_floating(name: str, x: object) -> None:
         raise TypeError(f"{name}: expected a floating-point tensor, got {described(x)}")
 
 
-def check_vector(name: str, vector: Tensor | None, x: Tensor) -> None:
-    """Raises `TypeError` or `ValueError` unless `vector` is None or a floating [C] on the device of `x`."""
-    if vector is not None:
-        check_floating(name, vector)
-        check_like(name, vector, x.shape[1:2], x.device)
+def check_vectors(x: Tensor, names: Sequence[str], vectors: Sequence[Tensor | None], prefix: str = "") -> None:
+    """Raises `TypeError` or `ValueError` unless each vector is None or a floating [C] on the device of `x`."""
+    channels, device = x.shape[1:2], x.device
+    for name, vector in zip(names, vectors, strict=True):
+        # One call for all of them, hundreds of times in a training step: what is right needs no other function.
+        if vector is None or (
+            isinstance(vector, Tensor)
+            and vector.dtype in FLOATING
+            and vector.shape == channels
+            and vector.device == device
+        ):
+            continue
+        check_floating(prefix + name, vector)
+        check_like(prefix + name, vector, channels, device)
 
 
 def check_integers(name: str, x: object) -> None:
@@ -70,7 +79,8 @@ def check_out(name: str, out: Tensor, shape: Sequence[int], like: Tensor) -> Non
     check_like(name, out, shape, like.device)
     if out.dtype != like.dtype:
         raise TypeError(f"{name}: expected {like.dtype}, got {out.dtype}")
-    check_writable(name, out)
+    if out.requires_grad or 0 in out.stride():
+        check_writable(name, out)
 
 
 def check_writable(name: str, out: Tensor) -> None:

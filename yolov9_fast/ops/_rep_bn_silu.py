@@ -16,7 +16,7 @@ from yolov9_fast._layout import empty_map
 from yolov9_fast.ops import _batch_norm as bn
 from yolov9_fast.ops import _bn_silu
 from yolov9_fast.ops._batch_norm import Branch, Norm
-from yolov9_fast.ops._checks import check_like, check_map, check_out, check_vector
+from yolov9_fast.ops._checks import check_like, check_map, check_out, check_vectors
 from yolov9_fast.ops._concat import placed, returned
 from yolov9_fast.ops._operator import (
     AutogradFunction,
@@ -57,8 +57,7 @@ def rep_bn_silu(
     if x1.dtype != x2.dtype:
         raise TypeError(f"x2: expected {x1.dtype} as x1, got {x2.dtype}")
     for number, norm in (("1", norm1), ("2", norm2)):
-        for name, vector in zip(Norm._fields, norm, strict=True):
-            check_vector(f"norm{number}.{name}", vector, x1)
+        check_vectors(x1, bn.VECTORS, norm, f"norm{number}.")
         bn.check_statistics(x1, training, norm[2], norm[3], group is None)
     if residual is not None:
         check_like("residual", residual, x1.shape, x1.device)

@@ -28,7 +28,6 @@ from yolov9_fast._layout import row_stride
 from yolov9_fast.ops import _backend
 from yolov9_fast.ops._operator import operators
 
-torch.set_num_threads(2)
 DTYPES = [torch.float32, torch.float32, torch.bfloat16, torch.float16, torch.float64]
 RELATIVE = {torch.float32: 2e-4, torch.bfloat16: 4e-2, torch.float16: 6e-3, torch.float64: 1e-8}
 SPECIAL = [float("nan"), float("inf"), float("-inf"), 1e30, -1e30, 1e-42, 0.0, -0.0]

@@ -193,10 +193,10 @@ def test_images_of_a_wrong_shape_are_refused(shape: tuple[int, ...]) -> None:
         ("layers: [[-1, Conv, [8]]]\nname: [a]", "name: expected a short text"),
         (f"layers: [[-1, Conv, [8]]]\nname: {'x' * 2**20}", "name: expected a short text"),
         ("layers: [[-1, Conv, [8]]]\nabsolute: 'no'", "absolute: expected true or false, got 'no'"),
-        (f"layers: [[-1, Conv, [{'9' * 30}]], [[0, 0, 0], DDetect, []]]", "layer 0, Conv"),
-        (f"layers: [[-1, Conv, [{'x' * 2**20}]], [[0, 0, 0], DDetect, []]]", "layer 0, Conv"),
-        ("layers: [[-1, Conv, [!!binary YQ==]], [[0, 0, 0], DDetect, []]]", "layer 0, Conv"),
-        (f"layers: [[-1, {'x' * 2**20}, []]]", "unknown block"),
+        (f"layers: [[-1, Conv, [{'9' * 30}]], [[0, 0, 0], DDetect, []]]", "layer 0: arguments"),
+        (f"layers: [[-1, Conv, [{'x' * 2**20}]], [[0, 0, 0], DDetect, []]]", "layer 0: arguments"),
+        ("layers: [[-1, Conv, [!!binary YQ==]], [[0, 0, 0], DDetect, []]]", "layer 0: arguments"),
+        (f"layers: [[-1, {'x' * 2**20}, []]]", "layer 0: expected the name of a block"),
     ],
 )
 def test_a_graph_file_that_describes_no_network_is_refused(tmp_path: Path, text: str, message: str) -> None:

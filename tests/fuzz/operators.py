@@ -7,6 +7,7 @@ a value that is not finite gives.
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 from collections.abc import Callable, Iterable, Sequence
@@ -181,6 +182,7 @@ class Outcome:
 
 def check(invocation: Invocation) -> None:
     """Run `invocation` on every backend; raises AssertionError where one differs from eager."""
+    register_backends()
     expected = _run("eager", invocation)
     if expected.error is not None:
         _check_error(expected.error)
@@ -354,5 +356,8 @@ def _register_matrix() -> None:
         ops.register_implementation(op, "matrix", call, supports=_only_by_name(op, "matrix", supports))
 
 
-_register_emulated()
-_register_matrix()
+@functools.cache
+def register_backends() -> None:
+    """Add both to the operators of this process: only a process that runs a target does."""
+    _register_emulated()
+    _register_matrix()

@@ -109,10 +109,9 @@ def test_rows_and_sizes_that_are_not_there_are_refused(capsys: pytest.CaptureFix
 
 
 def test_an_untrainable_row_is_counted_and_left_out(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, few_pictures: Path, tmp_path: Path
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], few_pictures: Path, tmp_path: Path
 ) -> None:
     only = System("chain", "old", load_graph("gelan-t"), untrainable="its loss is another one")
     monkeypatch.setitem(ablation.TABLES, "table5", lambda sizes=None: [only])
-    caplog.set_level("INFO")
     assert main(["paper", "table5", "--data", str(few_pictures), "--project", str(tmp_path)]) == 2
-    assert "old is not trained: its loss is another one" in caplog.text
+    assert "old is not trained: its loss is another one" in capsys.readouterr().out

@@ -55,7 +55,9 @@ def test_a_failure_is_reduced_and_reported_with_what_was_drawn() -> None:
     report = run("frame_fails")
     assert not report.clean
     assert not report.crashes
-    assert [failure["drawn"] for failure in report.failures] == ["number = 100\n"]
+    (drawn,) = (failure["drawn"] for failure in report.failures)
+    # 100 where there is time to reduce it all the way.
+    assert 100 <= int(drawn.removeprefix("number = ")) <= 1000
     assert report.failures[0]["error"].startswith("AssertionError")
 
 

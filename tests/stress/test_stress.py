@@ -38,7 +38,7 @@ def test_a_run_that_is_killed_at_random_moments_ends_as_an_uninterrupted_one(tmp
 
 @pytest.mark.slow
 def test_memory_is_flat(tmp_path: Path) -> None:
-    result = _run("memory", tmp_path, "--epochs", "20", "--images", "800", "--frames", "1500")
+    result = _run("memory", tmp_path, "--epochs", "20", "--images", "800", "--frames", "5000")
     assert [part["flat"] for part in result.values() if isinstance(part, dict)] == [True] * 3
 
 

@@ -18,6 +18,8 @@ using namespace yolov9_fast::tal;
 constexpr int kThreads = 128;
 // Contested anchors are neighbours: small blocks spread them.
 constexpr int kResolveThreads = 64;
+// Resident blocks that ptxas has to allow. Without a number it aims at 21, with 48 registers, and spills.
+constexpr int kResolveBlocks = 16;
 
 template <class Score>
 __global__ void prepare_kernel(Problem<Score> p) {
@@ -31,7 +33,7 @@ __global__ void __launch_bounds__(kThreads) claim_kernel(Problem<Score> p) {
 }
 
 template <class Score>
-__global__ void __launch_bounds__(kResolveThreads) resolve_kernel(Problem<Score> p) {
+__global__ void __launch_bounds__(kResolveThreads, kResolveBlocks) resolve_kernel(Problem<Score> p) {
   __shared__ ResolveShared shared;
   resolve(DeviceBlock{}, shared, p, static_cast<int64_t>(blockIdx.x) * kResolveThreads);
 }

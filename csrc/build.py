@@ -186,7 +186,7 @@ def headers_of(path: Path, root: Path) -> set[Path]:
     waiting = [path]
     while waiting:
         names = re.findall(r'^#include "(.+)"', waiting.pop().read_text(), re.MULTILINE)
-        new = {root / name for name in names} - found
+        new = {root / name for name in names if (root / name).exists()} - found
         found |= new
         waiting += new
     return found

@@ -71,7 +71,7 @@ struct Problem {
   }
 };
 
-#ifdef __CUDACC__
+#ifdef YF_CUDA
 __device__ __forceinline__ int append(int* count) { return atomicAdd(count, 1); }
 __device__ __forceinline__ void raise(uint32_t* at, uint32_t value) { atomicMax(at, value); }
 __device__ __forceinline__ void raise(uint64_t* at, uint64_t value) {

@@ -13,7 +13,7 @@
 
 #include "common/host_device.h"
 
-#ifdef __CUDACC__
+#ifdef YF_CUDA
 #define YF_BLOCK __device__ __forceinline__
 #else
 #define YF_BLOCK inline
@@ -24,7 +24,7 @@ namespace yolov9_fast {
 template <class Value, class Block>
 class PerThread;
 
-#ifdef __CUDACC__
+#ifdef YF_CUDA
 
 struct DeviceBlock {
   __device__ __forceinline__ int threads() const { return static_cast<int>(blockDim.x); }

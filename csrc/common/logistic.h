@@ -9,7 +9,7 @@
 #include "common/host_device.h"
 
 // A call in a loop would prevent vectorisation.
-#ifdef __CUDACC__
+#ifdef YF_CUDA
 #define YF_ELEMENTWISE YF_HOST_DEVICE
 #else
 #define YF_ELEMENTWISE inline __attribute__((always_inline))

@@ -31,7 +31,7 @@ using SmallSizes = Sizes<64, 32, 4, 1, 8>;
 
 template <class Number>
 YF_BLOCK Number fetch_add(Number* where, Number value) {
-#ifdef __CUDACC__
+#ifdef YF_CUDA
   return atomicAdd(where, value);
 #else
   const Number before = *where;
@@ -41,7 +41,7 @@ YF_BLOCK Number fetch_add(Number* where, Number value) {
 }
 
 YF_BLOCK int exchange(int* where, int value) {
-#ifdef __CUDACC__
+#ifdef YF_CUDA
   return atomicExch(where, value);
 #else
   const int before = *where;
@@ -51,7 +51,7 @@ YF_BLOCK int exchange(int* where, int value) {
 }
 
 YF_BLOCK int count_bits(uint32_t word) {
-#ifdef __CUDACC__
+#ifdef YF_CUDA
   return __popc(word);
 #else
   return __builtin_popcount(word);

@@ -88,6 +88,13 @@ _NO_WORK = frozenset(
         "diagonal",
     ]
 )
+
+
+def works(operator: str) -> bool:
+    """Whether an operator, such as "aten::add", does work: it is no view and reserves no memory only."""
+    return operator not in _NO_WORK
+
+
 COPIES = ("aten::copy_", "aten::cat", "aten::_foreach_copy_", "aten::stack")
 
 

@@ -352,10 +352,12 @@ class _Split(AutogradFunction):
 def tap_backward_reference(whole: Tensor, part: Tensor, start: int) -> Tensor:
     """Kernel `tap_backward`, the gradient of `x` in `tap`.
 
-    A new tensor: `whole` [B, C, H, W] plus `part` at the channels from `start` on.
+    A new tensor in the layout of `whole` [B, C, H, W], plus `part` at the channels from `start` on.
     """
     stop = start + part.shape[1]
-    return torch.cat((whole[:, :start], whole[:, start:stop] + part, whole[:, stop:]), 1)
+    pieces = (whole[:, :start], whole[:, start:stop] + part, whole[:, stop:])
+    # A piece without channels has no layout: with it `cat` would return a contiguous map.
+    return torch.cat([piece for piece in pieces if piece.shape[1]] or [whole], 1)
 
 
 def _fake(whole: Tensor, part: Tensor, start: int) -> Tensor:

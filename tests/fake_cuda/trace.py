@@ -25,7 +25,7 @@ from yolov9_fast.engine.optimizer import build_optimizer  # noqa: E402
 from yolov9_fast.losses import DetectionLoss  # noqa: E402
 from yolov9_fast.losses.targets import PaddedTargets  # noqa: E402
 from yolov9_fast.models import create_model, fuse, to_deploy  # noqa: E402
-from yolov9_fast.ops import nms  # noqa: E402
+from yolov9_fast.ops import _batch_norm, nms  # noqa: E402
 
 CLASSES = 80
 TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -52,7 +52,11 @@ class Record(TorchDispatchMode):
         devices = {tensor.device.type for tensor in (*inputs, *outputs) if tensor.dim()}
         if {"cpu", "cuda"} <= devices:
             self.host_copies[name] += 1
-        elif works(name) and not name.startswith("prim::") and "cuda" in {tensor.device.type for tensor in (*inputs, *outputs)}:
+        elif (
+            works(name)
+            and not name.startswith("prim::")
+            and "cuda" in {tensor.device.type for tensor in (*inputs, *outputs)}
+        ):
             self.launches[name] += 1
         if name.startswith("yolov9_fast::") or "convolution" in name:
             for tensor in (*inputs, *outputs):
@@ -90,8 +94,8 @@ def pretended_gpu() -> Iterator[None]:
         def last(tensor: Tensor) -> bool:
             return tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last)
 
-        free = last(image) and not image.is_contiguous() or last(weight) and not weight.is_contiguous()
-        return torch.channels_last if free or image.dim() == 4 and image.stride(1) == 1 else torch.contiguous_format
+        free = (last(image) and not image.is_contiguous()) or (last(weight) and not weight.is_contiguous())
+        return torch.channels_last if free or (image.dim() == 4 and image.stride(1) == 1) else torch.contiguous_format
 
     torch._C._conv_determine_backend_memory_format = memory_format
     replaced = {
@@ -182,14 +186,27 @@ def trace_inference(network: str, batch: int, size: int, amp: str) -> dict[str, 
     """One prediction: image conversion, folded forward, decode, NMS."""
     model = nn.Module.to(fuse(to_deploy(create_model(network, CLASSES))), memory_format=torch.channels_last).eval()
     record = Record()
+    make = _batch_norm.unit_statistics
+
+    def unit_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
+        """Kept as those of real tensors are: there is one mode in this process."""
+        made = make(x)
+        return _batch_norm._units.setdefault((x.shape[1], made[0].dtype, x.device), made)
+
+    _batch_norm.unit_statistics = unit_statistics
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
         to_cuda(model)
         images = torch.empty(batch, 3, size, size, device="cuda", dtype=torch.uint8)
-        with record:
+
+        def predict() -> None:
             prepared = prepare_images(images, torch.device("cuda", 0), channels_last=True)
             with autocast(amp):
                 maps = model.raw(prepared, auxiliary=False).main
             nms(model.decode([map_.float() for map_ in maps]), conf=0.001)
+
+        predict()  # the first call makes constants
+        with record:
+            predict()
     return _report(record, {"inference": dict(record.launches)})
 
 

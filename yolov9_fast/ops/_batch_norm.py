@@ -23,6 +23,7 @@ from torch import Tensor
 
 from yolov9_fast._layout import empty_map, layout_of
 from yolov9_fast.ops._checks import FLOATING, check_writable
+from yolov9_fast.ops._recording import recorded
 
 
 class Norm(NamedTuple):
@@ -79,6 +80,35 @@ def check_statistics(
     if training and one_process and x.numel() == x.shape[1]:
         # torch's own message: a variance of one value is undefined.
         raise ValueError(f"x: expected more than 1 value per channel when training, got input size {list(x.shape)}")
+
+
+def unit_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean 0 and variance 1 for the channels of `x`, [C] each; nobody may write to them.
+
+    Made once per width, dtype and device, because each would cost a launch per unit and call on a GPU.
+    """
+    key = (x.shape[1], computed_in(x.dtype), x.device)
+    plain = type(x) is Tensor and not torch.compiler.is_compiling()  # fake tensors belong to their mode
+    known = _units.get(key) if plain else None
+    if known is None:
+        with torch.inference_mode(False):  # they may be saved for a backward later
+            known = torch.zeros(key[0], dtype=key[1], device=key[2]), torch.ones(key[0], dtype=key[1], device=key[2])
+        # What is made while a CUDA graph is captured, or inside a transform, belongs to that.
+        if plain and not recorded() and not (x.is_cuda and torch.cuda.is_current_stream_capturing()):
+            _units[key] = known
+    return known
+
+
+_NONE = (None, None)
+_units: dict[tuple[int, torch.dtype, torch.device], tuple[Tensor, Tensor]] = {}
+
+
+def rstd_of(running_var: Tensor, eps: float) -> Tensor:
+    """1 / sqrt(running_var + eps)."""
+    key = (running_var.shape[0], running_var.dtype, running_var.device)
+    if eps == 0.0 and running_var is _units.get(key, _NONE)[1]:
+        return running_var  # 1
+    return (running_var + eps).rsqrt()
 
 
 def not_for_kernels(x: Tensor, *statistics: Tensor | None) -> str | None:

@@ -98,10 +98,10 @@ def bias_silu(
     )
     if out is None and not recorded:
         out = x.detach()
-    zeros = torch.zeros(x.shape[1], dtype=bn.computed_in(x.dtype), device=x.device)
+    mean, variance = bn.unit_statistics(x)
     # eps is 0: rstd is exactly 1.
     options: dict[str, Any] = {"training": False, "momentum": 0.0, "eps": 0.0}
-    return bn_silu(x, None, bias, zeros, zeros + 1, **options, residual=residual, out=out, activation=activation)
+    return bn_silu(x, None, bias, mean, variance, **options, residual=residual, out=out, activation=activation)
 
 
 def bn_silu_reference(
@@ -354,7 +354,7 @@ def _run(
     else:
         assert running_mean is not None
         assert running_var is not None
-        mean, rstd = running_mean, (running_var + eps).rsqrt()
+        mean, rstd = running_mean, bn.rstd_of(running_var, eps)
     z = _Given.apply(x, weight, bias, residual, mean, rstd, total, group, out, activation, kernels)
     return z
 

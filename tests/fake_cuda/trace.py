@@ -15,7 +15,7 @@ from typing import Any  # noqa: E402
 
 import torch  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
-from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode  # noqa: E402
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor, FakeTensorMode  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
 from bench.counting import works  # noqa: E402
@@ -25,6 +25,7 @@ from yolov9_fast.engine.optimizer import build_optimizer  # noqa: E402
 from yolov9_fast.losses import DetectionLoss  # noqa: E402
 from yolov9_fast.losses.targets import PaddedTargets  # noqa: E402
 from yolov9_fast.models import create_model, fuse, to_deploy  # noqa: E402
+from yolov9_fast.nn import plan  # noqa: E402
 from yolov9_fast.ops import _batch_norm, nms  # noqa: E402
 
 CLASSES = 80
@@ -89,6 +90,7 @@ def _is_slice(tensor: Tensor) -> bool:
 def pretended_gpu() -> Iterator[None]:
     """What torch.cuda says of an H100, and cuDNN's choice of memory format, which the CPU build does not know."""
     convolution = torch._C._conv_determine_backend_memory_format
+    plan._PLAIN = (*plan._PLAIN, FakeTensor)  # type: ignore[assignment]  # fused as tensors of a GPU are
 
     def memory_format(image: Tensor, weight: Tensor, backend: Any) -> torch.memory_format:
         def last(tensor: Tensor) -> bool:

@@ -17,14 +17,13 @@ _PRE_DISPATCH = torch._C.DispatchKey.PreDispatch
 _RECORDING = (
     torch._C._TorchDispatchModeKey.PROXY,
     torch._C._TorchDispatchModeKey.FUNCTIONAL,
-    torch._C._TorchDispatchModeKey.FAKE,
 )
 
 
 def recorded() -> bool:
     """Whether definitions have to run instead of kernels.
 
-    So it is for `torch.jit.trace`, `torch.onnx.export`, `make_fx`, `torch.export`, FakeTensorMode, the transforms of
+    So it is for `torch.jit.trace`, `torch.onnx.export`, `make_fx`, `torch.export`, the transforms of
     `torch.func` and forward-mode differentiation; not for `torch.compile`, which traces registered operators.
     """
     if torch.compiler.is_compiling():

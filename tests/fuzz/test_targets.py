@@ -1,4 +1,4 @@
-"""Every fuzz target, for YOLOV9_FAST_FUZZ_SECONDS seconds each (default 5)."""
+"""Every fuzz target, for YOLOV9_FAST_FUZZ_SECONDS seconds each (default 60)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from tests.fuzz import frame
 from tests.ops import emulated
 
-SECONDS = float(os.environ.get("YOLOV9_FAST_FUZZ_SECONDS", "5"))
+SECONDS = float(os.environ.get("YOLOV9_FAST_FUZZ_SECONDS", "60"))
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -17,7 +17,9 @@ from bench.guard import FILE
 from tests import fake_cuda
 from yolov9_fast.atomic import atomic_write
 
-KEY = f"launches on a GPU, torch {'.'.join(torch.__version__.split('.')[:2])}"
+RECORDED = "2.13"
+"""The torch whose launches the file has; others decompose and launch differently."""
+KEY = f"launches on a GPU, torch {RECORDED}"
 CASES = [
     ("yolov9-t", "step", "bf16"),
     ("yolov9-t", "step", "fp16"),
@@ -35,6 +37,9 @@ CASES = [
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(torch.version.cuda is not None, reason="this torch has a CUDA device of its own"),
+    pytest.mark.skipif(
+        torch.__version__.split(".")[:2] != RECORDED.split("."), reason=f"the counts are those of torch {RECORDED}"
+    ),
 ]
 
 
@@ -62,7 +67,7 @@ def test_a_step_on_a_gpu(network: str, what: str, amp: str) -> None:
     if os.environ.get("YOLOV9_FAST_UPDATE_COUNTS"):
         content.setdefault(KEY, {})[name] = found["launches"]
         atomic_write(FILE, json.dumps(content, indent=1, sort_keys=True) + "\n")
-    elif KEY in content:
+    else:
         assert found["launches"] == content[KEY][name], found["by_operator"]
 
 

@@ -100,6 +100,20 @@ def in_sequential(block: nn.Module, path: str) -> None:
     replaced(block, path, nn.Sequential(block.get_submodule(path)))
 
 
+def assert_the_same_when_changed(name: str, change: Callable[[nn.Module, str], None], path: str, order: str) -> None:
+    """Compare a block with an accelerated one when both are changed; `order` "before": changed, then accelerated."""
+    plain, fast = make(name), make(name)
+    if order != "before":
+        yf.accelerate(fast)
+        fast(image())
+        fast.load_state_dict(plain.state_dict())
+    change(plain, path)
+    change(fast, path)
+    if order == "before":
+        yf.accelerate(fast)
+    assert_same(fast, plain)
+
+
 CHANGES = [with_forward, with_class, with_hook, with_input_hook, in_sequential]
 
 
@@ -109,16 +123,7 @@ CHANGES = [with_forward, with_class, with_hook, with_input_hook, in_sequential]
 def test_a_changed_child_runs(name: str, change: Callable[[nn.Module, str], None], order: str) -> None:
     paths = [path for path in called(make(name)) if path or change is not in_sequential]
     for path in paths if order == "everywhere" else paths[:: 7 if order == "after" else 13]:
-        plain, fast = make(name), make(name)
-        if order != "before":
-            yf.accelerate(fast)
-            fast(image())
-            fast.load_state_dict(plain.state_dict())
-        change(plain, path)
-        change(fast, path)
-        if order == "before":
-            yf.accelerate(fast)
-        assert_same(fast, plain)
+        assert_the_same_when_changed(name, change, path, order)
 
 
 class LowRank(nn.Module):
@@ -179,16 +184,7 @@ def widened(block: nn.Module, path: str) -> None:
 def test_a_wrapped_or_parametrised_convolution_runs(
     change: Callable[[nn.Module, str], None], path: str, order: str
 ) -> None:
-    plain, fast = make("csp elan"), make("csp elan")
-    if order == "after":
-        yf.accelerate(fast)
-        fast(image())
-        fast.load_state_dict(plain.state_dict())
-    change(plain, path)
-    change(fast, path)
-    if order == "before":
-        yf.accelerate(fast)
-    assert_same(fast, plain)
+    assert_the_same_when_changed("csp elan", change, path, order)
 
 
 POOLS: dict[str, tuple[str, nn.Module]] = {

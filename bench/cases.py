@@ -10,8 +10,6 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from .machine import synchronise
-
 FAMILIES = ("ops", "blocks", "loss", "nms", "step", "infer", "data", "places")
 PHASES = ("data", "forward", "loss", "backward", "optimiser", "ema")
 """Phases of a training step, in order."""
@@ -51,19 +49,45 @@ class NoClock:
 
 
 class PhaseClock:
-    """Seconds of each phase of one call; on a GPU a phase ends when its kernels have."""
+    """Seconds of each phase of one call, read after it; on a GPU between events, so that no phase waits for the device.
+
+    There a phase lasts from when the device reaches its begin to when it reaches its end: where launching is slower
+    than the kernels, the time of the host. `stop` ends the call.
+    """
 
     def __init__(self, device: torch.device) -> None:
-        self.seconds: dict[str, float] = {}
         self._device = device
-        synchronise(device)
-        self._last = time.perf_counter()
+        self._names: list[str] = []
+        self._times: list[Any] = [self._now()]
 
     def mark(self, phase: str) -> None:
-        synchronise(self._device)
-        now = time.perf_counter()
-        self.seconds[phase] = self.seconds.get(phase, 0.0) + now - self._last
-        self._last = now
+        self._names.append(phase)
+        self._times.append(self._now())
+
+    def stop(self) -> float:
+        """Seconds of the whole call, once the device has done it."""
+        end = self._now()
+        if self._device.type == "cuda":
+            end.synchronize()
+        return self._between(self._times[0], end)
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """By phase; after `stop`."""
+        found: dict[str, float] = {}
+        for name, begin, end in zip(self._names, self._times, self._times[1:], strict=False):
+            found[name] = found.get(name, 0.0) + self._between(begin, end)
+        return found
+
+    def _now(self) -> Any:
+        if self._device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(self._device))
+        return event
+
+    def _between(self, begin: Any, end: Any) -> float:
+        return float(begin.elapsed_time(end)) / 1e3 if self._device.type == "cuda" else end - begin
 
 
 @dataclass

@@ -100,7 +100,10 @@ COPIES = ("aten::copy_", "aten::cat", "aten::_foreach_copy_", "aten::stack")
 
 @dataclass
 class Counts:
-    """One call: kernels, copies among them, allocations and their bytes, the peak of live bytes, kernels by name."""
+    """One call: kernels, copies among them, allocations and their bytes, the peak of live bytes, kernels by name.
+
+    `kernel_seconds`: on CUDA the sum of the times in which a kernel ran.
+    """
 
     kernels: int = 0
     copies: int = 0
@@ -108,10 +111,11 @@ class Counts:
     allocated_bytes: int = 0
     peak_bytes: int = 0
     by_kernel: dict[str, int] = field(default_factory=dict)
+    kernel_seconds: float = 0.0
 
     def numbers(self) -> dict[str, int]:
         content = asdict(self)
-        content.pop("by_kernel")
+        del content["by_kernel"], content["kernel_seconds"]
         return content
 
 
@@ -135,6 +139,7 @@ def count(call: Callable[[], Any], device: torch.device) -> Counts:
             # Kernels, memory copies and fills are events of the device.
             if event.device_type == DeviceType.CUDA and not getattr(event, "is_user_annotation", False):
                 found[event.name] += 1
+                counts.kernel_seconds += event.time_range.elapsed_us() / 1e6
         elif (
             event.name.split("::")[0] in ("aten", "yolov9_fast", "mkldnn")
             and event.name not in _NO_WORK

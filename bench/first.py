@@ -15,9 +15,10 @@ from yolov9_fast.models.graph import load_graph
 from yolov9_fast.ops._operator import operators
 
 from . import counting
-from .cases import PHASES, NoClock, PhaseClock
+from .cases import PHASES, NoClock
 from .check import judge, relative_error
 from .machine import device_slug
+from .measure import timed_phases
 from .networks import Inference, TrainingStep, fixed_batch
 from .stats import ratio_of_medians, summarise
 
@@ -116,11 +117,10 @@ def _rounds(sides: list[Side], device: torch.device, seconds: float, bar: Any, s
             break
         for side in sides if number % 2 else sides[::-1]:
             for what, work in _works(side).items():
-                clock = PhaseClock(device)
-                work(clock)
-                for phase, value in clock.seconds.items():
+                whole, phases, _ = timed_phases(work, device)
+                for phase, value in phases.items():
                     side.samples.setdefault(f"{what} {phase}", []).append(value)
-                side.samples.setdefault(what, []).append(sum(clock.seconds.values()))
+                side.samples.setdefault(what, []).append(whole)
         progress = max((number + 1) / 15, (time.perf_counter() - begun) / seconds)
         bar.update(int(min(start + share * min(progress, 1.0), 95)) - bar.n)
 

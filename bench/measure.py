@@ -9,7 +9,7 @@ from __future__ import annotations
 import gc
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,8 +21,10 @@ try:
 except ImportError:  # not on Windows
     resource = None  # type: ignore[assignment]
 
+from yolov9_fast.kernels.device_time import DeviceTimer, overwrite
+
 from . import counting
-from .cases import Absent, Case, NoClock, OpenCase, PhaseClock, Runner, Settings, Traffic
+from .cases import Absent, Case, Clock, NoClock, OpenCase, PhaseClock, Runner, Settings, Traffic
 from .check import judge
 from .machine import Ceilings, synchronise
 from .stats import ratio_of_medians, summarise
@@ -31,13 +33,16 @@ _LEAST_SAMPLE = 1e-3
 _TRIES = 4
 _PREEMPTIONS_A_SECOND = 20
 _SLOW_SAMPLES = 3
-_FLUSH_BYTES = 256 * 2**20
 PHASED = ("step", "infer")
 
 
 @dataclass
 class Candidate:
-    """A runner whose result was right: repeats within a sample, the most samples, samples in seconds."""
+    """A runner whose result was right: repeats within a sample, the most samples, samples in seconds.
+
+    On a GPU `samples` are of the device; `host`: seconds until the last launch was made; `queued`: whether all launches
+    of a sample waited when the first began.
+    """
 
     runner: Runner
     error: float
@@ -47,6 +52,8 @@ class Candidate:
     samples: list[float] = field(default_factory=list)
     phases: dict[str, list[float]] = field(default_factory=dict)
     host: list[float] = field(default_factory=list)
+    queued: list[bool] = field(default_factory=list)
+    timer: DeviceTimer | None = None
 
 
 def measure(
@@ -86,7 +93,7 @@ def _measure(
             yield {"kind": "absent", **head, **outcome}
     if not candidates:
         return
-    _time(candidates, case.family in PHASED, device, settings)
+    _time(candidates, case.family in PHASED, torch.device("cpu") if case.family == "data" else device, settings)
     baseline = candidates[0]
     for candidate in candidates:
         yield {
@@ -95,7 +102,7 @@ def _measure(
             "provider": candidate.runner.provider,
             "layout": candidate.runner.layout,
             **({"note": candidate.runner.note} if candidate.runner.note else {}),
-            **_numbers(candidate, baseline, device),
+            **_numbers(candidate, baseline),
             **_limits(candidate, opened.traffic, case.dtype, ceilings),
             **({"per_second": opened.items / summarise(candidate.samples).median} if opened.items else {}),
             "error": candidate.error,
@@ -147,7 +154,10 @@ def _with_rules(opened: OpenCase) -> Iterator[tuple[Runner | Absent, str]]:
 def calibrate(candidates: list[Candidate], phased: bool, device: torch.device, settings: Settings) -> None:
     """Warm up, and choose how often each candidate repeats within a sample."""
     clock = NoClock()
+    cold = device.type == "cuda" and not phased
+    hold = overwrite(device) if cold else None
     for candidate in candidates:
+        candidate.timer = DeviceTimer(device, hold) if hold is not None else None
         candidate.runner.call(clock)
         synchronise(device)
         start = time.perf_counter()
@@ -156,13 +166,11 @@ def calibrate(candidates: list[Candidate], phased: bool, device: torch.device, s
         took = time.perf_counter() - start
         if took > settings.seconds / 2:
             candidate.most = _SLOW_SAMPLES
-        cold = device.type == "cuda"
         candidate.repeats = 1 if phased or cold else max(1, min(1000, int(_LEAST_SAMPLE / max(took, 1e-7))))
 
 
 def _time(candidates: list[Candidate], phased: bool, device: torch.device, settings: Settings) -> None:
     calibrate(candidates, phased, device, settings)
-    flush = torch.empty(_FLUSH_BYTES // 4, device=device) if device.type == "cuda" and not phased else None
     least, most = settings.rounds
     end = time.perf_counter() + settings.seconds
     order = list(candidates)
@@ -176,43 +184,50 @@ def _time(candidates: list[Candidate], phased: bool, device: torch.device, setti
             chance.shuffle(order)
             for candidate in order:
                 if done < candidate.most:
-                    sample(candidate, phased, device, flush)
+                    sample(candidate, phased, device)
             # Autograd graphs contain cycles, which only the collector frees.
             gc.collect(0)
     finally:
         if collecting:
             gc.enable()
+        for candidate in candidates:
+            candidate.timer = None  # its memory is none of the case's
 
 
-def sample(candidate: Candidate, phased: bool, device: torch.device, flush: Tensor | None = None) -> None:
+def timed_phases(call: Callable[[Clock], Any], device: torch.device) -> tuple[float, dict[str, float], float]:
+    """One call: its seconds, those of its phases, and those of the host until its last launch.
+
+    On a GPU an untimed call goes before, not waited for: the launches of the timed one queue behind it, as in a loop.
+    """
+    if device.type == "cuda":
+        call(NoClock())
+    clock = PhaseClock(device)
+    start = time.perf_counter()
+    call(clock)
+    host = time.perf_counter() - start
+    return clock.stop(), clock.seconds, host
+
+
+def sample(candidate: Candidate, phased: bool, device: torch.device) -> None:
     """Time one sample and keep it."""
     call = candidate.runner.call
     if phased:
-        clock = PhaseClock(device)
         before = preemptions()
-        start = time.perf_counter()
-        call(clock)
-        synchronise(device)
-        seconds = time.perf_counter() - start
+        seconds, phases, host = timed_phases(call, device)
         candidate.samples.append(seconds)
+        if device.type == "cuda":
+            candidate.host.append(host)
         # Long calls lose a core now and then on any machine; many times a second is another process's doing.
         candidate.disturbed += (preemptions() - before) > _PREEMPTIONS_A_SECOND * max(seconds, 0.1)
-        for name, seconds in clock.seconds.items():
+        for name, seconds in phases.items():
             candidate.phases.setdefault(name, []).append(seconds)
         return
     none = NoClock()
-    if device.type == "cuda":
-        if flush is not None:
-            flush.zero_()  # the L2 cache holds nothing of the case when it starts
-        begin, finish = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        synchronise(device)
-        begin.record()
-        start = time.perf_counter()
-        call(none)
-        candidate.host.append(time.perf_counter() - start)
-        finish.record()
-        finish.synchronize()
-        candidate.samples.append(begin.elapsed_time(finish) / 1e3)
+    if candidate.timer is not None:
+        found = candidate.timer(lambda: call(none))
+        candidate.samples.append(found.device)
+        candidate.host.append(found.host)
+        candidate.queued.append(found.queued)
         return
     # A sample during which the system took a core away measures the machine's load: it is taken again.
     for _ in range(_TRIES):
@@ -233,14 +248,14 @@ def preemptions() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw if resource is not None else 0
 
 
-def _numbers(candidate: Candidate, baseline: Candidate, device: torch.device) -> dict[str, Any]:
+def _numbers(candidate: Candidate, baseline: Candidate) -> dict[str, Any]:
     summary = summarise(candidate.samples)
     content: dict[str, Any] = {
         "median": summary.median,
         "p20": summary.p20,
         "p80": summary.p80,
         "samples": candidate.samples,
-        "cold_cache": device.type == "cuda",
+        "cold_cache": bool(candidate.queued),
         "disturbed": candidate.disturbed,
     }
     if candidate is not baseline:
@@ -249,6 +264,8 @@ def _numbers(candidate: Candidate, baseline: Candidate, device: torch.device) ->
         content["speedup"] = {"value": ratio.value, "low": ratio.low, "high": ratio.high}
     if candidate.host:
         content["host_seconds"] = summarise(candidate.host).median
+    if candidate.queued:
+        content["queued"] = all(candidate.queued)
     if candidate.phases:
         content["phases"] = {name: summarise(times).median for name, times in candidate.phases.items()}
     return content
@@ -281,6 +298,7 @@ def _counted(candidate: Candidate, family: str, device: torch.device) -> dict[st
         "peak_bytes": counts.peak_bytes,
     }
     if device.type == "cuda":
+        content["kernel_seconds"] = counts.kernel_seconds
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
         call()

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from yolov9_fast.kernels import adown_pool, bn_silu, cbfuse, config, rep_bn_silu, spp
+from yolov9_fast.kernels.device_time import DeviceTimer, overwrite
 
 SHAPES = ((32, 64, 160, 160), (32, 128, 80, 80), (32, 256, 40, 40), (8, 24, 80, 80), (4, 80, 40, 40), (4, 256, 40, 40))
 """Maps of yolov9-c and -t at 640 pixels that between them fill most buckets; others keep the default."""
@@ -15,6 +16,8 @@ DTYPES = (torch.bfloat16, torch.float32)
 def tune(repeats: int, say: Callable[[str], object]) -> dict[str, Any]:
     """The record of this GPU: device, capability, torch, and kernels: {kernel: {bucket: {"elements", "warps"}}}."""
     kernels: dict[str, dict[str, Any]] = {}
+    device = torch.device("cuda", torch.cuda.current_device())
+    hold = overwrite(device)
     for dtype in DTYPES:
         for shape in SHAPES:
             for name, call in calls(shape, dtype, "cuda").items():
@@ -23,7 +26,7 @@ def tune(repeats: int, say: Callable[[str], object]) -> dict[str, Any]:
                     continue
                 timed = {}
                 for choice in config.candidates(name):
-                    timed[_milliseconds(name, bucket, choice, call, repeats)] = choice
+                    timed[_milliseconds(name, bucket, choice, call, repeats, device, hold)] = choice
                 best = min(timed)
                 kernels.setdefault(name, {})[bucket] = timed[best]
                 say(f"{name} {bucket}: {timed[best]} {best:.4f} ms")
@@ -74,17 +77,18 @@ def bucket_of(shape: tuple[int, int, int, int], dtype: torch.dtype) -> str:
     return f"last/{dtype.itemsize}/{block}/{'small' if n * c * h * w <= config.SMALL else 'large'}"
 
 
-def _milliseconds(name: str, bucket: str, choice: dict[str, int], call: Callable[[], object], repeats: int) -> float:
-    """Median time of `call` with this tile; the first calls compile and warm up."""
+def _milliseconds(
+    name: str,
+    bucket: str,
+    choice: dict[str, int],
+    call: Callable[[], object],
+    repeats: int,
+    device: torch.device,
+    hold: Callable[[], object],
+) -> float:
+    """Median time of `call`'s kernels with this tile; the first calls compile and warm up."""
     with config.forced(name, bucket, choice):
         for _ in range(3):
             call()
-        times = []
-        for _ in range(repeats):
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record()
-            call()
-            end.record()
-            end.synchronize()
-            times.append(begin.elapsed_time(end))
-    return float(statistics.median(times))
+        timer = DeviceTimer(device, hold)
+        return 1e3 * statistics.median(timer(call).device for _ in range(repeats))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from yolov9_fast.bench import first
+from yolov9_fast.bench.cases import PhaseClock
 from yolov9_fast.bench.networks import Inference, TrainingStep, inference_model
 
 from yolov9_fast.cli.main import main
@@ -55,7 +56,7 @@ def test_wrong_options_are_one_line(words: list[str], capsys: pytest.CaptureFixt
 def test_the_step_leaves_weights_almost_where_they_are_and_measures_all_phases() -> None:
     step = TrainingStep("yolov9-t", 64, 1, CPU)
     before = [p.clone() for p in step.model.parameters()]
-    clock = first.PhaseClock(CPU)
+    clock = PhaseClock(CPU)
     step(clock)
     assert tuple(clock.seconds) == first.PHASES
     assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(before, step.model.parameters(), strict=True))

@@ -53,29 +53,27 @@ def _block_opener(
         generator = torch.Generator().manual_seed(0)
         values = [torch.randn(batch, *one, generator=generator) for one in inputs]
 
-        def make(
-            provider: str, layout: str, backend_name: str, kind: str = dtype, where: torch.device = device
-        ) -> Runner:
+        def make(provider: str, layout: str, backend_name: str, kind: str = dtype) -> Runner:
             wide = torch.float64 if kind == "float64" else torch.float32
-            module = copy.deepcopy(source).to(where, wide)
+            module = copy.deepcopy(source).to(device, wide)
             nn.Module.to(module, memory_format=LAYOUTS[layout])  # type: ignore[call-overload]
             if backend_name == "auto":
                 yf.accelerate(module)
             ready = [
-                v.to(where, wide, copy=True).contiguous(memory_format=LAYOUTS[layout]).requires_grad_() for v in values
+                v.to(device, wide, copy=True).contiguous(memory_format=LAYOUTS[layout]).requires_grad_() for v in values
             ]
             amp = torch_dtype(kind) if kind in ("bfloat16", "float16") else None
 
             def call(clock: Clock) -> Any:
                 with backend(backend_name):
-                    with torch.autocast(where.type, amp) if amp else nullcontext():
+                    with torch.autocast(device.type, amp) if amp else nullcontext():
                         output = module(_arguments(ready, inputs, source))
                     outputs = flatten(_plain(output))
                     parameters = [p for p in module.parameters() if p.requires_grad]
                     weights = [torch.ones_like(one) for one in outputs]
                     # ones as gradients vanish in BatchNorm's backward: a ramp over the rows does not
                     for weight in weights:
-                        ramp = torch.linspace(0, 1, weight.shape[2], device=where, dtype=weight.dtype)
+                        ramp = torch.linspace(0, 1, weight.shape[2], device=device, dtype=weight.dtype)
                         weight.mul_(ramp[:, None])
                     return outputs, torch.autograd.grad(outputs, [*ready, *parameters], weights, allow_unused=True)
 
@@ -93,7 +91,7 @@ def _block_opener(
             yield make("auto", "channels_last", "auto")
 
         def reference() -> dict[str, Tensor]:
-            return make("eager", "nchw", "eager", "float64", torch.device("cpu")).results()
+            return make("eager", "nchw", "eager", "float64").results()
 
         return OpenCase(runners(), reference, "network")
 

@@ -17,8 +17,9 @@ def relative_error(result: Tensor, exact: Tensor) -> float:
         return math.inf
     if exact.numel() == 0:
         return 0.0
-    difference = result.detach().to("cpu", torch.float64) - exact.detach().to("cpu", torch.float64)
-    scale = exact.detach().to("cpu", torch.float64).square().mean().sqrt().item()
+    wide = exact.detach().to(torch.float64)
+    difference = result.detach().to(exact.device, torch.float64) - wide
+    scale = wide.square().mean().sqrt().item()
     error = difference.square().mean().sqrt().item()
     if not math.isfinite(error):
         return math.inf

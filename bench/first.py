@@ -82,16 +82,16 @@ def _works(side: Side) -> dict[str, Callable[[Any], Any]]:
 def _judge(
     sides: list[Side], model: str, size: int, batch: int, images: Tensor, bar: Any
 ) -> dict[str, dict[str, Tensor]]:
-    """Results of every side; returns those in float64 where a CPU can afford it."""
+    """Results of every side; returns those in float64 where that takes seconds."""
     for side in sides:
         side.results = {"step": side.step.results(), "inference": side.inference.results()}
         bar.update(5)
     if size * size * batch > 320 * 320 * 8 or not model.endswith(("-t", "-s")):
         return {}
-    cpu = torch.device("cpu")
+    device = sides[0].step.device
     exact = {
-        "step": TrainingStep(model, size, batch, cpu, dtype="float64").results(),
-        "inference": Inference(model, images, cpu, "float64", "nchw", "eager").results(),
+        "step": TrainingStep(model, size, batch, device, dtype="float64").results(),
+        "inference": Inference(model, images, device, "float64", "nchw", "eager").results(),
     }
     bar.update(10)
     return exact

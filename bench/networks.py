@@ -34,6 +34,8 @@ _CONF = 0.001
 _LOGIT_SPREAD = 1.5
 _MOST_GFLOPS_ON_A_CPU = 400
 _CALIBRATION_IMAGES = 8
+CHECKED_ON_A_GPU = 2
+"""Images of a batch on which results are checked there: on most GPUs float64 is 64 times slower than float32."""
 
 
 def same_weights(name: str, device: torch.device, **options: Any) -> DetectionModel:
@@ -49,7 +51,8 @@ def same_weights(name: str, device: torch.device, **options: Any) -> DetectionMo
 class TrainingStep:
     """One optimiser step on a fixed batch, as the trainer makes it: forward, loss, backward, clip, optimiser, EMA.
 
-    The learning rate is so small that weights, and with them the work, stay what they are over many steps.
+    The learning rate is so small that weights, and with them the work, stay what they are over many steps. `checked`:
+    the first images of the batch that `results` uses; default all.
     """
 
     def __init__(
@@ -64,6 +67,7 @@ class TrainingStep:
         backend_name: str = "eager",
         compile_mode: str | None = None,
         batches: Callable[[], tuple[Tensor, Tensor]] | None = None,
+        checked: int | None = None,
     ) -> None:
         self.device, self.size, self.layout, self.backend_name = device, image_size, layout, backend_name
         self.amp = torch_dtype(dtype) if dtype in ("bfloat16", "float16") else None
@@ -82,6 +86,7 @@ class TrainingStep:
         self.ema = ModelEMA(self.model)
         self.batches = batches
         self.images, self.targets = fixed_batch(image_size, batch)
+        self.checked = batch if checked is None else checked
 
     def __call__(self, clock: Clock) -> Tensor:
         total = self.forward(clock)
@@ -115,14 +120,15 @@ class TrainingStep:
 
     def results(self) -> dict[str, Tensor]:
         """Head maps, loss and all gradients of the first step, from a copy, so that weights stay as they are."""
-        images = self.images.to(self.device)
+        images = self.images[: self.checked].to(self.device)
         images = (images.double() if self._double() else images.float()).div_(255)
         images = images.contiguous(memory_format=LAYOUTS[self.layout])
+        targets = self.targets[self.targets[:, 0] < self.checked].to(self.device)
         kept = {name: value.clone() for name, value in self.model.state_dict().items()}
         with backend(self.backend_name):
             with self._autocast():
                 output: DetectionOutput = self.network(images)
-            loss = self.criterion(output, self.targets.to(self.device), self.size)
+            loss = self.criterion(output, targets, self.size)
             torch.autograd.backward(loss.total)
         gradients = [p.grad.reshape(-1).double() for p in self.model.parameters() if p.grad is not None]
         found = named("map", [one.detach().cpu() for one in [*output.main, *(output.auxiliary or [])]])
@@ -183,9 +189,11 @@ def step_cases(settings: Settings, dtypes: tuple[str, ...], device: torch.device
 def _step_opener(name: str, size: int, batch: int, dtype: str) -> Callable[[torch.device, Settings], OpenCase]:
     def open_case(device: torch.device, settings: Settings) -> OpenCase:
         data, why = _loader_batches(size, batch)
+        checked = min(batch, CHECKED_ON_A_GPU) if device.type == "cuda" else batch
 
         def make(provider: str, layout: str, **options: Any) -> Runner:
-            step = TrainingStep(name, size, batch, device, dtype=dtype, layout=layout, batches=data, **options)
+            options |= {"dtype": dtype, "layout": layout, "batches": data, "checked": checked}
+            step = TrainingStep(name, size, batch, device, **options)
             return Runner(provider, layout, step, step.results, note=why)
 
         def runners() -> Iterator[Runner | Absent]:
@@ -196,11 +204,10 @@ def _step_opener(name: str, size: int, batch: int, dtype: str) -> Callable[[torc
                 yield make("compile", "channels_last", compile_mode=mode)
 
         def reference() -> dict[str, Tensor]:
-            step = TrainingStep(name, size, batch, torch.device("cpu"), dtype="float64")
-            return step.results()
+            return TrainingStep(name, size, batch, device, dtype="float64", checked=checked).results()
 
         # A float64 pass over a large network on a small CPU takes longer than the measurement itself.
-        affordable = size * size * batch <= 320 * 320 * 8 or device.type == "cuda"
+        affordable = size * size * checked <= 320 * 320 * 8
         return OpenCase(runners(), reference if affordable else None, "network", items=batch)
 
     return open_case
@@ -269,11 +276,22 @@ def _data_opener(size: int, batch: int) -> Callable[[torch.device, Settings], Op
 
 
 class Inference:
-    """From uint8 images to detections: the deployed, fused network, decoding and NMS with about 1000 candidates."""
+    """From uint8 images to detections: the deployed, fused network, decoding and NMS with about 1000 candidates.
+
+    `checked`: the first images that `results` uses; default all.
+    """
 
     def __init__(
-        self, name: str, images: Tensor, device: torch.device, dtype: str, layout: str, backend_name: str
+        self,
+        name: str,
+        images: Tensor,
+        device: torch.device,
+        dtype: str,
+        layout: str,
+        backend_name: str,
+        checked: int | None = None,
     ) -> None:
+        self.checked = len(images) if checked is None else checked
         self.device, self.layout, self.backend_name = device, layout, backend_name
         self.amp = torch_dtype(dtype) if dtype in ("bfloat16", "float16") else None
         self.images = images.to(device)
@@ -286,10 +304,11 @@ class Inference:
         self.network: Callable[..., Any] = self.model
 
     @torch.inference_mode()
-    def predict(self, clock: Clock) -> Tensor:
+    def predict(self, clock: Clock, number: int | None = None) -> Tensor:
+        """The network's output for the first `number` images, by default for all."""
         with backend(self.backend_name):
             wide = next(self.model.parameters()).dtype
-            images = self.images.to(wide).div_(255).contiguous(memory_format=LAYOUTS[self.layout])
+            images = self.images[:number].to(wide).div_(255).contiguous(memory_format=LAYOUTS[self.layout])
             clock.mark("data")
             with torch.autocast(self.device.type, self.amp) if self.amp else nullcontext():
                 prediction: Tensor = self.network(images)
@@ -304,7 +323,7 @@ class Inference:
         return found
 
     def results(self) -> dict[str, Tensor]:
-        return {"output": self.predict(NoClock()).cpu()}
+        return {"output": self.predict(NoClock(), self.checked).cpu()}
 
 
 _CACHE: dict[str, DetectionModel] = {}
@@ -371,9 +390,10 @@ def _infer_opener(name: str, size: int, batch: int, dtype: str) -> Callable[[tor
             reason = f"about {work:.0f} GFLOPs a call: left to GPUs"
             return OpenCase(iter([Absent("all", "", reason)]), None, "none")
         images, _ = fixed_batch(size, batch)
+        checked = min(batch, CHECKED_ON_A_GPU) if device.type == "cuda" else batch
 
         def make(provider: str, layout: str, backend_name: str) -> Runner:
-            one = Inference(name, images, device, dtype, layout, backend_name)
+            one = Inference(name, images, device, dtype, layout, backend_name, checked)
             return Runner(provider, layout, one, one.results)
 
         def runners() -> Iterator[Runner | Absent]:
@@ -381,14 +401,14 @@ def _infer_opener(name: str, size: int, batch: int, dtype: str) -> Callable[[tor
             yield make("eager", "channels_last", "eager")
             yield make("auto", "channels_last", "auto")
             for mode in MODES[settings.compile][:1]:
-                one = Inference(name, images, device, dtype, "channels_last", "eager")
+                one = Inference(name, images, device, dtype, "channels_last", "eager", checked)
                 one.network = torch.compile(one.model, mode=None if mode == "default" else mode, dynamic=False)
                 yield Runner("compile", "channels_last", one, one.results)
 
-        heavy = size * size * batch > 640 * 640 * (1 if name != "yolov9-t" else 8)
+        heavy = device.type == "cpu" and size * size * batch > 640 * 640 * (1 if name != "yolov9-t" else 8)
 
         def reference() -> dict[str, Tensor]:
-            return Inference(name, images, torch.device("cpu"), "float64", "nchw", "eager").results()
+            return Inference(name, images, device, "float64", "nchw", "eager", checked).results()
 
         opened = OpenCase(runners(), None if heavy else reference, "network", items=batch)
         if settings.peers and dtype == "float32" and batch <= 8:

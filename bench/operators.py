@@ -270,7 +270,7 @@ def open_problem(
     def reference() -> dict[str, Tensor]:
         # Starting from the values as rounded to the case's precision.
         rounded = [t.to(torch_dtype(dtype)).float() if t.dim() == 4 else t for t in problem.tensors]
-        exact = Problem(problem.function, rounded, problem.learn).cast(torch.device("cpu"), torch.float64, layouts[0])
+        exact = Problem(problem.function, rounded, problem.learn).cast(device, torch.float64, layouts[0])
         with backend("eager"):
             return _outcome(problem.function, exact, mode)
 

@@ -295,6 +295,7 @@ def raw_arguments(case: Case) -> dict[str, tuple[Any, ...]]:
         "bn_silu_forward": (x, *norm, MOMENTUM, EPS, case.residual, torch.empty_like(x), True),
         "bn_silu_backward": (dz, *given, True),
         "bn_stats": (x,),
+        "bn_combine": (torch.rand(3, 2 * x.shape[1] + 1), *norm[2:], MOMENTUM, EPS),
         "bn_silu_apply": (*given, case.residual, torch.empty_like(x), True),
         "bn_silu_backward_sums": (dz, *given, True),
         "bn_silu_backward_apply": (dz, *given, *statistics, True),

@@ -28,7 +28,7 @@ from yolov9_fast.ops._operator import (
     not_on,
     once_differentiable,
 )
-from yolov9_fast.ops._sync_statistics import means_of, synchronised
+from yolov9_fast.ops._sync_statistics import COMBINE, means_of, synchronised
 
 
 def bn_silu(
@@ -198,6 +198,7 @@ class _Kernels(NamedTuple):
     forward: Callable[..., Any]
     backward: Callable[..., Any]
     stats: Callable[..., Any]
+    combine: Callable[..., Any]
     apply: Callable[..., Any]
     backward_sums: Callable[..., Any]
     backward_apply: Callable[..., Any]
@@ -220,6 +221,7 @@ KERNELS = _Kernels(
         bn.statistics,
         lambda x: (bn.empty_vector(x), bn.empty_vector(x)),
     ),
+    combine=COMBINE,
     apply=Kernel(
         f"bn_silu_apply({_GIVEN}, Tensor? residual, Tensor(a!) out, bool silu) -> ()",
         _apply,
@@ -350,7 +352,7 @@ def _run(
         return z
     total = None
     if training:
-        mean, rstd, total = synchronised(x, kernels.stats, (running_mean, running_var), momentum, eps, group)
+        mean, rstd, total = synchronised(kernels, x, (running_mean, running_var), momentum, eps, group)
     else:
         assert running_mean is not None
         assert running_var is not None
@@ -383,11 +385,13 @@ def _triton() -> _Kernels:
         bn_silu_backward_sums,
         bn_silu_forward,
     )
+    from yolov9_fast.kernels.sync_statistics import bn_combine
 
     return _Kernels(
         bn_silu_forward,
         bn_silu_backward,
         bn_stats,
+        bn_combine,
         bn_silu_apply,
         bn_silu_backward_sums,
         bn_silu_backward_apply,

@@ -158,6 +158,7 @@ class _Kernels(NamedTuple):
     forward: Callable[..., Any]
     backward: Callable[..., Any]
     stats: Callable[..., Any]
+    combine: Callable[..., Any]
     apply: Callable[..., Any]
     backward_sums: Callable[..., Any]
     backward_apply: Callable[..., Any]
@@ -179,6 +180,7 @@ KERNELS = _Kernels(
         lambda dz, x1, *others: (empty_map(x1), empty_map(x1), *(bn.empty_vector(x1) for _ in range(4))),
     ),
     stats=_bn_silu.KERNELS.stats,
+    combine=_bn_silu.KERNELS.combine,
     apply=Kernel(
         f"rep_bn_silu_apply({_GIVEN}, Tensor? residual, Tensor(a!) out, bool silu) -> ()",
         _apply,
@@ -307,7 +309,7 @@ def _run(
     total, statistics = None, []
     for x, norm in ((x1, norm1), (x2, norm2)):
         if training:
-            mean, rstd, total = synchronised(x, kernels.stats, norm[2:], momentum, eps, group)
+            mean, rstd, total = synchronised(kernels, x, norm[2:], momentum, eps, group)
         else:
             assert norm[2] is not None
             assert norm[3] is not None
@@ -341,11 +343,13 @@ def _triton() -> _Kernels:
         rep_bn_silu_backward_sums,
         rep_bn_silu_forward,
     )
+    from yolov9_fast.kernels.sync_statistics import bn_combine
 
     return _Kernels(
         rep_bn_silu_forward,
         rep_bn_silu_backward,
         bn_stats,
+        bn_combine,
         rep_bn_silu_apply,
         rep_bn_silu_backward_sums,
         rep_bn_silu_backward_apply,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import logging
 import os
 import re
@@ -54,6 +55,23 @@ class ProcessGroup:
             values = values.clone()
             dist.all_reduce(values)
         return values
+
+    def parallel(self, module: nn.Module) -> nn.Module:
+        """`module` with gradients that are averaged over the processes in each backward.
+
+        Buffers are not broadcast in each forward: synchronised BatchNorm gives every process the same, and without it a
+        process normalises its batches by their own statistics, of which those of rank 0 are validated and saved. The
+        graph is not declared static: DistributedDataParallel would then need an all-reduce in its first backward, which
+        a resumed run may begin without.
+        """
+        if not self.is_distributed:
+            return module
+        kind = nn.parallel.DistributedDataParallel
+        # Until torch 2.12 it is `broadcast_buffers`, which is deprecated.
+        renamed = "forward_sync_buffers" in inspect.signature(kind).parameters
+        options: dict[str, Any] = {"forward_sync_buffers" if renamed else "broadcast_buffers": False}
+        devices = [self.device.index] if self.device.type == "cuda" else None
+        return kind(module, device_ids=devices, gradient_as_bucket_view=True, **options)
 
     @torch.no_grad()
     def average_gradients(self, module: nn.Module) -> None:

@@ -65,10 +65,10 @@ class TrainStep:
             with autocast(self.device, self.amp):
                 output = self._forward(images)
             clock.end("forward")
-            loss = self.criterion(output, targets, (images.shape[2], images.shape[3]))
-            clock.end("loss")
             # DistributedDataParallel averages gradients; the published loss sums over the images of all processes.
-            self.state.scaler.scale(loss.total * self.processes).backward()
+            loss = self.criterion(output, targets, (images.shape[2], images.shape[3]), scale=self.processes)
+            clock.end("loss")
+            self.state.scaler.scale(loss.total).backward()
         clock.end("backward")
         skipped = update and not self.update()
         return loss.items.double(), skipped
@@ -92,9 +92,9 @@ class TrainStep:
         state.scaler.unscale_(state.optimizer)
         parameters = [p for p in state.model.parameters() if p.grad is not None]
         norm = nn.utils.clip_grad_norm_(parameters, self.clip if self.clip > 0 else float("inf"))
-        finite = bool(torch.isfinite(norm))
+        finite = bool(torch.isfinite(norm))  # the only wait for the device
         if finite:
-            state.scaler.step(state.optimizer)
+            state.optimizer.step()  # `scaler.step` would wait once more, to see the same of the gradients
         state.scaler.update()
         state.optimizer.zero_grad(set_to_none=True)
         if finite:
@@ -105,11 +105,14 @@ class TrainStep:
 
     @torch.no_grad()
     def _restore_buffers(self) -> None:
-        """Replace running statistics that a forward pass made non-finite by those of the moving average."""
-        averaged = dict(self.state.ema.model.named_buffers())
-        for name, buffer in self.state.model.named_buffers():
-            if buffer.is_floating_point() and not bool(torch.isfinite(buffer).all()):
-                buffer.copy_(averaged[name])
+        """Replace running statistics that a forward pass made non-finite by those of the moving average.
+
+        The device decides which: asking it would be a wait for each of them.
+        """
+        averages = dict(self.state.ema.model.named_buffers())
+        own = {name: b for name, b in self.state.model.named_buffers() if b.is_floating_point()}
+        for name, buffer in own.items():
+            torch.where(torch.isfinite(buffer).all(), buffer, averages[name], out=buffer)
 
     def _local_gradients(self, local: bool) -> contextlib.AbstractContextManager[None]:
         """Without the all-reduce of gradients, which only the last batch before an update needs."""

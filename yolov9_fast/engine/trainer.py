@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from yolov9_fast._lazy import require
 from yolov9_fast.data import load_data_config
@@ -191,10 +191,7 @@ class Trainer:
             focal_gamma=config.fl_gamma,
             terms=parse_terms(config.loss_terms),
         )
-        self.network: nn.Module = model
-        if group.is_distributed:
-            devices = [group.device.index] if group.device.type == "cuda" else None
-            self.network = nn.parallel.DistributedDataParallel(model, device_ids=devices)
+        self.network = group.parallel(model)
         self.step = TrainStep(
             self.network,
             self.state,

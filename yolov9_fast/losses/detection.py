@@ -65,7 +65,7 @@ class DetectionLoss:
             are then the same in every step, and targets on a GPU are sorted without synchronisation.
         sync_normaliser: in training with several processes, S is the mean over them, and the minimum of 1 applies to
             their sum. The processes' totals then add up to the total of one process with all images; since DDP averages
-            gradients, a trainer multiplies each total by the number of processes.
+            gradients, a trainer passes the number of processes as `scale`.
         terms: further terms, computed for each branch and divided by its S like the three of the paper.
 
     Attributes:
@@ -117,7 +117,11 @@ class DetectionLoss:
         self.max_objects = max_objects
 
     def __call__(
-        self, output: DetectionOutput, targets: Tensor | PaddedTargets, image_size: int | tuple[int, int]
+        self,
+        output: DetectionOutput,
+        targets: Tensor | PaddedTargets,
+        image_size: int | tuple[int, int],
+        scale: int = 1,
     ) -> Loss:
         """Loss of a batch, in float32 for maps of any dtype and under autocast.
 
@@ -130,6 +134,8 @@ class DetectionLoss:
             targets: [n, 6] rows (image, class, x, y, w, h), normalised centre form; n may be 0. Or the result of
                 `pad_targets`.
             image_size: (H, W) of the network's input in pixels, or one number for both.
+            scale: factor of `Loss.total`, not of `Loss.items`. Multiplying the total itself would make the fused
+                operator compute its gradient a second time.
 
         Raises:
             ValueError: maps, targets or image size that do not fit each other.
@@ -144,7 +150,7 @@ class DetectionLoss:
             gt = self._pad(targets, main[0], size, dtype)
             assignments = self._assignments(branches, gt)
             normalisers = self._normalisers(assignments, gt)
-            batch = main[0].shape[0]
+            batch = main[0].shape[0] * scale
             factors = [batch * weight for weight in (1.0, self.auxiliary_weight)]
             parts = list(zip(branches, assignments, normalisers, factors, strict=False))
             items = torch.stack([self._standard_terms(*part, gt) for part in parts]).sum(0)

@@ -13,7 +13,7 @@ import inspect
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -48,7 +48,10 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 @dataclass(frozen=True)
 class Launch:
-    """One variant of a kernel: what `triton.compile` needs. Equal launches share their machine code."""
+    """One variant of a kernel: what `triton.compile` needs. Equal launches share their machine code.
+
+    `moved`: bytes of the tensors among its arguments; no part of the variant.
+    """
 
     kernel: str
     signature: tuple[tuple[str, str], ...]
@@ -57,6 +60,7 @@ class Launch:
     warps: int
     stages: int
     registers: int | None
+    moved: int = field(default=0, compare=False)
 
 
 _record: list[Launch] | None = None
@@ -162,6 +166,7 @@ class Kernel:
             warps,
             stages,
             self.registers(warps, constants),
+            sum(value.nbytes for value in arguments if isinstance(value, Tensor)),
         )
 
 

@@ -190,4 +190,4 @@ def _notes(sides: list[Side], wrong: dict[str, str]) -> list[str]:
 
 def running(device: torch.device) -> list[tuple[str, str]]:
     """(operator, the backend that `auto` takes first on this device)."""
-    return [(operator.name, operator.first(device.type)) for operator in operators.values()]
+    return [(operator.name, operator.first(device)) for operator in operators.values()]

@@ -16,7 +16,7 @@ import yolov9_fast as yf
 from tests.accelerate import mit_shaped, official_shaped, ultralytics_shaped
 from yolov9_fast.ops._bn_silu import OPERATOR
 
-pytestmark = pytest.mark.skipif(not OPERATOR.has_kernels("cpu"), reason="no compiled bn_silu")
+pytestmark = pytest.mark.skipif(not OPERATOR.has_kernels(torch.device("cpu")), reason="no compiled bn_silu")
 
 BLOCKS: dict[str, Callable[[], nn.Module]] = {
     "csp elan": lambda: official_shaped.RepNCSPELAN4(12, 20, 16, 8),

@@ -58,6 +58,7 @@ def start() -> None:
     """Give torch, which must not have been imported, a CUDA device that runs nothing."""
     if "torch" in sys.modules:
         raise RuntimeError("torch is imported already")
+    os.environ.pop("TRITON_INTERPRET", None)
     device = library()
     ctypes.CDLL(str(torch_folder() / "lib" / "libtorch_cpu.so"), mode=ctypes.RTLD_GLOBAL)
     ctypes.CDLL(str(device), mode=ctypes.RTLD_GLOBAL)

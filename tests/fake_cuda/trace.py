@@ -26,7 +26,7 @@ from yolov9_fast.losses import DetectionLoss  # noqa: E402
 from yolov9_fast.losses.targets import PaddedTargets  # noqa: E402
 from yolov9_fast.models import create_model, fuse, to_deploy  # noqa: E402
 from yolov9_fast.nn import plan  # noqa: E402
-from yolov9_fast.ops import _batch_norm, nms  # noqa: E402
+from yolov9_fast.ops import _batch_norm, _probe, nms  # noqa: E402
 
 CLASSES = 80
 TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -109,11 +109,14 @@ def pretended_gpu() -> Iterator[None]:
         "is_bf16_supported": lambda *args, **kwargs: True,
     }
     before = {name: getattr(torch.cuda, name) for name in replaced}
+    usable = {(backend, index): None for backend in _probe.LAUNCHES for index in range(2)}
     try:
+        _probe._known.update(usable)
         for name, function in replaced.items():
             setattr(torch.cuda, name, function)
         yield
     finally:
+        _probe._known.clear()
         torch._C._conv_determine_backend_memory_format = convolution
         for name, function in before.items():
             setattr(torch.cuda, name, function)

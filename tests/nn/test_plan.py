@@ -23,7 +23,7 @@ from yolov9_fast.nn.steps import Bottleneck, Chain, Csp, Elan, RepUnit, Unit
 from yolov9_fast.nn.sync_batch_norm import convert_sync_batch_norm
 from yolov9_fast.ops._bn_silu import OPERATOR
 
-pytestmark = pytest.mark.skipif(not OPERATOR.has_kernels("cpu"), reason="no compiled bn_silu")
+pytestmark = pytest.mark.skipif(not OPERATOR.has_kernels(torch.device("cpu")), reason="no compiled bn_silu")
 
 CHILDREN = [
     "cv1",

@@ -28,7 +28,7 @@ from yolov9_fast.nn import (
 )
 from yolov9_fast.ops._bn_silu import OPERATOR
 
-pytestmark = pytest.mark.skipif(not OPERATOR.has_kernels("cpu"), reason="no compiled bn_silu")
+pytestmark = pytest.mark.skipif(not OPERATOR.has_kernels(torch.device("cpu")), reason="no compiled bn_silu")
 
 BLOCKS: dict[str, Callable[[], nn.Module]] = {
     "conv": lambda: Conv(12, 20, 3, 2),

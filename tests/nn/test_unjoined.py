@@ -13,7 +13,7 @@ from yolov9_fast.models import DetectionModel, create_model
 from yolov9_fast.nn import Concat, Upsample
 from yolov9_fast.ops._bn_silu import OPERATOR
 
-pytestmark = pytest.mark.skipif(not OPERATOR.has_kernels("cpu"), reason="no compiled bn_silu")
+pytestmark = pytest.mark.skipif(not OPERATOR.has_kernels(torch.device("cpu")), reason="no compiled bn_silu")
 
 
 class Sine(Concat):

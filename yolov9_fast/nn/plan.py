@@ -81,7 +81,7 @@ def fused(x: Any) -> bool:
         return not recorded() and _fused_like(x)
     if any(_GLOBAL_HOOKS) or type(x) not in _PLAIN:
         return False
-    key = (_backend.generation, id(_backend.current()), x.device.type, torch.is_grad_enabled())
+    key = (_backend.generation, id(_backend.current()), x.device, torch.is_grad_enabled())
     known = _decisions.get(key)
     if known is None:
         _decisions.clear()
@@ -90,13 +90,13 @@ def fused(x: Any) -> bool:
 
 
 _PLAIN = (Tensor, nn.Parameter)
-_decisions: dict[tuple[int, int, str, bool], bool] = {}
+_decisions: dict[tuple[int, int, torch.device, bool], bool] = {}
 
 
 def _fused_like(x: Tensor) -> bool:
     if x.device.type == "cpu" and not torch.is_grad_enabled() and _backend.get_backend("bn_silu") == "auto":
         return False
-    return _bn_silu.OPERATOR.has_kernels(x.device.type)
+    return _bn_silu.OPERATOR.has_kernels(x.device)
 
 
 def hooked(*modules: Any) -> bool:

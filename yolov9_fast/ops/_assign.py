@@ -13,7 +13,7 @@ from torch import Tensor
 from yolov9_fast.ops._boxes import REG_MAX, ciou_of_sides
 from yolov9_fast.ops._boxes import aspect as aspect_by_atan
 from yolov9_fast.ops._checks import check_floating, check_one_device, described
-from yolov9_fast.ops._operator import Compiled, Kernel, Operator, not_on
+from yolov9_fast.ops._operator import Compiled, Kernel, Operator, not_for_compiled
 from yolov9_fast.ops._recording import unless_recorded
 
 RULES = ("yolov9", "ultralytics", "mit")
@@ -442,7 +442,7 @@ def _supports(
     if min(topk, boxes.shape[1]) > _MAX_TOPK:
         return f"it takes a topk of at most {_MAX_TOPK}, got {topk}"
     tensors = (scores, boxes, anchor_points, gt_labels, gt_boxes, gt_mask)
-    return not_on(device, *tensors) or (None if sizes is None else not_on(device, sizes))
+    return not_for_compiled(device, *tensors) or (None if sizes is None else not_for_compiled(device, sizes))
 
 
 OPERATOR = Operator(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from yolov9_fast.ops._checks import check_floating, check_one_device
-from yolov9_fast.ops._operator import Compiled, Kernel, Operator, needs_gradient, not_on
+from yolov9_fast.ops._operator import Compiled, Kernel, Operator, needs_gradient, not_for_compiled
 
 
 def box_iou(a: Tensor, b: Tensor) -> Tensor:
@@ -64,7 +64,7 @@ KERNELS = _Kernels(Kernel("box_iou(Tensor a, Tensor b) -> Tensor", box_iou_refer
 
 
 def _supports(device: str, a: Tensor, b: Tensor) -> str | None:
-    return not_on(device, a, b) or needs_gradient(a, b)
+    return not_for_compiled(device, a, b) or needs_gradient(a, b)
 
 
 OPERATOR = Operator(

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from yolov9_fast.ops._boxes import REG_MAX, STRIDES, anchor_points
 from yolov9_fast.ops._checks import FLOATING, check_floating, check_integers, check_one_device, described, maps_of
-from yolov9_fast.ops._operator import Compiled, Kernel, Operator, needs_gradient, not_on
+from yolov9_fast.ops._operator import Compiled, Kernel, Operator, needs_gradient, not_for_compiled
 from yolov9_fast.ops._recording import unless_recorded
 
 _MAX_LEVELS = 8
@@ -221,7 +221,7 @@ def why_not_maps(device: str, maps: Sequence[Tensor]) -> str | None:
         return f"it needs maps of one floating dtype, got {[level.dtype for level in maps]}"
     if len(maps) > _MAX_LEVELS:
         return f"it takes up to {_MAX_LEVELS} levels, got {len(maps)}"
-    return not_on(device, *maps)
+    return not_for_compiled(device, *maps)
 
 
 def _supports(device: str, maps: Sequence[Tensor], strides: Sequence[int]) -> str | None:
@@ -229,7 +229,7 @@ def _supports(device: str, maps: Sequence[Tensor], strides: Sequence[int]) -> st
 
 
 def _supports_for_assignment(device: str, maps: Sequence[Tensor], labels: Tensor, strides: Sequence[int]) -> str | None:
-    return why_not_maps(device, maps) or not_on(device, labels)
+    return why_not_maps(device, maps) or not_for_compiled(device, labels)
 
 
 OPERATOR = Operator(

@@ -21,7 +21,7 @@ from yolov9_fast.ops._decode import (
     why_not_maps,
     with_one_pixel_stride,
 )
-from yolov9_fast.ops._operator import AutogradFunction, Compiled, Kernel, Operator, not_on
+from yolov9_fast.ops._operator import AutogradFunction, Compiled, Kernel, Operator, not_for_compiled
 from yolov9_fast.ops._recording import unless_recorded
 
 _FOCAL_ALPHA = 0.25
@@ -370,7 +370,7 @@ def _supports(
     normaliser: Tensor,
     options: LossOptions,
 ) -> str | None:
-    return why_not_maps(device, maps) or not_on(device, *assignment, gt_labels, gt_boxes, normaliser)
+    return why_not_maps(device, maps) or not_for_compiled(device, *assignment, gt_labels, gt_boxes, normaliser)
 
 
 OPERATOR = Operator(

@@ -69,6 +69,12 @@ def why_not_compiled(name: str, backend: str) -> str | None:
     return loaded[backend] or f"_C_{backend}.so holds no {name}; install the package again to compile it"
 
 
+def not_nvidia() -> str | None:
+    """Why nothing that is made for NVIDIA's GPUs can run with this torch; None with another than one for AMD's."""
+    version = torch.version.hip
+    return version and f"for NVIDIA GPUs only, this torch is for AMD's (ROCm {version}): operators run in eager PyTorch"
+
+
 def build_info() -> dict[str, Any]:
     """What the installation compiled and why not the rest, from `_build_info.json`; empty before any installation."""
     try:
@@ -86,6 +92,8 @@ def _load(backend: str, info: dict[str, Any]) -> str | None:
     """Load `_C_BACKEND.so`; the reason when that cannot be."""
     if os.environ.get("YOLOV9_FAST_SKIP_LOADING", "").strip().lower() not in ("", "0", "false", "no", "off"):
         return "YOLOV9_FAST_SKIP_LOADING is set"
+    if backend == "cuda" and (elsewhere := not_nvidia()):
+        return elsewhere
     path = _folder() / f"_C_{backend}.so"
     if not path.exists():
         part = info.get("parts", {}).get(backend) or {}

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from yolov9_fast.ops._boxes import xywh_to_xyxy
 from yolov9_fast.ops._checks import check_floating
-from yolov9_fast.ops._operator import Compiled, Kernel, Operator, not_on
+from yolov9_fast.ops._operator import Compiled, Kernel, Operator, not_for_compiled
 
 _log = logging.getLogger(__name__)
 _warned: set[str] = set()
@@ -276,7 +276,7 @@ def _supports(
         return f"it numbers at most {_MAX_PAIRS} pairs of anchor and class, got {pairs}"
     if device == "cuda" and classes is not None and number > _MAX_CHOSEN:
         return f"it selects from at most {_MAX_CHOSEN} classes, got {number}"
-    return not_on(device, prediction)
+    return not_for_compiled(device, prediction)
 
 
 OPERATOR = Operator(

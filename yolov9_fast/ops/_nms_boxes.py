@@ -11,7 +11,7 @@ from torch import Tensor
 
 from yolov9_fast.ops._checks import check_floating, check_integers, check_one_device
 from yolov9_fast.ops._nms import greedy
-from yolov9_fast.ops._operator import Compiled, Kernel, Operator, not_on
+from yolov9_fast.ops._operator import Compiled, Kernel, Operator, not_for_compiled
 
 _MAX_BOXES = 2**31 - 1
 
@@ -113,7 +113,7 @@ KERNELS = _Kernels(
 def _supports(device: str, boxes: Tensor, *rest: Any) -> str | None:
     if boxes.shape[0] > _MAX_BOXES:
         return f"it takes at most {_MAX_BOXES} boxes, got {boxes.shape[0]}"
-    return not_on(device, boxes)
+    return not_for_compiled(device, boxes)
 
 
 OPERATOR = Operator(

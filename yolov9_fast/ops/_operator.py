@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable as _once_differentiable
 
-from yolov9_fast.ops import _backend, _library
+from yolov9_fast.ops import _backend, _library, _probe
 from yolov9_fast.ops._backend import BackendUnavailable, UnknownBackend, add_operator_name, chosen, register_backend
 from yolov9_fast.ops._backend import compiling as _compiling
 from yolov9_fast.ops._backend import scope as _scope
@@ -94,11 +94,17 @@ class Implementation:
 
     `call` takes the operator's arguments. `unavailable`: why it cannot run on this machine, None when it can.
     `supports(*args)`: why it cannot take these arguments, None when it can; plain Python that torch.compile can trace.
+    `probed`: the backend whose kernels must run on a GPU for this one to run there (`ops/_probe.py`); "" for none.
     """
 
     call: Function
     unavailable: str | None = None
     supports: Callable[..., str | None] = supports_anything
+    probed: str = ""
+
+    def why_not_on(self, device: torch.device) -> str | None:
+        """Why it cannot run on this GPU; None when it can, and for other devices."""
+        return _probe.why_not(self.probed, device) if self.probed and device.type == "cuda" else None
 
 
 operators: dict[str, Operator[Any]] = {}
@@ -189,16 +195,21 @@ class Operator(Generic[Kernels]):
             return implementation.unavailable
         return implementation.supports(*args) if args else None
 
-    def first(self, device: str) -> str:
-        """The backend that "auto" tries first on tensors of this device type."""
+    def first(self, device: torch.device) -> str:
+        """The backend that "auto" tries first on tensors of this device."""
         for name, backend in _backend.backends.items():
             implementation = self.found(name)
-            if implementation is not None and implementation.unavailable is None and device in backend.devices:
+            if (
+                implementation is not None
+                and implementation.unavailable is None
+                and device.type in backend.devices
+                and implementation.why_not_on(device) is None
+            ):
                 return name
         return "eager"
 
-    def has_kernels(self, device: str) -> bool:
-        """Whether the backend in force is another than "eager" on tensors of this device type.
+    def has_kernels(self, device: torch.device) -> bool:
+        """Whether the backend in force is another than "eager" on tensors of this device.
 
         Under "auto" torch.compile gets the eager form, which it fuses itself.
         """
@@ -229,14 +240,16 @@ class Operator(Generic[Kernels]):
             _launch(load, index) if declared.traced else kernel.registered(suffix, _launch(load, index))
             for index, kernel in enumerate(self._declared)
         ]
-        unavailable = None if declared.traced else _backend.backends[backend].why_not()
-        return Implementation(self._bound(_named(self._declared, kernels)), unavailable, declared.supports)
+        unavailable = _library.not_nvidia() if declared.traced else _backend.backends[backend].why_not()
+        probed = "" if declared.traced or backend not in _probe.LAUNCHES else backend
+        return Implementation(self._bound(_named(self._declared, kernels)), unavailable, declared.supports, probed)
 
     def _implementation(self, backend: str, declared: Compiled | Python[Kernels]) -> Implementation:
         if isinstance(declared, Python):
             return self.from_kernels(backend, declared, f"_{backend}")
         unavailable = _library.why_not_compiled(self._declared[0].name, backend)
-        return Implementation(self._bound(self._compiled), unavailable, declared.supports)
+        probed = backend if backend in _probe.LAUNCHES else ""
+        return Implementation(self._bound(self._compiled), unavailable, declared.supports, probed)
 
     def _bound(self, kernels: tuple[Any, ...]) -> Function:
         return kernels[0] if self._run is None else functools.partial(self._run, kernels)
@@ -279,6 +292,12 @@ def not_on(device: str, *tensors: Tensor) -> str | None:
     return None
 
 
+def not_for_compiled(device: str, *tensors: Tensor) -> str | None:
+    """The reason when a tensor is on another type of device, or on a GPU that the compiled kernels cannot run on."""
+    reason = not_on(device, *tensors)
+    return _probe.why_not("cuda", tensors[0].device) if reason is None and device == "cuda" else reason
+
+
 def needs_gradient(*tensors: Tensor) -> str | None:
     """For an implementation without a backward: the reason when autograd would record the call."""
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
@@ -287,13 +306,16 @@ def needs_gradient(*tensors: Tensor) -> str | None:
 
 
 def not_for_triton(op: str, *tensors: Tensor) -> str | None:
-    """The reason when the tensors are float64, or neither on CUDA nor to be interpreted (`TRITON_INTERPRET=1`)."""
+    """The reason when the tensors are float64, or neither on a GPU that runs Triton's kernels nor to be interpreted.
+
+    `TRITON_INTERPRET=1` interprets.
+    """
     if any(tensor.dtype == torch.float64 for tensor in tensors):
         return "it computes in float32, got float64"
     devices = {tensor.device.type for tensor in tensors}
-    if devices == {"cuda"}:
-        return None
-    if devices != {"cpu"}:
+    if devices == {"cuda"} and os.environ.get("TRITON_INTERPRET") != "1":
+        return _probe.why_not("triton", tensors[0].device)
+    if devices not in ({"cpu"}, {"cuda"}):
         return f"it needs tensors on cuda, got {', '.join(sorted(devices))}"
     if os.environ.get("TRITON_INTERPRET") != "1":
         return "it needs tensors on cuda; on the cpu it is only interpreted, with TRITON_INTERPRET=1"
@@ -486,7 +508,9 @@ def _operator(op: str) -> Operator[Any]:
 
 
 def _no_triton() -> str | None:
-    return None if importlib.util.find_spec("triton") else "triton is not installed: pip install triton"
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed: pip install triton"
+    return _library.not_nvidia()
 
 
 register_backend("eager", devices=("cpu", "cuda"))

@@ -21,7 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import _len_torch_dispatch_stack
 
 from tests import fake_cuda
-from yolov9_fast.ops import _library, _operator, _probe
+from yolov9_fast.ops import _library, _operator, _probe, _supports
 
 GPU = torch.device("cuda", 1)
 NO_IMAGE = "CUDA error: no kernel image is available for execution on the device"
@@ -235,14 +235,14 @@ def test_nothing_is_launched_in_a_forked_process(gpus: Gpus) -> None:
 def test_each_gpu_and_backend_is_tried_when_it_is_used(gpus: Gpus, monkeypatch: pytest.MonkeyPatch) -> None:
     launch(monkeypatch, gpus, "cuda", lambda: False)
     for _ in range(2):
-        assert _operator.not_for_triton("bn_silu", on_gpu()) is None
-        assert _operator.not_for_compiled("cuda", on_gpu()) == "its result is wrong"
+        assert _supports.not_for_triton("bn_silu", on_gpu()) is None
+        assert _supports.not_for_compiled("cuda", on_gpu()) == "its result is wrong"
     assert gpus.launches == ["triton 1", "cuda 1"]
     assert gpus.touched == {1}
-    assert _operator.not_for_triton("bn_silu", on_gpu(index=0)) is None
+    assert _supports.not_for_triton("bn_silu", on_gpu(index=0)) is None
     assert gpus.launches == ["triton 1", "cuda 1", "triton 0"]
-    assert _operator.not_for_compiled("cpu", torch.zeros(1)) is None
-    assert _operator.not_for_triton("bn_silu", on_gpu(torch.float64)) == "it computes in float32, got float64"
+    assert _supports.not_for_compiled("cpu", torch.zeros(1)) is None
+    assert _supports.not_for_triton("bn_silu", on_gpu(torch.float64)) == "it computes in float32, got float64"
     assert len(gpus.launches) == 3
 
 
@@ -305,9 +305,9 @@ def test_the_launches_compare_with_the_definition(monkeypatch: pytest.MonkeyPatc
 
 def test_triton_on_a_gpu_is_not_interpreted_unless_it_is_asked_for(gpus: Gpus, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    assert _operator.not_for_triton("bn_silu", on_gpu()) == "interpreted Triton runs only when selected by name"
+    assert _supports.not_for_triton("bn_silu", on_gpu()) == "interpreted Triton runs only when selected by name"
     with _operator._backend.backend("triton"):
-        assert _operator.not_for_triton("bn_silu", on_gpu()) is None
+        assert _supports.not_for_triton("bn_silu", on_gpu()) is None
     assert not gpus.launches
 
 

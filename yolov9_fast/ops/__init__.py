@@ -28,8 +28,6 @@ from yolov9_fast.ops._operator import (
     implementation,
     list_backends,
     list_operators,
-    needs_gradient,
-    not_on,
     reference,
     register_implementation,
     register_operator,
@@ -39,6 +37,7 @@ from yolov9_fast.ops._operator import (
 )
 from yolov9_fast.ops._rep_bn_silu import rep_bn_silu
 from yolov9_fast.ops._spp import spp, spp_with_input
+from yolov9_fast.ops._supports import needs_gradient, not_on
 
 __all__ = [
     "Assignment",

@@ -13,8 +13,9 @@ from torch import Tensor
 from yolov9_fast.ops._boxes import REG_MAX, ciou_of_sides
 from yolov9_fast.ops._boxes import aspect as aspect_by_atan
 from yolov9_fast.ops._checks import check_floating, check_one_device, described
-from yolov9_fast.ops._operator import Compiled, Kernel, Operator, not_for_compiled
+from yolov9_fast.ops._operator import Compiled, Kernel, Operator
 from yolov9_fast.ops._recording import unless_recorded
+from yolov9_fast.ops._supports import not_for_compiled
 
 RULES = ("yolov9", "ultralytics", "mit")
 _YOLOV9, _ULTRALYTICS, _MIT = range(3)

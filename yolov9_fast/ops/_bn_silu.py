@@ -18,16 +18,8 @@ from yolov9_fast.ops import _batch_norm as bn
 from yolov9_fast.ops._batch_norm import Branch
 from yolov9_fast.ops._checks import check_like, check_map, check_out, check_vectors
 from yolov9_fast.ops._concat import placed, returned
-from yolov9_fast.ops._operator import (
-    AutogradFunction,
-    Compiled,
-    Kernel,
-    Operator,
-    Python,
-    not_for_triton,
-    not_on,
-    once_differentiable,
-)
+from yolov9_fast.ops._operator import AutogradFunction, Compiled, Kernel, Operator, Python, once_differentiable
+from yolov9_fast.ops._supports import not_for_triton, not_on
 from yolov9_fast.ops._sync_statistics import COMBINE, means_of, synchronised
 
 

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from yolov9_fast.ops._checks import check_floating, check_one_device
-from yolov9_fast.ops._operator import Compiled, Kernel, Operator, needs_gradient, not_for_compiled
+from yolov9_fast.ops._operator import Compiled, Kernel, Operator
+from yolov9_fast.ops._supports import needs_gradient, not_for_compiled
 
 
 def box_iou(a: Tensor, b: Tensor) -> Tensor:

@@ -15,16 +15,8 @@ from torch import Tensor
 
 from yolov9_fast._layout import empty_map, in_layout_of, memory_format_of
 from yolov9_fast.ops._checks import check_map, maps_of
-from yolov9_fast.ops._operator import (
-    AutogradFunction,
-    Compiled,
-    Kernel,
-    Operator,
-    Python,
-    not_for_triton,
-    not_on,
-    once_differentiable,
-)
+from yolov9_fast.ops._operator import AutogradFunction, Compiled, Kernel, Operator, Python, once_differentiable
+from yolov9_fast.ops._supports import not_for_triton, not_on
 
 
 def cbfuse(inputs: Sequence[Tensor], target: Tensor) -> Tensor:

@@ -22,7 +22,8 @@ from torch import Tensor
 from yolov9_fast._layout import empty_map, layout_of, memory_format_of
 from yolov9_fast.ops import _backend
 from yolov9_fast.ops._checks import check_map, maps_of
-from yolov9_fast.ops._operator import AutogradFunction, Compiled, Kernel, Operator, not_on
+from yolov9_fast.ops._operator import AutogradFunction, Compiled, Kernel, Operator
+from yolov9_fast.ops._supports import not_on
 
 
 class ConcatBuffer:

@@ -20,16 +20,8 @@ from yolov9_fast._layout import empty_map, in_layout_of, layout_of, row_stride, 
 from yolov9_fast.ops._backend import get_backend
 from yolov9_fast.ops._checks import check_floating, check_like, check_map, check_writable, maps_of
 from yolov9_fast.ops._concat import placed, returned
-from yolov9_fast.ops._operator import (
-    AutogradFunction,
-    Compiled,
-    Kernel,
-    Operator,
-    Python,
-    not_for_triton,
-    not_on,
-    once_differentiable,
-)
+from yolov9_fast.ops._operator import AutogradFunction, Compiled, Kernel, Operator, Python, once_differentiable
+from yolov9_fast.ops._supports import not_for_triton, not_on
 
 
 def conv1x1(

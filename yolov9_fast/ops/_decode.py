@@ -11,8 +11,9 @@ from torch import Tensor
 
 from yolov9_fast.ops._boxes import REG_MAX, STRIDES, anchor_points
 from yolov9_fast.ops._checks import FLOATING, check_floating, check_integers, check_one_device, described, maps_of
-from yolov9_fast.ops._operator import Compiled, Kernel, Operator, needs_gradient, not_for_compiled
+from yolov9_fast.ops._operator import Compiled, Kernel, Operator
 from yolov9_fast.ops._recording import unless_recorded
+from yolov9_fast.ops._supports import needs_gradient, not_for_compiled
 
 _MAX_LEVELS = 8
 

@@ -21,8 +21,9 @@ from yolov9_fast.ops._decode import (
     why_not_maps,
     with_one_pixel_stride,
 )
-from yolov9_fast.ops._operator import AutogradFunction, Compiled, Kernel, Operator, not_for_compiled
+from yolov9_fast.ops._operator import AutogradFunction, Compiled, Kernel, Operator
 from yolov9_fast.ops._recording import unless_recorded
+from yolov9_fast.ops._supports import not_for_compiled
 
 _FOCAL_ALPHA = 0.25
 

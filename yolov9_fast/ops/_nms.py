@@ -12,7 +12,8 @@ from torch import Tensor
 
 from yolov9_fast.ops._boxes import xywh_to_xyxy
 from yolov9_fast.ops._checks import check_floating
-from yolov9_fast.ops._operator import Compiled, Kernel, Operator, not_for_compiled
+from yolov9_fast.ops._operator import Compiled, Kernel, Operator
+from yolov9_fast.ops._supports import not_for_compiled
 
 _log = logging.getLogger(__name__)
 _warned: set[str] = set()

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from yolov9_fast.ops._checks import check_floating, check_integers, check_one_device
 from yolov9_fast.ops._nms import greedy
-from yolov9_fast.ops._operator import Compiled, Kernel, Operator, not_for_compiled
+from yolov9_fast.ops._operator import Compiled, Kernel, Operator
+from yolov9_fast.ops._supports import not_for_compiled
 
 _MAX_BOXES = 2**31 - 1
 

@@ -14,29 +14,23 @@ from __future__ import annotations
 import functools
 import importlib.util
 import itertools
-import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import torch
-from torch import Tensor
 from torch.autograd.function import once_differentiable as _once_differentiable
 
 from yolov9_fast.ops import _backend, _library, _probe
 from yolov9_fast.ops._backend import BackendUnavailable, UnknownBackend, add_operator_name, chosen, register_backend
 from yolov9_fast.ops._backend import compiling as _compiling
 from yolov9_fast.ops._backend import scope as _scope
+from yolov9_fast.ops._supports import supports_anything
 
 Function = Callable[..., Any]
 Kernels = TypeVar("Kernels", bound=tuple[Any, ...])
 """A NamedTuple with one callable for each kernel of an operator."""
-
-
-def supports_anything(*args: Any) -> str | None:
-    """`supports` of an implementation that takes all arguments of the operator."""
-    return None
 
 
 @dataclass(frozen=True)
@@ -279,48 +273,6 @@ def _launch(load: Callable[[], tuple[Function, ...]], index: int) -> Function:
         return load()[index](*args)
 
     return launch
-
-
-# ---- what `supports` functions ask
-
-
-def not_on(device: str, *tensors: Tensor) -> str | None:
-    """The reason when a tensor is on another type of device than `device` ("cpu", "cuda")."""
-    for tensor in tensors:
-        if tensor.device.type != device:
-            return f"it needs tensors on {device}, got one on {tensor.device.type}"
-    return None
-
-
-def not_for_compiled(device: str, *tensors: Tensor) -> str | None:
-    """The reason when a tensor is on another type of device, or on a GPU that the compiled kernels cannot run on."""
-    reason = not_on(device, *tensors)
-    return _probe.why_not("cuda", tensors[0].device) if reason is None and device == "cuda" else reason
-
-
-def needs_gradient(*tensors: Tensor) -> str | None:
-    """For an implementation without a backward: the reason when autograd would record the call."""
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
-        return "it has no gradient, and an argument requires one"
-    return None
-
-
-def not_for_triton(op: str, *tensors: Tensor) -> str | None:
-    """The reason when the tensors are float64, or neither on a GPU that runs Triton's kernels nor to be interpreted.
-
-    `TRITON_INTERPRET=1` interprets.
-    """
-    if any(tensor.dtype == torch.float64 for tensor in tensors):
-        return "it computes in float32, got float64"
-    devices = {tensor.device.type for tensor in tensors}
-    if devices == {"cuda"} and os.environ.get("TRITON_INTERPRET") != "1":
-        return _probe.why_not("triton", tensors[0].device)
-    if devices not in ({"cpu"}, {"cuda"}):
-        return f"it needs tensors on cuda, got {', '.join(sorted(devices))}"
-    if os.environ.get("TRITON_INTERPRET") != "1":
-        return "it needs tensors on cuda; on the cpu it is only interpreted, with TRITON_INTERPRET=1"
-    # Interpreted kernels are thousands of times slower: they check the arithmetic and never run under "auto".
-    return None if chosen(op) == "triton" else "interpreted Triton runs only when selected by name"
 
 
 # ---- what `autograd.Function`s share

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import cv2
@@ -12,7 +13,12 @@ import torch
 
 from tests.data.drawing import add_image, paint, write_config
 from yolov9_fast.data import load_data_config
+from yolov9_fast.engine import validator
+from yolov9_fast.engine.config import TrainConfig
+from yolov9_fast.engine.distributed import ProcessGroup
+from yolov9_fast.engine.host_copy import HostCopy
 from yolov9_fast.engine.report import save_evaluation
+from yolov9_fast.engine.training_data import open_training_data
 from yolov9_fast.engine.validator import ValidationResult, open_evaluation_set, validate
 from yolov9_fast.losses import DetectionLoss
 from yolov9_fast.models import DetectionModel, create_model
@@ -93,3 +99,37 @@ def test_detections_name_the_file_of_their_image(tmp_path: Path, model: Detectio
     assert files == {(1, "images/val/left/x.png"), (2, "images/val/right/x.png")}
     rows = evaluated(data_file(tmp_path, ["a", "b", "c"]), model).detections
     assert {row["file_name"] for row in rows} == {"1.png", "2.png", "3.png"}
+
+
+def test_a_batch_is_waited_for_once_while_the_next_is_computed(
+    tmp_path: Path, model: DetectionModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events: list[str] = []
+
+    class Recorded(HostCopy):
+        def __init__(self, *tensors: torch.Tensor) -> None:
+            super().__init__(*tensors)
+            self.number = sum(event.startswith("begun") for event in events)
+            events.append(f"begun {self.number}")
+
+        def wait(self) -> list[torch.Tensor]:
+            events.append(f"read {self.number}")
+            return super().wait()
+
+    monkeypatch.setattr(validator, "HostCopy", Recorded)
+    evaluation = open_evaluation_set(
+        load_data_config(data_file(tmp_path, ["a", "b", "c"])), "val", image_size=64, batch_size=1
+    )
+    validate(model, evaluation, max_det=20, criterion=DetectionLoss(3), progress=False)
+    assert events == ["begun 0", "begun 1", "read 0", "begun 2", "read 1", "read 2"]
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_batches_are_page_locked_for_a_run_on_a_gpu_only(
+    tiny_config: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch, device: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    data = open_training_data(tiny_config(), ProcessGroup(0, 1, torch.device(device)))
+    for loader in (data.loader, data.evaluation.loader):
+        assert loader._loader is not None
+        assert loader._loader.pin_memory is (device == "cuda")

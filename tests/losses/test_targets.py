@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from yolov9_fast.losses.targets import pad_targets, sort_rows
 
@@ -89,3 +92,35 @@ def test_rows_without_a_slot_are_left_out_and_reported(wrong: list[float]) -> No
     assert crowded.fits is not None
     assert not crowded.fits
     assert crowded.mask.sum() == 2
+
+
+class CopiesToTheGpu(TorchFunctionMode):
+    """Pretends to copy to a GPU; notes of each copy whether it is from page-locked memory and asynchronous."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.locked: list[Tensor] = []
+        self.copies: list[tuple[bool, bool]] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is Tensor.pin_memory:
+            self.locked.append(args[0].clone())
+            return self.locked[-1]
+        if func is Tensor.to and torch.device("cuda", 0) in (*args, *kwargs.values()):
+            locked = any(args[0] is tensor for tensor in self.locked)
+            self.copies.append((locked, kwargs.get("non_blocking", False)))
+            return args[0]
+        return func(*args, **kwargs)
+
+
+def test_targets_are_copied_to_a_gpu_without_waiting_for_it() -> None:
+    rows = torch.tensor([[0, 1, 0.5, 0.5, 0.4, 0.6], [1, 0, 0.3, 0.6, 0.2, 0.2]])
+    padded = pad_targets(rows, 2, 3, (64, 64), torch.float32)
+    with CopiesToTheGpu() as calls:
+        there = padded._replace(fits=torch.tensor(True)).to(torch.device("cuda", 0), torch.float64)
+    assert calls.copies == [(True, True)] * 4
+    assert there.boxes.dtype == torch.float64
+    with CopiesToTheGpu() as calls:
+        padded.to(torch.device("cpu"), torch.float32)
+    assert not calls.locked  # a run on a CPU, also where there is a GPU

@@ -277,11 +277,12 @@ def _per_image(
         max_det=max_det,
         max_candidates=max_candidates,
     )
-    counts = found.count.tolist()
-    warn_if_cut(found, max_candidates)
+    assert found.candidates is not None
     assert found.anchor is not None
+    counts, candidates = torch.stack((found.count, found.candidates)).cpu()
+    warn_if_cut(found._replace(candidates=candidates), max_candidates)
     rows = []
-    for image, count in enumerate(counts):
+    for image, count in enumerate(counts.tolist()):
         extra = prediction[image, 4 + number :, found.anchor[image, :count]].T.float()
         rows.append(torch.cat((found.boxes[image, :count], extra), 1))
     return rows

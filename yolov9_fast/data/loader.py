@@ -35,13 +35,15 @@ def create_loader(
     world_size: int = 1,
     drop_last: bool = False,
     smallest: int = 1,
+    pin_memory: bool = False,
 ) -> DetectionLoader:
     """A loader of batches of `batch_size` per process.
 
     Rank r of `world_size` gets the r-th contiguous part of each global batch of batch_size · world_size samples: all
     ranks together get the batches that one process would get. With `shuffle`, the last global batch is filled up from
     the start of the order until it divides evenly and each rank has at least `smallest` samples; without it, no sample
-    is repeated and ranks may have different numbers of batches.
+    is repeated and ranks may have different numbers of batches. `pin_memory`: in page-locked memory, which a GPU reads
+    without the host waiting for it.
     """
     return DetectionLoader(
         dataset,
@@ -56,6 +58,7 @@ def create_loader(
             smallest=smallest,
         ),
         workers,
+        pin_memory,
     )
 
 
@@ -66,7 +69,7 @@ class DetectionLoader:
     nothing for long (`SILENT_SECONDS` of `limits`).
     """
 
-    def __init__(self, dataset: DetectionDataset, order: BatchOrder, workers: int) -> None:
+    def __init__(self, dataset: DetectionDataset, order: BatchOrder, workers: int, pin_memory: bool = False) -> None:
         if workers < 0:
             raise ValueError(f"workers: expected at least 0, got {workers}")
         if workers > limit("WORKERS"):
@@ -82,7 +85,7 @@ class DetectionLoader:
             collate_fn=_collate,
             worker_init_fn=_prepare_worker if workers else None,
             persistent_workers=workers > 0,
-            pin_memory=torch.cuda.is_available(),
+            pin_memory=pin_memory,
             # Each pass draws a seed for the workers: from this generator instead of the global one.
             generator=torch.Generator(),
         )

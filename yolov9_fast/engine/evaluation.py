@@ -9,6 +9,7 @@ from pathlib import Path
 from yolov9_fast.data import load_data_config
 from yolov9_fast.engine.config import check_numbers
 from yolov9_fast.engine.device import default_workers, inference_model, resolve_amp, round_image_size, single_device
+from yolov9_fast.engine.distributed import ProcessGroup
 from yolov9_fast.engine.report import save_evaluation
 from yolov9_fast.engine.run_files import new_run
 from yolov9_fast.engine.validator import ValidationResult, open_evaluation_set, validate
@@ -65,7 +66,13 @@ def evaluate(options: EvaluationOptions) -> tuple[ValidationResult, Path]:
         )
     workers = default_workers(1, options.batch) if options.workers is None else options.workers
     evaluation = open_evaluation_set(
-        data, options.split, image_size=size, batch_size=options.batch, workers=workers, rect=options.rect
+        data,
+        options.split,
+        image_size=size,
+        batch_size=options.batch,
+        workers=workers,
+        rect=options.rect,
+        process_group=ProcessGroup(0, 1, device),
     )
     run = new_run(options.project, options.name)
     log.info(

@@ -28,10 +28,11 @@ from yolov9_fast.engine.device import (
     round_image_size,
     single_device,
 )
+from yolov9_fast.engine.host_copy import HostCopy
 from yolov9_fast.engine.inputs import frames_of
 from yolov9_fast.errors import DataError, UserError
 from yolov9_fast.models import DetectionModel, load_checkpoint
-from yolov9_fast.ops._nms import nms, warn_if_cut
+from yolov9_fast.ops._nms import Detections, nms, warn_if_cut
 
 log = logging.getLogger(__name__)
 
@@ -180,8 +181,10 @@ class Predictor:
             classes=self.classes,
             max_det=self.max_det,
         )
-        rows = found.boxes[0, : int(found.count[0])].cpu()
-        warn_if_cut(found)
+        assert found.candidates is not None
+        boxes, count, candidates = HostCopy(found.boxes, found.count, found.candidates).wait()
+        warn_if_cut(Detections(boxes, count, candidates))
+        rows = boxes[0, : int(count[0])]
         shape = (image.shape[0], image.shape[1])
         rows = scale_boxes_to_original(rows, boxed.ratio, boxed.pad, shape)
         return Prediction(path, rows.numpy(), self.names, shape, time.perf_counter() - started, frame)

@@ -305,7 +305,7 @@ class Trainer:
         title = f"epoch {epoch + 1}/{config.epochs}"
         tqdm = require("tqdm").tqdm
         bar = tqdm(self.loader, desc=title, unit="batch", leave=False, disable=not self.process_group.is_main)
-        clock = PhaseClock(*PHASES)
+        clock = PhaseClock(*PHASES, device=self.process_group.device)
         for index, batch in enumerate(bar):
             self._interrupts.check()
             iteration = state.iteration + index

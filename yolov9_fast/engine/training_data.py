@@ -130,6 +130,7 @@ def open_training_data(config: TrainConfig, process_group: ProcessGroup) -> Trai
         rank=process_group.rank,
         world_size=process_group.size,
         smallest=smallest,
+        pin_memory=process_group.device.type == "cuda",
     )
     labels = np.concatenate([record.boxes for record in records]) if records else np.zeros((0, 5), np.float32)
     description = {

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from yolov9_fast._lazy import require
 from yolov9_fast.data import (
+    Batch,
     DataConfig,
     DetectionDataset,
     DetectionLoader,
@@ -29,13 +30,14 @@ from yolov9_fast.data import (
 from yolov9_fast.engine.clock import PhaseClock
 from yolov9_fast.engine.device import autocast, prepare_images
 from yolov9_fast.engine.distributed import ProcessGroup
+from yolov9_fast.engine.host_copy import HostCopy
 from yolov9_fast.errors import UserError
 from yolov9_fast.losses import DetectionLoss
 from yolov9_fast.metrics import CocoMetrics, ConfusionMatrix, detections_to_coco, evaluate_coco
 from yolov9_fast.models import DetectionModel
 from yolov9_fast.models.class_names import class_order, name_differences
 from yolov9_fast.nn import DetectionOutput
-from yolov9_fast.ops._nms import nms, warn_if_cut
+from yolov9_fast.ops._nms import Detections, nms, warn_if_cut
 
 log = logging.getLogger(__name__)
 
@@ -69,7 +71,7 @@ class ValidationResult:
             of its image: as in the COCO JSON, or relative to the dataset's root.
         confusion: of all images on rank 0, of this process's share elsewhere.
         images: number of images in the split.
-        seconds: phase → seconds.
+        seconds: phase → seconds (`PhaseClock`).
     """
 
     metrics: CocoMetrics | None
@@ -97,7 +99,7 @@ def open_evaluation_set(
     cache: Literal["ram", "disk"] | None = None,
     process_group: ProcessGroup | None = None,
 ) -> EvaluationSet:
-    """Read a split's images and labels and make its loader.
+    """Read a split's images and labels and make its loader, for `process_group`; by default one process on a CPU.
 
     Raises:
         DataError: no such split, or nothing usable in it.
@@ -112,8 +114,16 @@ def open_evaluation_set(
         batch_size=batch_size,
         cache=cache,
     )
-    rank, size = (process_group.rank, process_group.size) if process_group else (0, 1)
-    loader = create_loader(dataset, batch_size=batch_size, workers=workers, shuffle=False, rank=rank, world_size=size)
+    group = process_group or ProcessGroup(0, 1, torch.device("cpu"))
+    loader = create_loader(
+        dataset,
+        batch_size=batch_size,
+        workers=workers,
+        shuffle=False,
+        rank=group.rank,
+        world_size=group.size,
+        pin_memory=group.device.type == "cuda",
+    )
     ground_truth = coco_ground_truth(data, split, records, coco=coco)
     categories = category_ids(data, split, coco=coco)
     return EvaluationSet(split, data.names, records, report, ground_truth, categories, loader)
@@ -181,43 +191,26 @@ def validate(
     process_group = process_group or ProcessGroup(0, 1, device)
     if model.num_classes != len(evaluation.names):
         raise UserError(f"model: expected {len(evaluation.names)} classes as the data has, got {model.num_classes}")
-    model_class, data_class = _matched_classes(model, evaluation)
-    detections: list[dict[str, Any]] = []
-    confusion = ConfusionMatrix(model.num_classes)
-    names = () if criterion is None else criterion.names
-    losses = torch.zeros(len(names) + 1, dtype=torch.float64, device=device)
+    clock = PhaseClock("data", "forward", "nms", "metrics", device=device)
+    run = _Evaluation(model, evaluation, conf, iou, max_det, amp, criterion, channels_last, device, clock)
     tqdm = require("tqdm").tqdm
     show_progress = progress and process_group.is_main
     bar = tqdm(evaluation.loader, desc=title, unit="batch", leave=False, disable=not show_progress)
-    clock = PhaseClock("data", "forward", "nms", "metrics")
     with _evaluating(model):
+        # A GPU computes a batch while the host reads the detections of the one before.
+        unread: tuple[Batch, HostCopy] | None = None
         for batch in bar:
             clock.end("data")
-            images = prepare_images(batch.images, device, channels_last=channels_last)
-            with autocast(device, amp):
-                maps = [m.float() for m in model.raw(images, auxiliary=False).main]
-            if criterion is not None:
-                size = (images.shape[2], images.shape[3])
-                targets = batch.targets.clone()
-                targets[:, 1] = model_class[targets[:, 1].long()]
-                loss = criterion.evaluate(DetectionOutput(maps), targets.to(device), size)
-                losses += torch.cat((loss.items.double() * len(images), losses.new_tensor([len(images)])))
-            prediction = model.decode(maps)
-            clock.end("forward")
-            found = nms(prediction, conf=conf, iou=iou, max_det=max_det)
-            for position, (rows, count) in enumerate(zip(found.boxes.cpu(), found.count.tolist(), strict=True)):
-                record = evaluation.records[batch.indices[position]]
-                rows = rows[:count].clone()
-                rows[:, :4] = scale_boxes_to_original(
-                    rows[:, :4], batch.ratios[position], batch.pads[position], batch.original_shapes[position]
-                )
-                rows[:, 5] = data_class[rows[:, 5].long()]
-                results = detections_to_coco(rows.numpy(), record.image_id, evaluation.categories)
-                detections.extend(result | {"file_name": record.file_name} for result in results)
-                confusion.update(rows, torch.from_numpy(_labels_in_pixels(record)).float())
-            warn_if_cut(found)
+            copy = run.begin(batch)
+            if unread is not None:
+                run.finish(*unread)
+            unread = batch, copy
             clock.end("nms")
-    losses = process_group.sum(losses)
+        if unread is not None:
+            run.finish(*unread)
+            clock.end("nms")
+    losses = process_group.sum(run.losses)
+    detections, confusion = run.detections, run.confusion
     gathered = process_group.gather_objects((detections, confusion.matrix))
     metrics = None
     if process_group.is_main:
@@ -232,5 +225,69 @@ def validate(
         )
         clock.end("metrics")
     means = (losses[:-1] / losses[-1].clamp_min(1)).tolist()
-    losses_by_name = None if criterion is None else dict(zip(names, means, strict=True))
+    losses_by_name = None if criterion is None else dict(zip(criterion.names, means, strict=True))
     return ValidationResult(metrics, losses_by_name, detections, confusion, len(evaluation.records), clock.seconds)
+
+
+class _Evaluation:
+    """What `validate` does to one batch: `begin` orders the work of the device, `finish` reads its results.
+
+    Attributes:
+        losses: each term of `criterion` summed over images, then the number of images, float64.
+        detections, confusion: of the batches finished so far.
+    """
+
+    def __init__(
+        self,
+        model: DetectionModel,
+        evaluation: EvaluationSet,
+        conf: float,
+        iou: float,
+        max_det: int,
+        amp: str,
+        criterion: DetectionLoss | None,
+        channels_last: bool,
+        device: torch.device,
+        clock: PhaseClock,
+    ) -> None:
+        self._model, self._evaluation, self._criterion = model, evaluation, criterion
+        self._amp, self._channels_last, self._device, self._clock = amp, channels_last, device, clock
+        self._nms: dict[str, Any] = {"conf": conf, "iou": iou, "max_det": max_det}
+        self._model_class, self._data_class = _matched_classes(model, evaluation)
+        terms = 0 if criterion is None else len(criterion.names)
+        self.losses = torch.zeros(terms + 1, dtype=torch.float64, device=device)
+        self.detections: list[dict[str, Any]] = []
+        self.confusion = ConfusionMatrix(model.num_classes)
+
+    def begin(self, batch: Batch) -> HostCopy:
+        """Loss and detections of a batch, without waiting for a GPU."""
+        images = prepare_images(batch.images, self._device, channels_last=self._channels_last)
+        with autocast(self._device, self._amp):
+            maps = [m.float() for m in self._model.raw(images, auxiliary=False).main]
+        if self._criterion is not None:
+            targets = batch.targets.clone()
+            targets[:, 1] = self._model_class[targets[:, 1].long()]
+            # They stay on the CPU, where they are checked and sorted.
+            items = self._criterion.evaluate(DetectionOutput(maps), targets, (images.shape[2], images.shape[3])).items
+            items = items.double() * len(images)
+            self.losses += torch.cat((items, items.new_full((1,), len(images))))
+        prediction = self._model.decode(maps)
+        self._clock.end("forward")
+        found = nms(prediction, **self._nms)
+        assert found.candidates is not None
+        return HostCopy(found.boxes, found.count, found.candidates)
+
+    def finish(self, batch: Batch, copy: HostCopy) -> None:
+        """Take the detections of a batch."""
+        boxes, counts, candidates = copy.wait()
+        for position, (rows, count) in enumerate(zip(boxes, counts.tolist(), strict=True)):
+            record = self._evaluation.records[batch.indices[position]]
+            rows = rows[:count].clone()
+            rows[:, :4] = scale_boxes_to_original(
+                rows[:, :4], batch.ratios[position], batch.pads[position], batch.original_shapes[position]
+            )
+            rows[:, 5] = self._data_class[rows[:, 5].long()]
+            results = detections_to_coco(rows.numpy(), record.image_id, self._evaluation.categories)
+            self.detections.extend(result | {"file_name": record.file_name} for result in results)
+            self.confusion.update(rows, torch.from_numpy(_labels_in_pixels(record)).float())
+        warn_if_cut(Detections(boxes, counts, candidates))

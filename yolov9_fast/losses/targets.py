@@ -23,13 +23,19 @@ class PaddedTargets(NamedTuple):
 
     def to(self, device: torch.device, dtype: torch.dtype) -> PaddedTargets:
         """Copied to `device` without synchronisation, boxes in `dtype`."""
-        fits = None if self.fits is None else self.fits.to(device, non_blocking=True)
         return PaddedTargets(
-            self.labels.to(device, non_blocking=True),
-            self.boxes.to(device, dtype, non_blocking=True),
-            self.mask.to(device, non_blocking=True),
-            fits,
+            _copied(self.labels, device),
+            _copied(self.boxes.to(dtype), device),
+            _copied(self.mask, device),
+            None if self.fits is None else _copied(self.fits, device),
         )
+
+
+def _copied(tensor: Tensor, device: torch.device) -> Tensor:
+    """On `device`; a copy to a GPU is made from page-locked memory, because one from other memory waits for the GPU."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 def pad_targets(

@@ -174,7 +174,8 @@ class AnchorDetect(Head):
             columns = torch.arange(width, device=y.device, dtype=y.dtype).expand(height, width)
             rows = torch.arange(height, device=y.device, dtype=y.dtype)[:, None].expand(height, width)
             centres = (2 * y[:, :, :2] - 0.5 + torch.stack((columns, rows))) * stride
-            sizes = torch.tensor(anchors, device=y.device, dtype=y.dtype).view(1, ANCHORS_PER_LEVEL, 2, 1, 1)
+            # Filled by the device: a tensor of the numbers would be copied to it, which waits for a GPU.
+            sizes = torch.stack([y.new_full((), size) for size in anchors]).view(1, ANCHORS_PER_LEVEL, 2, 1, 1)
             found = torch.cat((centres, (2 * y[:, :, 2:4]) ** 2 * sizes, y[:, :, 4:5] * y[:, :, 5:]), 2)
             levels.append(found.transpose(1, 2).flatten(2))
         return torch.cat(levels, 2)

@@ -17,6 +17,7 @@ import os
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -32,26 +33,34 @@ def torch_folder() -> Path:
 
 def library() -> Path:
     """The compiled device; compiles it if it or torch has changed. `RuntimeError` says why there is none."""
-    source = Path(__file__).with_name("device.cpp")
-    torch = torch_folder()
-    key = hashlib.sha256(source.read_bytes() + (torch / "version.py").read_bytes()).hexdigest()[:16]
-    target = FOLDER / f"fake_cuda-{key}.so"
-    FOLDER.mkdir(parents=True, exist_ok=True)
+    return compiled("device.cpp", [f"-isystem{torch_folder() / 'include'}"])
+
+
+def compiled(name: str, options: Sequence[str], target: str = "{}.so") -> Path:
+    """A source file of this folder as a shared library; compiled if it, torch or the options have changed."""
+    source = Path(__file__).with_name(name)
+    content = source.read_bytes() + (torch_folder() / "version.py").read_bytes() + repr(list(options)).encode()
+    key = hashlib.sha256(content).hexdigest()[:16]
+    path = FOLDER / target.format(f"{source.stem}-{key}")
+    path.parent.mkdir(parents=True, exist_ok=True)
     with (FOLDER / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if target.exists():
-            return target
-        partial = target.with_suffix(".part")
-        command = [*os.environ.get("CXX", "c++").split(), "-shared", "-fPIC", "-std=c++20", "-O1"]
-        include = [f"-isystem{torch / 'include'}", f"-isystem{sysconfig.get_path('include')}"]
+        if path.exists():
+            return path
+        partial = path.with_suffix(".part")
+        compiler = [*os.environ.get("CXX", "c++").split(), "-std=c++20"]
+        if source.suffix == ".c":
+            compiler = os.environ.get("CC", "cc").split()
+        include = f"-isystem{sysconfig.get_path('include')}"
+        command = [*compiler, "-shared", "-fPIC", "-O1", include, *options, str(source), "-o", str(partial)]
         try:
-            done = subprocess.run([*command, *include, str(source), "-o", str(partial)], capture_output=True, text=True)
+            done = subprocess.run(command, capture_output=True, text=True)
         except OSError as error:
-            raise RuntimeError(f"no C++ compiler: {error}") from error
+            raise RuntimeError(f"no compiler: {error}") from error
         if done.returncode:
-            raise RuntimeError(f"the fake device cannot be compiled: {done.stderr[-2000:]}")
-        partial.replace(target)
-    return target
+            raise RuntimeError(f"{name} cannot be compiled: {done.stderr[-2000:]}")
+        partial.replace(path)
+    return path
 
 
 def start() -> None:

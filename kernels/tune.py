@@ -30,9 +30,9 @@ def tune(repeats: int, say: Callable[[str], object]) -> dict[str, Any]:
                 best = min(timed)
                 kernels.setdefault(name, {})[bucket] = timed[best]
                 say(f"{name} {bucket}: {timed[best]} {best:.4f} ms")
-    major, minor = torch.cuda.get_device_capability()
+    major, minor = torch.cuda.get_device_capability(device)
     return {
-        "device": torch.cuda.get_device_name(),
+        "device": torch.cuda.get_device_name(device),
         "capability": 10 * major + minor,
         "torch": torch.__version__,
         "kernels": kernels,

@@ -55,6 +55,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--hide-conf", action="store_true", help="draw names without scores")
     add("--vid-stride", type=int, default=1, metavar="N", help="use every n-th frame of videos (default %(default)s)")
     add("--device", help="cpu or a GPU's number (default: a GPU if there is one)")
+    add("--deterministic", action="store_true", help="the same bits in every run, also on a GPU; slower there")
     add("--amp", choices=AMP_MODES, default="off", help="mixed precision (default %(default)s)")
     add("--project", default="runs/predict", metavar="DIR", help="folder of runs (default %(default)s)")
     add("--name", default="exp", help="name of this run (default %(default)s)")
@@ -74,6 +75,7 @@ def run(arguments: argparse.Namespace) -> int:
         agnostic=arguments.agnostic,
         device=arguments.device,
         amp=arguments.amp,
+        deterministic=arguments.deterministic,
     )
     frames = open_source(arguments.source)
     output = new_run(arguments.project, arguments.name)  # Kept to the end: while it is empty, others could take it.

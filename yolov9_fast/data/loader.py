@@ -42,8 +42,8 @@ def create_loader(
     Rank r of `world_size` gets the r-th contiguous part of each global batch of batch_size · world_size samples: all
     ranks together get the batches that one process would get. With `shuffle`, the last global batch is filled up from
     the start of the order until it divides evenly and each rank has at least `smallest` samples; without it, no sample
-    is repeated and ranks may have different numbers of batches. `pin_memory`: in page-locked memory, which a GPU reads
-    without the host waiting for it.
+    is repeated and ranks may have different numbers of batches. `pin_memory`: in page-locked memory, which the GPU that
+    is current when a pass begins reads without the host waiting for it.
     """
     return DetectionLoader(
         dataset,

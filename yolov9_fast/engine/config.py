@@ -85,6 +85,7 @@ class TrainConfig:
     amp: str = _option("auto", "mixed precision: auto (bf16 on a GPU that has it, else off)", choices=AMP_MODES)
     workers: int | None = _option(None, "loader processes (default: by the machine's cores)")
     seed: int = _option(0, "seed of weights, order and augmentation")
+    deterministic: bool = _option(False, "the same bits in every run, also on a GPU; slower there")
     project: str = _option("runs/train", "folder of runs")
     name: str = _option("exp", "name of this run; an existing one is never overwritten")
 

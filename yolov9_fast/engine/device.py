@@ -1,4 +1,4 @@
-"""Where a network computes and in which precision: devices, autocast, image preparation, loader processes."""
+"""Where and how a network computes: devices, precision, determinism, image preparation, loader processes."""
 
 from __future__ import annotations
 
@@ -6,18 +6,20 @@ import contextlib
 import copy
 import logging
 import os
+from collections.abc import Iterator
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from yolov9_fast._untrusted import shown
+from yolov9_fast._untrusted import reason, shown
 from yolov9_fast.errors import UserError
 from yolov9_fast.limits import above_limit, limit
 from yolov9_fast.models import DetectionModel, fuse
 from yolov9_fast.models.model import MAX_STRIDE
 
 log = logging.getLogger(__name__)
+_WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _Module = TypeVar("_Module", bound=nn.Module)
 
@@ -68,12 +70,77 @@ def default_workers(processes: int, batch: int) -> int:
 
 
 def resolve_amp(amp: str, device: torch.device) -> str:
-    """`amp` with `auto` resolved: bf16 on a GPU that supports it, else off; raises `UserError` for another word."""
-    if amp in ("off", *_DTYPES):
-        return amp
-    if amp != "auto":
+    """`amp` with `auto` resolved: bf16 on a GPU that has it, else off; raises `UserError` for another word."""
+    if amp not in ("auto", "off", *_DTYPES):
         raise UserError(f"amp: expected auto, off, {' or '.join(_DTYPES)}, got {shown(amp)}")
-    return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "off"
+    if amp == "auto":
+        return "bf16" if device.type == "cuda" and has_bf16(device) else "off"
+    if amp == "bf16" and device.type == "cuda" and not has_bf16(device):
+        log.warning(f"amp: {device} emulates bf16, which is slow; fp16 and off are not")
+    return amp
+
+
+def has_bf16(device: torch.device) -> bool:
+    """Whether this GPU computes in bfloat16 itself: NVIDIA's from compute capability 8.0 on; older ones emulate it.
+
+    `torch.cuda.is_bf16_supported()` counts emulation too, and asks about the current device.
+    """
+    return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+@contextlib.contextmanager
+def computing_on(
+    device: torch.device, *, fixed_sizes: bool | None = None, deterministic: bool = False
+) -> Iterator[None]:
+    """Within the block `device` is the current one, so that nothing opens a context on another GPU.
+
+    Args:
+        fixed_sizes: whether all images have one size, so that cuDNN may time its algorithms (`cudnn.benchmark`); not
+            where deterministic algorithms are asked for. None leaves that setting alone.
+        deterministic: the same input gives the same bits, by `torch.use_deterministic_algorithms`.
+
+    All settings are as before at the end.
+
+    Raises:
+        UserError: an operation that has no deterministic form, or as `prepare_determinism`.
+    """
+    cudnn = torch.backends.cudnn
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    flags = cudnn.deterministic, cudnn.benchmark
+    with contextlib.ExitStack() as stack:
+        if deterministic:
+            prepare_determinism(device)
+            stack.callback(torch.use_deterministic_algorithms, before[0], warn_only=before[1])
+            torch.use_deterministic_algorithms(True)
+        if deterministic or fixed_sizes is not None:
+            stack.callback(_set_cudnn, *flags)
+            fixed = cudnn.deterministic or torch.are_deterministic_algorithms_enabled()
+            _set_cudnn(fixed, not fixed and (flags[1] if fixed_sizes is None else fixed_sizes))
+        if device.type == "cuda":
+            stack.enter_context(torch.cuda.device(device))
+        try:
+            yield
+        except RuntimeError as error:
+            if not deterministic or "use_deterministic_algorithms" not in str(error):
+                raise
+            raise UserError(f"deterministic: {reason(RuntimeError(str(error).split(', but you set')[0]))}") from error
+
+
+def _set_cudnn(deterministic: bool, benchmark: bool) -> None:
+    torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = deterministic, benchmark
+
+
+def prepare_determinism(device: torch.device) -> None:
+    """Set the variable that cuBLAS needs for the same bits in every run, unless the user has; before CUDA starts.
+
+    Raises:
+        UserError: CUDA has started without it.
+    """
+    if device.type != "cuda" or _WORKSPACE in os.environ:
+        return
+    if torch.cuda.is_initialized():
+        raise UserError(f"deterministic: expected {_WORKSPACE}=:4096:8 before the first use of CUDA, got it unset")
+    os.environ[_WORKSPACE] = ":4096:8"
 
 
 def autocast(device: torch.device, amp: str) -> contextlib.AbstractContextManager[Any]:

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from yolov9_fast.engine.device import parse_device
+from yolov9_fast.engine.device import parse_device, prepare_determinism
 from yolov9_fast.engine.heartbeat import Heartbeat, start_heartbeat
 from yolov9_fast.errors import DataError, ProcessError
 
@@ -47,7 +47,8 @@ class ProcessGroup:
     def barrier(self) -> None:
         """Wait until every process has reached this call."""
         if self.is_distributed:
-            dist.barrier()
+            # Without its device NCCL takes the GPU of the rank's number.
+            dist.barrier(device_ids=[self.device.index] if self.device.type == "cuda" else None)
 
     def sum(self, values: Tensor) -> Tensor:
         """Sum over the processes, on every process."""
@@ -106,8 +107,10 @@ class ProcessGroup:
                 dist.broadcast(tensor, src=0)
 
 
-def join_process_group(device: str | None) -> ProcessGroup:
+def join_process_group(device: str | None, *, deterministic: bool = False) -> ProcessGroup:
     """Join the process group that `torchrun` describes in the environment; without one, a group of one process.
+
+    Its GPU becomes the current device, before anything else uses CUDA. `deterministic`: also prepare for that.
 
     Raises:
         UserError: a device that this machine does not have.
@@ -116,10 +119,12 @@ def join_process_group(device: str | None) -> ProcessGroup:
     size = int(os.environ.get("WORLD_SIZE", "1"))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     chosen = parse_device(device, local_rank)
-    if size == 1:
-        return ProcessGroup(0, 1, chosen)
+    if deterministic:
+        prepare_determinism(chosen)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
+    if size == 1:
+        return ProcessGroup(0, 1, chosen)
     if not dist.is_initialized():
         backend = "nccl" if chosen.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(minutes=30))

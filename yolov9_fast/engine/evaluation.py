@@ -6,9 +6,18 @@ import logging
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from yolov9_fast.data import load_data_config
 from yolov9_fast.engine.config import check_numbers
-from yolov9_fast.engine.device import default_workers, inference_model, resolve_amp, round_image_size, single_device
+from yolov9_fast.engine.device import (
+    computing_on,
+    default_workers,
+    inference_model,
+    resolve_amp,
+    round_image_size,
+    single_device,
+)
 from yolov9_fast.engine.distributed import ProcessGroup
 from yolov9_fast.engine.report import save_evaluation
 from yolov9_fast.engine.run_files import new_run
@@ -38,6 +47,7 @@ class EvaluationOptions:
     rect: bool = False
     amp: str = "off"
     device: str | None = None
+    deterministic: bool = False
     workers: int | None = None
     plots: bool = True
     project: str | Path = "runs/val"
@@ -56,6 +66,11 @@ def evaluate(options: EvaluationOptions) -> tuple[ValidationResult, Path]:
         UserError: unusable weights, data, device or option.
     """
     device = single_device(options.device)
+    with computing_on(device, deterministic=options.deterministic):
+        return _evaluate(options, device)
+
+
+def _evaluate(options: EvaluationOptions, device: torch.device) -> tuple[ValidationResult, Path]:
     amp = resolve_amp(options.amp, device)
     size = round_image_size(options.imgsz)
     data = load_data_config(options.data)

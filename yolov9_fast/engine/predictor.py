@@ -22,7 +22,9 @@ from yolov9_fast.data import Frame, letterbox, scale_boxes_to_original, to_tenso
 from yolov9_fast.engine.config import check_numbers
 from yolov9_fast.engine.device import (
     autocast,
+    computing_on,
     inference_model,
+    prepare_determinism,
     prepare_images,
     resolve_amp,
     round_image_size,
@@ -96,6 +98,7 @@ class Predictor:
         agnostic: boxes of different classes suppress each other too.
         device: cpu, a GPU's number, a `torch.device`, or None for a GPU if there is one.
         amp: off, bf16, fp16 or auto.
+        deterministic: the same images give the same bits, in every run on such a device.
 
     Raises:
         UserError: model, device, class or threshold that cannot be used.
@@ -113,11 +116,14 @@ class Predictor:
         agnostic: bool = False,
         device: str | int | torch.device | None = None,
         amp: str = "off",
+        deterministic: bool = False,
     ) -> None:
         self.image_size, self.conf, self.iou, self.max_det, self.agnostic = image_size, conf, iou, max_det, agnostic
         check_numbers(self, positive=("image_size", "max_det"), fractions=("conf", "iou"), optional=False)
         self.image_size = round_image_size(image_size)
-        self.device = single_device(device)
+        self.device, self.deterministic = single_device(device), deterministic
+        if deterministic:
+            prepare_determinism(self.device)
         self.amp = resolve_amp(amp, self.device)
         if not isinstance(model, DetectionModel | str | os.PathLike):
             raise UserError(f"model: expected a DetectionModel or a weights file, got {type(model).__name__}")
@@ -167,6 +173,10 @@ class Predictor:
             raise DataError(f"image: expected a uint8 BGR array [H, W, 3], got {type(image).__name__}")
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
             raise DataError(f"image: expected uint8 BGR [H, W, 3], got {image.dtype} {list(image.shape)}")
+        with computing_on(self.device, deterministic=self.deterministic):
+            return self._detect(image, path, frame)
+
+    def _detect(self, image: NDArray[np.uint8], path: str, frame: int) -> Prediction:
         started = time.perf_counter()
         boxed = letterbox(image, self.image_size, rectangle=True)
         batch = prepare_images(to_tensor(boxed.image)[None], self.device, channels_last=True)

@@ -26,7 +26,7 @@ from yolov9_fast.data import load_data_config
 from yolov9_fast.engine.callbacks import BatchResult, Callback, CallbackList, EpochResult
 from yolov9_fast.engine.clock import PhaseClock
 from yolov9_fast.engine.config import TrainConfig, read_config
-from yolov9_fast.engine.device import resolve_amp, round_image_size, to_channels_last
+from yolov9_fast.engine.device import computing_on, resolve_amp, round_image_size, to_channels_last
 from yolov9_fast.engine.distributed import ProcessGroup, clear_endings, join_process_group, leave_process_group
 from yolov9_fast.engine.ema import ModelEMA
 from yolov9_fast.engine.initial_weights import build_model
@@ -89,7 +89,9 @@ class Trainer:
         run: RunFolder | None = None,
     ) -> None:
         config.require_data()
-        self.process_group = group = process_group or join_process_group(config.device)
+        self.process_group = group = process_group or join_process_group(
+            config.device, deterministic=config.deterministic
+        )
         if config.batch % group.size:
             raise UserError(f"batch: expected a multiple of the {group.size} processes, got {config.batch}")
         config = dataclasses.replace(config, imgsz=round_image_size(config.imgsz))
@@ -254,7 +256,11 @@ class Trainer:
             UserError: the last epoch could not be saved.
         """
         epochs = self._epochs_left()
+        fixed_sizes, deterministic = not self.config.multi_scale, self.config.deterministic
         with contextlib.ExitStack() as stack:
+            stack.enter_context(
+                computing_on(self.process_group.device, fixed_sizes=fixed_sizes, deterministic=deterministic)
+            )
             for resource in (self.training_data.evaluation.loader, self.loader, *self.callbacks):
                 stack.callback(resource.close)
             with clear_endings(self._advice):

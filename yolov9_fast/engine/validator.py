@@ -28,7 +28,7 @@ from yolov9_fast.data import (
     scale_boxes_to_original,
 )
 from yolov9_fast.engine.clock import PhaseClock
-from yolov9_fast.engine.device import autocast, prepare_images
+from yolov9_fast.engine.device import autocast, computing_on, prepare_images
 from yolov9_fast.engine.distributed import ProcessGroup
 from yolov9_fast.engine.host_copy import HostCopy
 from yolov9_fast.errors import UserError
@@ -196,7 +196,7 @@ def validate(
     tqdm = require("tqdm").tqdm
     show_progress = progress and process_group.is_main
     bar = tqdm(evaluation.loader, desc=title, unit="batch", leave=False, disable=not show_progress)
-    with _evaluating(model):
+    with _evaluating(model), computing_on(device, fixed_sizes=not evaluation.loader.dataset.rect):
         # A GPU computes a batch while the host reads the detections of the one before.
         unread: tuple[Batch, HostCopy] | None = None
         for batch in bar:

@@ -19,7 +19,7 @@ from .cases import PHASES, NoClock
 from .check import judge, relative_error
 from .machine import device_slug
 from .measure import timed_phases
-from .networks import Inference, TrainingStep, fixed_batch
+from .networks import Inference, TrainingStep, fixed_batch, resident_batch
 from .stats import ratio_of_medians, summarise
 
 
@@ -63,8 +63,11 @@ def compare_first(
 
 
 def _sides(model: str, size: int, batch: int, device: torch.device, images: Tensor, compiled: bool) -> list[Side]:
+    batches = resident_batch(size, batch, device) if device.type == "cuda" else None
+
     def side(name: str, layout: str, backend: str, mode: str | None = None) -> Side:
-        step = TrainingStep(model, size, batch, device, layout=layout, backend_name=backend, compile_mode=mode)
+        options: Any = {"layout": layout, "backend_name": backend, "compile_mode": mode, "batches": batches}
+        step = TrainingStep(model, size, batch, device, **options)
         inference = Inference(model, images, device, "float32", layout, backend)
         if mode is not None:
             inference.network = torch.compile(inference.model, dynamic=False)

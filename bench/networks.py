@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -17,6 +18,7 @@ from yolov9_fast.data.rendered import render_dataset
 from yolov9_fast.engine.ema import ModelEMA
 from yolov9_fast.engine.optimizer import build_optimizer
 from yolov9_fast.losses import DetectionLoss
+from yolov9_fast.losses.targets import PaddedTargets, pad_targets
 from yolov9_fast.models import DetectionModel, create_model, fuse, to_deploy
 from yolov9_fast.nn import DetectionOutput
 from yolov9_fast.nn.blocks import BN_MOMENTUM
@@ -45,6 +47,10 @@ def same_weights(name: str, device: torch.device, **options: Any) -> DetectionMo
         return create_model(name, CLASSES, **options).to(device)
 
 
+Batches = Callable[[], tuple[Tensor, Tensor | PaddedTargets]]
+"""Gives images and targets of the next step."""
+
+
 # Training step --------------------------------------------------------------------------------------------------------
 
 
@@ -66,7 +72,7 @@ class TrainingStep:
         layout: str = "nchw",
         backend_name: str = "eager",
         compile_mode: str | None = None,
-        batches: Callable[[], tuple[Tensor, Tensor]] | None = None,
+        batches: Batches | None = None,
         checked: int | None = None,
     ) -> None:
         self.device, self.size, self.layout, self.backend_name = device, image_size, layout, backend_name
@@ -108,7 +114,8 @@ class TrainingStep:
             images = images.to(self.device, non_blocking=True)
             images = (images.double() if self._double() else images.float()).div_(255)
             images = images.contiguous(memory_format=LAYOUTS[self.layout])
-            targets = targets.to(self.device, non_blocking=True)
+            if isinstance(targets, Tensor):
+                targets = targets.to(self.device, non_blocking=True)
             clock.mark("data")
             with self._autocast():
                 output = self.network(images)
@@ -156,6 +163,21 @@ def fixed_batch(image_size: int, batch: int) -> tuple[Tensor, Tensor]:
     return images, torch.cat((image, labels, centre, sides), 1)
 
 
+def resident_batch(image_size: int, batch: int, device: torch.device) -> Batches:
+    """The fixed batch as the trainer has it on a GPU: images in page-locked memory, targets padded by the host.
+
+    Rows that lie on the GPU would be padded there, and the host would wait for it.
+    """
+
+    @functools.cache
+    def made() -> tuple[Tensor, PaddedTargets]:
+        images, rows = fixed_batch(image_size, batch)
+        padded = pad_targets(rows, batch, CLASSES, (image_size, image_size), torch.float32)
+        return images.pin_memory(), padded.to(device, torch.float32)
+
+    return made
+
+
 def _picture(number: int, size: int) -> Tensor:
     """The picture of this number, whatever batch it is part of: uint8 [3, H, W]."""
     generator = torch.Generator().manual_seed(number)
@@ -188,7 +210,9 @@ def step_cases(settings: Settings, dtypes: tuple[str, ...], device: torch.device
 
 def _step_opener(name: str, size: int, batch: int, dtype: str) -> Callable[[torch.device, Settings], OpenCase]:
     def open_case(device: torch.device, settings: Settings) -> OpenCase:
-        data, why = _loader_batches(size, batch)
+        # In training on a GPU other processes load; here the same process would, and its time would hide the step's.
+        on_gpu = device.type == "cuda"
+        data, why = (resident_batch(size, batch, device), "") if on_gpu else _loader_batches(size, batch)
         checked = min(batch, CHECKED_ON_A_GPU) if device.type == "cuda" else batch
 
         def make(provider: str, layout: str, **options: Any) -> Runner:
@@ -213,7 +237,7 @@ def _step_opener(name: str, size: int, batch: int, dtype: str) -> Callable[[torc
     return open_case
 
 
-def _loader_batches(size: int, batch: int) -> tuple[Callable[[], tuple[Tensor, Tensor]] | None, str]:
+def _loader_batches(size: int, batch: int) -> tuple[_Loader | None, str]:
     """Batches of the real loader on rendered pictures with the published augmentation; else none, and why."""
     try:
         loader = _Loader(size, batch)

@@ -13,7 +13,7 @@ from torch.profiler import ProfilerActivity, profile
 from .cases import Case, Clock, NoClock, OpenCase, Settings
 from .counting import COPIES, quiet_stderr
 from .machine import Ceilings
-from .networks import Inference, TrainingStep, fixed_batch
+from .networks import Inference, TrainingStep, fixed_batch, resident_batch
 
 _SHOWN = 12
 _ITEM = 4
@@ -48,7 +48,8 @@ def profile_places(case: Case, device: torch.device, ceilings: Ceilings) -> Iter
     for provider, layout in (("eager", "nchw"), ("auto", "channels_last")):
         work: Callable[[Clock], Any]
         if case.mode == "step":
-            work = TrainingStep(name, size, batch, device, layout=layout, backend_name=provider)
+            batches = resident_batch(size, batch, device) if device.type == "cuda" else None
+            work = TrainingStep(name, size, batch, device, layout=layout, backend_name=provider, batches=batches)
         else:
             work = Inference(name, fixed_batch(size, batch)[0], device, "float32", layout, provider)
         rows, total = _profiled(work, device, ceilings)

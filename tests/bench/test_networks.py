@@ -7,10 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from yolov9_fast.bench import networks, operators
-from yolov9_fast.bench.cases import Case, Settings
+from yolov9_fast.bench.cases import Case, NoClock, Settings
 from yolov9_fast.bench.detection import detection_cases
 from yolov9_fast.bench.networks import TrainingStep
+
+from yolov9_fast.losses.targets import PaddedTargets
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 SETTINGS = Settings(full=True, peers=False)
@@ -25,7 +28,6 @@ def made(monkeypatch: pytest.MonkeyPatch, name: str) -> list[tuple[Any, ...]]:
         return SimpleNamespace(results=dict)
 
     monkeypatch.setattr(networks, name, make)
-    monkeypatch.setattr(networks, "_loader_batches", lambda size, batch: (None, ""))
     return found
 
 
@@ -76,6 +78,28 @@ def test_operators_are_checked_on_the_device_that_is_measured(monkeypatch: pytes
     with pytest.raises(RuntimeError):
         opened.reference()
     assert where == [GPU]
+
+
+def test_on_a_gpu_a_step_loads_no_images_and_pads_its_targets_on_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loading in the same process takes ten times the step; a pageable copy, and padding on the GPU, wait for it."""
+    pinned: list[torch.Size] = []
+
+    def pin_memory(tensor: Tensor) -> Tensor:
+        pinned.append(tensor.shape)
+        return tensor
+
+    monkeypatch.setattr(Tensor, "pin_memory", pin_memory)
+    monkeypatch.setattr(networks, "_Loader", lambda *args: pytest.fail("the loader is made"))
+    opened = cases(GPU)[0].open(GPU, SETTINGS)
+    assert opened.runners is not None
+    batches = networks.resident_batch(64, 2, CPU)
+    images, targets = batches()
+    assert pinned == [images.shape]
+    assert isinstance(targets, PaddedTargets)
+    assert batches()[0] is images
+    step = TrainingStep("yolov9-t", 64, 2, CPU, batches=batches)
+    rows = TrainingStep("yolov9-t", 64, 2, CPU)
+    assert torch.equal(step.forward(NoClock()), rows.forward(NoClock()))
 
 
 def test_results_of_some_images_are_those_of_the_first() -> None:

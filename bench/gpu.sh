@@ -147,12 +147,14 @@ if [ $dry = 1 ]; then
   wanted step && part step 120 "${bench[@]}" --only blocks --match AConv/yolov9-t.3 --quick --budget 1
   wanted infer && part infer 120 "${bench[@]}" --only infer --match b1/ --quick --budget 1 --no-peers
 else
-  wanted ops && part ops 150 "${bench[@]}" --only ops,loss,nms --full --op-batch 16 --budget 2
+  # Steps first: what a time is most wanted of. Limits are a few seconds more than --budget, which ends between cases;
+  # every case is on the disk when it is done. Together at most 5 minutes.
+  wanted step && part step 125 "${bench[@]}" --only step,blocks,places --full --budget 1.7
+  wanted infer && part infer 50 "${bench[@]}" --only infer --full --no-peers --budget 0.5
+  wanted ops && part ops 85 "${bench[@]}" --only ops,loss,nms --full --op-batch 16 --budget 1.1
   # torch.compile takes seconds for each shape: one shape of each operator, in a file of its own.
-  wanted ops && part compile 80 "${bench[@]}" --run "$run_name-compile" --only ops --match 80x80 --quick \
-    --op-batch 16 --compile default --budget 0.9
-  wanted step && part step 150 "${bench[@]}" --only step,blocks,places --full --budget 2
-  wanted infer && part infer 90 "${bench[@]}" --only infer --full --no-peers --budget 1.2
+  wanted ops && part compile 40 "${bench[@]}" --run "$run_name-compile" --only ops --match 80x80 --quick \
+    --op-batch 16 --compile default --budget 0.4
 fi
 
 if wanted sanitize; then

@@ -194,7 +194,7 @@ def step_cases(settings: Settings, dtypes: tuple[str, ...], device: torch.device
     else:
         plan = [("yolov9-t", 320, 4)]
     for place, (name, size, batch) in enumerate(plan):
-        for dtype in dtypes:
+        for turn, dtype in enumerate(dtypes):
             yield Case(
                 f"step/{name}/{size}px/b{batch}/{dtype}",
                 "step",
@@ -204,7 +204,7 @@ def step_cases(settings: Settings, dtypes: tuple[str, ...], device: torch.device
                 dtype,
                 {"image_size": size, "batch": batch, "objects": OBJECTS_PER_IMAGE},
                 _step_opener(name, size, batch, dtype),
-                priority=place,
+                priority=place + turn * len(plan),  # each network in the first dtype before the others
             )
 
 

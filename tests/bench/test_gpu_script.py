@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -55,6 +56,34 @@ def test_a_dry_run_leaves_records_and_report_and_can_be_resumed(tmp_path: Path) 
     assert "sanitize: done" in again.stdout
     assert list(tmp_path.glob("*/dry-*.jsonl")) == records
     assert records[0].stat().st_size == size
+
+
+def test_benchmarks_have_five_minutes_and_end_before_they_are_stopped() -> None:
+    """A part that `timeout` stops has not failed by itself: its own budget, in minutes, comes first."""
+    text = SCRIPT.read_text().replace("\\\n", " ")
+    parts = re.findall(r"&& part (\w+) (\d+) \"\$\{bench\[@\]\}\" (.*)", text.split("else\n  # Steps first")[1])
+    assert [name for name, _, _ in parts] == ["step", "infer", "ops", "compile"]
+    for _, limit, words in parts:
+        found = re.search(r"--budget ([\d.]+)", words)
+        assert found is not None
+        assert 60 * float(found[1]) + 15 <= int(limit)
+    assert sum(int(limit) for _, limit, _ in parts) <= 300
+
+
+def test_a_part_that_fails_or_hangs_leaves_the_others_their_time(tmp_path: Path) -> None:
+    """`part` and what it uses, cut out of the script: one that fails, one that hangs, one that succeeds."""
+    text = SCRIPT.read_text()
+    part = text[text.index("# part NAME SECONDS") : text.index("has() {")]
+    head = f"out={tmp_path}; mkdir -p $out/logs; done_file=$out/logs/done; touch $done_file; failed=''; budget=1\n"
+    head += 'begin=$SECONDS; allowed=60; left() { echo $((allowed - (SECONDS - begin))); }; say() { echo "$*"; }\n'
+    tail = 'part bad 5 false; part slow 1 sleep 20; part good 5 true; echo left:$failed; [ -z "$failed" ]'
+    done = subprocess.run(["bash", "-c", f"{head}{part}{tail}"], capture_output=True, text=True, timeout=30)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "bad: FAILED, exit code 1" in done.stdout
+    assert "slow: stopped after 1 s" in done.stdout
+    assert "good: done" in done.stdout
+    assert "left: bad slow" in done.stdout
+    assert (tmp_path / "logs" / "done").read_text() == "good\n"
 
 
 @pytest.mark.slow

@@ -30,7 +30,7 @@ KNOWN = {
     "a step's only wait: whether the gradients are finite": ("engine/step.py:TrainStep.update",),
     "once in ten batches, once an epoch": ("engine/trainer.py:Trainer._mean_loss", "engine/validator.py:validate"),
     "of what a HostCopy has brought": (
-        *("engine/validator.py:_Evaluation.finish", "engine/predictor.py:Predictor.detect"),
+        *("engine/validator.py:_Evaluation.finish", "engine/predictor.py:Predictor._detect"),
         *("engine/host_copy.py:HostCopy.wait", "engine/clock.py:PhaseClock.seconds"),
     ),
     "a result whose size its caller has to know": (

@@ -96,10 +96,10 @@ def store_rows(
 @jit
 def statistics_of(x: tl.tensor, valid: tl.tensor, count: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
     """Mean and M2 of each column of a tile that holds all rows."""
-    mean = tl.sum(x.to(tl.float32), axis=0) / count
+    mean = tl.div_rn(tl.sum(x.to(tl.float32), axis=0), count)
     off = tl.where(valid, x.to(tl.float32) - mean[None, :], 0.0)
     # The mean of the deviations is the rounding error of the mean itself; to correct it costs no read.
-    error = tl.sum(off, axis=0) / count
+    error = tl.div_rn(tl.sum(off, axis=0), count)
     squares = tl.sum(off * off, axis=0)
     return mean + error, tl.where(squares == float("inf"), squares, squares - count * error * error)
 
@@ -170,7 +170,7 @@ def _forward_kernels(
     else:
         y += load_channel(bias1_ptr, c, inside, 0.0)
     if SILU:
-        y = silu_of(y)
+        y = silu_of(y, x1_ptr)
     if residual_ptr is not None:
         y += load_rows(residual_ptr, rows, c, valid, pixels, residual_image * VEC, residual_stride * VEC, LAST).to(
             tl.float32
@@ -239,7 +239,7 @@ def _backward_kernels(
         xhat2 = (x2.to(tl.float32) - mean2) * rstd2
         y += xhat2 * weight2
     if SILU:
-        dy = silu_gradient(dy, y + bias)
+        dy = silu_gradient(dy, y + bias, x1_ptr)
     dbias = tl.sum(tl.where(valid, dy, 0.0), axis=0)
     dweight1 = tl.sum(tl.where(valid, dy * xhat1, 0.0), axis=0)
     if x2_ptr is not None:
@@ -249,9 +249,10 @@ def _backward_kernels(
     if x2_ptr is not None:
         tl.store(dweight2_ptr + c, dweight2, mask=inside)
     count = tl.cast(total, tl.float32)
-    dx1 = (weight1 * rstd1) * (dy - (dbias / count)[None, :] - xhat1 * (dweight1 / count)[None, :])
+    mean_dy = tl.div_rn(dbias, count)[None, :]
+    dx1 = (weight1 * rstd1) * (dy - mean_dy - xhat1 * tl.div_rn(dweight1, count)[None, :])
     if x2_ptr is not None:
-        dx2 = (weight2 * rstd2) * (dy - (dbias / count)[None, :] - xhat2 * (dweight2 / count)[None, :])
+        dx2 = (weight2 * rstd2) * (dy - mean_dy - xhat2 * tl.div_rn(dweight2, count)[None, :])
     store_rows(dx1_ptr, dx1, rows, c, valid, pixels, dx1_image * VEC, dx1_stride * VEC, LAST)
     if x2_ptr is not None:
         store_rows(dx2_ptr, dx2, rows, c, valid, pixels, dx2_image * VEC, dx2_stride * VEC, LAST)

@@ -142,7 +142,7 @@ def _apply_kernels(
         y += (x2 - mean2) * (rstd2 * weight2)
     y += load_bias(bias1_ptr, bias2_ptr, first + c, inside)
     if SILU:
-        y = silu_of(y)
+        y = silu_of(y, x1_ptr)
     if residual_ptr is not None:
         y += load_tile(
             residual_ptr, image, start, first, p, c, valid, residual_image * VEC, residual_stride * VEC, LAST
@@ -218,7 +218,7 @@ def _sums_kernels(
         else:
             y = xhat1 * weight1 + bias
         if SILU:
-            dy = silu_gradient(dy, y)
+            dy = silu_gradient(dy, y, x1_ptr)
         # A masked value's dz is 0, but a weight or statistic of infinity would still make it NaN.
         sum_dy += tl.where(valid, dy, 0.0)
         sum_dy_xhat1 += tl.where(valid, dy * xhat1, 0.0)
@@ -298,7 +298,7 @@ def _dx_kernels(
         xhat2 = (x2 - mean2) * rstd2
         y += xhat2 * weight2
     if SILU:
-        dy = silu_gradient(dy, y + bias)
+        dy = silu_gradient(dy, y + bias, x1_ptr)
     part = tl.cast(scale, tl.float32)
     dy -= load_channel(mean_dy_ptr, first + c, inside, 0.0) * part
     dx1 = (weight1 * rstd1) * (dy - xhat1 * (load_channel(mean_dy_xhat1_ptr, first + c, inside, 0.0) * part))

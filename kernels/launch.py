@@ -293,8 +293,24 @@ def as_stored(value: tl.tensor, ptr: tl.tensor) -> tl.tensor:
 
 
 @jit
+def to_tf32(x: tl.tensor) -> tl.tensor:
+    """Float32 rounded to the 10 bits of TF32: to the nearest, ties away from zero."""
+    if _INTERPRETED:
+        bits = x.to(tl.int32, bitcast=True)
+        finite = (bits & 0x7F800000) != 0x7F800000
+        return tl.where(finite, (bits + 0x1000) & -8192, bits).to(tl.float32, bitcast=True)
+    else:
+        bits = tl.inline_asm_elementwise("cvt.rna.tf32.f32 $0, $1;", "=r,f", [x], tl.int32, is_pure=True, pack=1)
+        return bits.to(tl.float32, bitcast=True)
+
+
+@jit
 def dot(a: tl.tensor, b: tl.tensor, acc: tl.tensor, PRECISION: tl.constexpr) -> tl.tensor:
     """acc + a · b, summed in float32."""
+    if PRECISION == "tf32" and a.dtype == tl.float32:
+        # Tensor cores cut the 13 low bits off: twice the error, and always towards zero, so that sums drift.
+        a = to_tf32(a)
+        b = to_tf32(b)
     if _INTERPRETED:
         # Triton 3.7's interpreter multiplies the bits of bfloat16, not their values.
         a = a.to(tl.float32)

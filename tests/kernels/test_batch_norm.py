@@ -35,10 +35,10 @@ def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
 
 
 def assert_no_worse(got: Sequence[Tensor], eager: Sequence[Tensor], exact: Sequence[Tensor]) -> None:
-    """err(got) ≤ 2 × err(eager), both against float64, with two ulp of the scale for tiny cases."""
+    """err(got) ≤ 2 × err(eager), both against float64, with four ulp of the scale for tiny cases: `ex2` errs by two."""
     for index, (a, b, c) in enumerate(zip(got, eager, exact, strict=True)):
         assert a.isfinite().all(), index
-        floor = 2 * torch.finfo(a.dtype).eps * float(c.abs().max())
+        floor = 4 * torch.finfo(a.dtype).eps * float(c.abs().max())
         error, allowed = float((a.double() - c).abs().max()), 2 * float((b.double() - c).abs().max()) + floor
         assert error <= allowed, f"result {index}: error {error:.3g}, allowed {allowed:.3g}"
 

@@ -6,6 +6,7 @@ import importlib.util
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 import torch
@@ -60,6 +61,25 @@ def threads(count: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+@contextmanager
+def float32_precision(convolutions: str = "tf32", products: str = "none") -> Iterator[None]:
+    """How torch's convolutions and products of float32 compute on a GPU: "tf32" or "ieee"; the defaults are torch's."""
+    settings: tuple[Any, ...] = torch.backends.cudnn.conv, torch.backends.cuda.matmul
+    before = [setting.fp32_precision for setting in settings]
+    try:
+        _set_where_different(settings, (convolutions, products))
+        yield
+    finally:
+        _set_where_different(settings, before)
+
+
+def _set_where_different(settings: Sequence[Any], values: Sequence[str]) -> None:
+    """Once set in this way a precision cannot be read by its older name."""
+    for setting, value in zip(settings, values, strict=True):
+        if setting.fp32_precision != value:
+            setting.fp32_precision = value
 
 
 def outputs_and_gradients(

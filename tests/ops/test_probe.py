@@ -281,7 +281,8 @@ def test_the_compiler_runs_the_launch_and_traces_the_choice(gpus: Gpus, monkeypa
     launch(monkeypatch, gpus, "cuda", lambda: False)
 
     def add(x: Tensor) -> Tensor:
-        return x + (1 if _probe.why_not("triton", GPU) is None else 2) + (10 if _probe.why_not("cuda", GPU) else 20)
+        triton, cuda = (_probe.why_not(backend, torch.device("cuda", x.ndim)) for backend in ("triton", "cuda"))
+        return x + (1 if triton is None else 2) + (10 if cuda == "its result is wrong" else 20)
 
     torch._dynamo.reset()
     compiled = torch.compile(add, backend="eager", fullgraph=True)
@@ -303,12 +304,15 @@ def test_the_launches_compare_with_the_definition(monkeypatch: pytest.MonkeyPatc
         assert not _probe._launch_triton(cpu)
 
 
-def test_triton_on_a_gpu_is_not_interpreted_unless_it_is_asked_for(gpus: Gpus, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_triton_on_a_gpu_is_not_interpreted(gpus: Gpus, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    assert _supports.not_for_triton("bn_silu", on_gpu()) == "interpreted Triton runs only when selected by name"
-    with _operator._backend.backend("triton"):
-        assert _supports.not_for_triton("bn_silu", on_gpu()) is None
+    for name in ("auto", "triton"):
+        with _operator._backend.backend(name):
+            assert _supports.not_for_triton("bn_silu", on_gpu()) == (
+                "TRITON_INTERPRET=1 interprets its kernels, for tensors on the CPU: unset it"
+            )
     assert not gpus.launches
+    assert _supports.not_for_compiled("cuda", on_gpu()) is None
 
 
 def test_torch_for_amd_gets_no_kernels(monkeypatch: pytest.MonkeyPatch) -> None:

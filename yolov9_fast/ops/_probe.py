@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import os
 import re
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from pathlib import Path
 
 import torch
 
+from yolov9_fast._lazy import when_imported
 from yolov9_fast._untrusted import reason
 from yolov9_fast.ops import _backend, _library
 
@@ -33,25 +35,20 @@ _PASSING = (errno.ENOMEM, errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE
 def why_not(backend: str, device: torch.device) -> str | None:
     """Why kernels of `backend` ("triton", "cuda") cannot run on this GPU; None when they can.
 
-    The first call for a GPU launches one, and logs a line if it fails.
+    The first call for a GPU launches one, and logs a line if it fails. torch.compile calls this, and traces the answer.
     """
-    if _backend.compiling():
-        found: str | None = _while_compiling(backend, device.index)
-        return found
     try:
         return _known[backend, device.index]
     except KeyError:
-        return _first_use(backend, device)
+        return _first_use(backend, device.index)
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _while_compiling(backend: str, index: int | None) -> str | None:
-    """`why_not` for torch.compile, which runs it instead of tracing it."""
-    return _first_use(backend, torch.device("cuda" if index is None else f"cuda:{index}"))
+_DYNAMO = "torch._dynamo"  # slow to import
+when_imported(_DYNAMO, lambda: sys.modules[_DYNAMO].assume_constant_result(why_not))
 
 
-def _first_use(backend: str, device: torch.device) -> str | None:
-    index = torch.cuda.current_device() if device.index is None else device.index
+def _first_use(backend: str, index: int | None) -> str | None:
+    index = torch.cuda.current_device() if index is None else index
     found = tried(backend, index)
     if found is not None and (backend, index, found) not in _told:
         _told.add((backend, index, found))
@@ -80,6 +77,8 @@ def _attempt(backend: str, device: torch.device) -> tuple[str | None, bool]:
     The launch has a thread of its own: there no autocast, no transform, no fake tensors and no mode are in force, and
     the stream is the default one.
     """
+    if backend == "triton" and os.environ.get("TRITON_INTERPRET") == "1":
+        return "TRITON_INTERPRET=1 interprets its kernels, for tensors on the CPU: unset it", True
     result: list[tuple[str | None, bool]] = []
 
     def launch() -> None:

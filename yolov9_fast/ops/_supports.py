@@ -39,16 +39,16 @@ def needs_gradient(*tensors: Tensor) -> str | None:
 
 
 def not_for_triton(op: str, *tensors: Tensor) -> str | None:
-    """The reason when the tensors are float64, or neither on a GPU that runs Triton's kernels nor to be interpreted.
+    """The reason when the tensors are float64, or neither on a GPU that can run Triton's kernels nor interpreted.
 
-    `TRITON_INTERPRET=1` interprets.
+    `TRITON_INTERPRET=1` interprets, on the CPU.
     """
     if any(tensor.dtype == torch.float64 for tensor in tensors):
         return "it computes in float32, got float64"
     devices = {tensor.device.type for tensor in tensors}
-    if devices == {"cuda"} and os.environ.get("TRITON_INTERPRET") != "1":
+    if devices == {"cuda"}:
         return _probe.why_not("triton", tensors[0].device)
-    if devices not in ({"cpu"}, {"cuda"}):
+    if devices != {"cpu"}:
         return f"it needs tensors on cuda, got {', '.join(sorted(devices))}"
     if os.environ.get("TRITON_INTERPRET") != "1":
         return "it needs tensors on cuda; on the cpu it is only interpreted, with TRITON_INTERPRET=1"

@@ -8,6 +8,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 from yolov9_fast.kernels.launch import View, as_stored, data_of, dense_like, jit, kernel, strides_of, views
+from yolov9_fast.kernels.replay import replayed
 from yolov9_fast.kernels.spatial import at, dense, spatial, tile_of_batch, within
 
 
@@ -178,6 +179,7 @@ def adown_max_gradient_kernel(
     tl.store(dx_ptr + place, as_stored(sum * 0.25, dx_ptr), mask=real[:, None] & inside[None, :])
 
 
+@replayed()
 def adown_pool_forward(x: Tensor, split: bool) -> tuple[Tensor, Tensor]:
     """Averages of the first half of the channels and maxima of the second; (all averages, empty) without `split`."""
     _n, channels, h, w = x.shape
@@ -190,6 +192,7 @@ def adown_pool_forward(x: Tensor, split: bool) -> tuple[Tensor, Tensor]:
     return _average(first).data, pooled.data
 
 
+@replayed()
 def adown_pool_backward(d_first: Tensor | None, d_second: Tensor | None, x: Tensor, split: bool) -> Tensor:
     """Gradient of x; an output without gradient counts as zeros."""
     n, channels, h, w = x.shape

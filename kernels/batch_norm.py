@@ -26,6 +26,7 @@ from yolov9_fast.kernels.launch import (
     vector_of,
     views,
 )
+from yolov9_fast.kernels.replay import replayed
 
 PROGRAMS = 1024
 """Programs of a first stage: about eight for each of 132 multiprocessors; fixed: every GPU gives the same bits."""
@@ -384,6 +385,7 @@ def statistics(
     return mean, spread
 
 
+@replayed()
 def bn_stats(x: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and M2 = Σ (x − mean)² of each channel of x [N, C, H, W]: float32 [C] each."""
     return statistics(views(x)[0], rstd=False)

@@ -14,6 +14,7 @@ from torch import Tensor
 from yolov9_fast.kernels import bn_silu_single_pass, bn_silu_tiled
 from yolov9_fast.kernels.batch_norm import Norm, bn_stats, channel_vectors, given, statistics
 from yolov9_fast.kernels.launch import View, affine, dense_like, vector_in_float, vector_of, views
+from yolov9_fast.kernels.replay import replayed
 
 __all__ = [
     "bn_silu_apply",
@@ -29,6 +30,7 @@ Normalised = tuple[Tensor, Tensor | None, Tensor | None, Tensor, Tensor]
 """An input [N, C, H, W], its weight and bias, its mean and rstd, [C] each."""
 
 
+@replayed()
 def bn_silu_forward(
     x: Tensor,
     weight: Tensor | None,
@@ -46,6 +48,7 @@ def bn_silu_forward(
     return mean, rstd
 
 
+@replayed()
 def bn_silu_apply(
     x: Tensor,
     weight: Tensor | None,
@@ -60,6 +63,7 @@ def bn_silu_apply(
     apply([(x, weight, bias, mean, rstd)], residual, out, silu)
 
 
+@replayed()
 def bn_silu_backward(
     dz: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, rstd: Tensor, silu: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -68,6 +72,7 @@ def bn_silu_backward(
     return dx, dweight, dbias
 
 
+@replayed()
 def bn_silu_backward_sums(
     dz: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, rstd: Tensor, silu: bool
 ) -> Tensor:
@@ -75,6 +80,7 @@ def bn_silu_backward_sums(
     return backward_sums(dz, [(x, weight, bias, mean, rstd)], silu)
 
 
+@replayed()
 def bn_silu_backward_apply(
     dz: Tensor,
     x: Tensor,

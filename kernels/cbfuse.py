@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import triton.language as tl
 from torch import Tensor
 from yolov9_fast.kernels.launch import as_stored, data_of, dense_like, jit, kernel, strides_of, views
+from yolov9_fast.kernels.replay import replayed
 from yolov9_fast.kernels.spatial import at, dense, spatial, tile_of_batch
 
 MOST = 5
@@ -155,6 +156,7 @@ def cbfuse_gradient_kernel(
     tl.store(dx_ptr + place, as_stored(sum, dx_ptr), mask=real[:, None] & inside[None, :])
 
 
+@replayed()
 def cbfuse_forward(inputs: Sequence[Tensor], target: Tensor) -> Tensor:
     """Sum of the inputs resized to `target`, and `target`; dense, in the layout of `target`."""
     inputs = list(inputs)
@@ -187,6 +189,7 @@ def cbfuse_forward(inputs: Sequence[Tensor], target: Tensor) -> Tensor:
     return out.data
 
 
+@replayed()
 def cbfuse_backward(dz: Tensor, heights: Sequence[int], widths: Sequence[int]) -> list[Tensor]:
     """Gradient of every resized input (heights[i] × widths[i]); that of the target is dz itself."""
     gradient = views(dz)[0]

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from yolov9_fast.kernels.launch import View, capability_of
+from yolov9_fast.kernels.replay import forget
 
 from yolov9_fast._untrusted import read_json, reason
 
@@ -150,11 +151,13 @@ def forced(kernel: str, bucket: str, record: dict[str, int]) -> Iterator[None]:
     """Within the block this record is used instead of those of the files: for the tuner."""
     _forced[kernel, bucket] = record
     _record.cache_clear()
+    forget()
     try:
         yield
     finally:
         del _forced[kernel, bucket]
         _record.cache_clear()
+        forget()
 
 
 @cache

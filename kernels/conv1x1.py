@@ -27,11 +27,18 @@ from yolov9_fast.kernels.launch import (
     tile_offsets,
     views,
 )
+from yolov9_fast.kernels.replay import replayed
 
 MOST = 4
 """Maps read or written by one launch; CSP-ELAN has at most four. Of more, the last ones are concatenated first."""
 SPLITS = 512
 """Programs of the weight's gradient: about four for each of 132 multiprocessors."""
+
+
+def _precision() -> str:
+    """What cuDNN's convolutions of float32 maps may round their inputs to: "tf32", or "ieee" for nothing."""
+    found: str = torch.backends.cudnn.conv.fp32_precision  # type: ignore[attr-defined]
+    return found
 
 
 @jit
@@ -357,6 +364,7 @@ def conv1x1_weight_gradient_kernel(
     tl.store(partial_ptr + place, acc, mask=(output + o < outputs)[:, None] & (first + k < channels)[None, :])
 
 
+@replayed(_precision)
 def conv1x1_forward(inputs: Sequence[Tensor], weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
     """The 1×1 convolution of the concatenated inputs, into `out`."""
     *sources, target = views(*_at_most(list(inputs)), written=[out])
@@ -382,6 +390,7 @@ def conv1x1_forward(inputs: Sequence[Tensor], weight: Tensor, bias: Tensor | Non
     )
 
 
+@replayed(_precision)
 def conv1x1_input_grad(dy: Tensor, weight: Tensor, channels: Sequence[int]) -> list[Tensor]:
     """Gradient of every input (`channels`: theirs), each dense in the layout of `dy`."""
     gradient = views(dy)[0]
@@ -415,6 +424,7 @@ def conv1x1_input_grad(dy: Tensor, weight: Tensor, channels: Sequence[int]) -> l
     return [view.data for view in targets] + [part.clone(memory_format=layout) for part in rest]
 
 
+@replayed(_precision)
 def conv1x1_weight_grad(dy: Tensor, inputs: Sequence[Tensor]) -> Tensor:
     """Gradient of the weight [O, ΣC, 1, 1], in the dtype of `dy`."""
     gradient, *sources = views(dy, *inputs)
@@ -486,7 +496,7 @@ def _pixels(view: View, vector: int) -> int:
 
 
 def _constants(view: View, vector: int, block: Product) -> dict[str, Any]:
-    tf32 = torch.backends.cudnn.conv.fp32_precision == "tf32"  # type: ignore[attr-defined]
+    tf32 = _precision() == "tf32"
     return {
         "PRECISION": "tf32" if tf32 or view.data.dtype != torch.float32 else "ieee",
         "LAST": view.last,

@@ -9,6 +9,7 @@ else 1) and multiplied in the kernel: the compiler knows the alignment without o
 argument is specialised.
 """
 
+import functools
 import inspect
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -20,6 +21,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from yolov9_fast.kernels.replay import noting, paused
 
 from yolov9_fast._layout import image_stride, row_stride
 
@@ -79,7 +81,8 @@ def recording(capability: int) -> Iterator[list[Launch]]:
     before = _record, _record_capability
     _record, _record_capability = [], capability
     try:
-        yield _record
+        with paused():
+            yield _record
     finally:
         _record, _record_capability = before
 
@@ -126,19 +129,29 @@ class Kernel:
             _record.append(self.describe(arguments, constants, warps, stages))
             return
         device = next(value.device for value in arguments if isinstance(value, Tensor))
+        tape = noting.tape
+        if tape is not None:
+            tape.launching = True
         if device.type == "cuda":
             with torch.cuda.device(device):
                 registers = self.registers(warps, constants)
-                self.function[tuple(grid)](
+                compiled = self.function[tuple(grid)](
                     *arguments, **constants, num_warps=warps, num_stages=stages, maxnreg=registers
                 )
+            if tape is not None:
+                tape.note_launch([*arguments, *(constants[name] for name in self.constants)], compiled, grid)
         elif INTERPRETED:
-            self.function[tuple(grid)](*arguments, **constants)
+            interpret = functools.partial(self.function[tuple(grid)], **constants)
+            interpret(*arguments)
+            if tape is not None:
+                tape.note_launch(arguments, interpret, grid)
         else:
             raise RuntimeError(
                 f"{self.name}: expected CUDA tensors, or CPU tensors with TRITON_INTERPRET=1 set before triton is "
                 f"imported, got a tensor on {device.type}"
             )
+        if tape is not None:
+            tape.launching = False
 
     def registers(self, warps: int, constants: dict[str, Any]) -> int | None:
         """The most registers of a thread; None leaves it to ptxas."""
@@ -265,7 +278,7 @@ def strides_of(vector: int, *all_views: View | None) -> list[int | None]:
 
 def vector_in_float(x: Tensor) -> Tensor:
     """A per-channel vector as the kernels read it: contiguous float32."""
-    return x.detach().float().contiguous()
+    return x.float().contiguous()
 
 
 def affine(weight: Tensor | None, bias: Tensor | None, like: View) -> tuple[Tensor | None, Tensor | None]:

@@ -7,8 +7,10 @@ kernels are those of `bn_silu` with a second input.
 
 from torch import Tensor
 from yolov9_fast.kernels import bn_silu
+from yolov9_fast.kernels.replay import replayed
 
 
+@replayed()
 def rep_bn_silu_forward(
     x1: Tensor,
     weight1: Tensor | None,
@@ -33,6 +35,7 @@ def rep_bn_silu_forward(
     return mean1, rstd1, mean2, rstd2
 
 
+@replayed()
 def rep_bn_silu_apply(
     x1: Tensor,
     weight1: Tensor | None,
@@ -53,6 +56,7 @@ def rep_bn_silu_apply(
     bn_silu.apply([one, two], residual, out, silu)
 
 
+@replayed()
 def rep_bn_silu_backward(
     dz: Tensor,
     x1: Tensor,
@@ -73,6 +77,7 @@ def rep_bn_silu_backward(
     return dx1, dx2, dweight1, dbias, dweight2, dbias.clone()
 
 
+@replayed()
 def rep_bn_silu_backward_sums(
     dz: Tensor,
     x1: Tensor,
@@ -92,6 +97,7 @@ def rep_bn_silu_backward_sums(
     return bn_silu.backward_sums(dz, [one, two], silu)
 
 
+@replayed()
 def rep_bn_silu_backward_apply(
     dz: Tensor,
     x1: Tensor,

@@ -10,6 +10,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 from yolov9_fast.kernels.launch import View, as_stored, data_of, kernel, strides_of, views
+from yolov9_fast.kernels.replay import replayed
 from yolov9_fast.kernels.spatial import at, dense, larger, spatial, tile_of_batch, within
 
 
@@ -191,6 +192,7 @@ def spp_gather_kernel(
     tl.store(dx_ptr + place, as_stored(sum, dx_ptr), mask=mask)
 
 
+@replayed()
 def spp_forward(x: Tensor, y1: Tensor, y2: Tensor, y3: Tensor) -> None:
     """The three pools of x into y1, y2 and y3."""
     source, *targets = views(x, written=[y1, y2, y3])
@@ -208,6 +210,7 @@ def spp_forward(x: Tensor, y1: Tensor, y2: Tensor, y3: Tensor) -> None:
     )
 
 
+@replayed()
 def spp_backward(x: Tensor, y1: Tensor, y2: Tensor, d0: Tensor, d1: Tensor, d2: Tensor, d3: Tensor) -> Tensor:
     """Gradient of x, from those of x itself (d0) and of the three pools."""
     *inputs, own0, own1, own2, last = views(x, y1, y2, d0, d1, d2, d3)

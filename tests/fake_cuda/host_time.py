@@ -98,14 +98,16 @@ def _backward_thread(hook: Callable[[Tensor], None]) -> None:
 @contextmanager
 def large_maps() -> Iterator[None]:
     """As if no map were small enough to be held in registers as a whole."""
-    from yolov9_fast.kernels import bn_silu_single_pass
+    from yolov9_fast.kernels import bn_silu_single_pass, replay
 
     before = bn_silu_single_pass.tile_of
     bn_silu_single_pass.tile_of = lambda *args: None
+    replay.forget()
     try:
         yield
     finally:
         bn_silu_single_pass.tile_of = before
+        replay.forget()
 
 
 def least_microseconds(call: Callable[[], Any], repeats: int) -> float:

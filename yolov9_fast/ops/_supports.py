@@ -43,9 +43,11 @@ def not_for_triton(op: str, *tensors: Tensor) -> str | None:
 
     `TRITON_INTERPRET=1` interprets, on the CPU.
     """
-    if any(tensor.dtype == torch.float64 for tensor in tensors):
-        return "it computes in float32, got float64"
-    devices = {tensor.device.type for tensor in tensors}
+    devices = set()
+    for tensor in tensors:
+        if tensor.dtype == torch.float64:
+            return "it computes in float32, got float64"
+        devices.add(tensor.device.type)
     if devices == {"cuda"}:
         return _probe.why_not("triton", tensors[0].device)
     if devices != {"cpu"}:

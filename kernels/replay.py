@@ -36,6 +36,7 @@ class _Noting(threading.local):
     """Of the launcher that this thread runs for the first time on arguments of this form."""
 
 
+_NEW: Any = object()
 noting = _Noting()
 _remembered: list[dict[Any, "Tape | None"]] = []
 _paused = 0
@@ -77,9 +78,8 @@ def replayed(depends: Callable[[], Any] | None = None) -> Callable[[_Launcher], 
             if others or _paused or noting.tape is not None or not _form(arguments, key, given, addresses):
                 return launcher(*arguments, **others)
             form = tuple(key)
-            try:
-                tape = tapes[form]
-            except KeyError:
+            tape = tapes.get(form, _NEW)
+            if tape is _NEW:
                 if len(tapes) >= MOST:
                     tapes.clear()
                 result, tapes[form] = _noted(launcher, arguments)

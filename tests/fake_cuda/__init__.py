@@ -68,6 +68,7 @@ def start() -> None:
     if "torch" in sys.modules:
         raise RuntimeError("torch is imported already")
     os.environ.pop("TRITON_INTERPRET", None)
+    os.environ.setdefault("YOLOV9_FAST_HOST_MICROSECONDS", "0")  # blocks run fused, however small, as where captured
     device = library()
     ctypes.CDLL(str(torch_folder() / "lib" / "libtorch_cpu.so"), mode=ctypes.RTLD_GLOBAL)
     ctypes.CDLL(str(device), mode=ctypes.RTLD_GLOBAL)

@@ -1,6 +1,9 @@
-"""What the GPU path costs the host, by Triton's real driver on a driver library that launches nothing: Python calls and
-launches are those of `bench/counts.json` (`YOLOV9_FAST_UPDATE_COUNTS=1` writes what is found), a second step of the
-same shapes compiles nothing, and every launch is on the device and stream of its tensors."""
+"""What the GPU path costs the host, by Triton's real driver on a driver library that launches nothing.
+
+Python calls and launches are those of `bench/counts.json` (`YOLOV9_FAST_UPDATE_COUNTS=1` writes what is found), a
+second step of the same shapes compiles nothing, launches are on the right device and stream, and "auto" launches what
+is worth it.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +39,7 @@ pytestmark = [
 ]
 
 
-def run(*command: str) -> str:
+def run(*command: str, **variables: str) -> str:
     try:
         triton_driver.libraries()
     except RuntimeError as error:
@@ -45,7 +48,7 @@ def run(*command: str) -> str:
     done = subprocess.run(
         [sys.executable, "-W", "ignore", *command],
         cwd=fake_cuda.ROOT,
-        env=environment,
+        env=environment | variables,
         capture_output=True,
         text=True,
         check=False,
@@ -90,16 +93,20 @@ def test_a_second_step_compiles_nothing_and_another_size_little() -> None:
         assert sum(compiled.values()) <= most, compiled
 
 
-DEVICES = """
+SCRIPT = """
 from tests.fake_cuda import triton_driver
 driver = triton_driver.start()
 import torch
+import yolov9_fast as yf
+from torch import nn
 from yolov9_fast import ops
+from yolov9_fast.nn import Conv
+
 driver.streams.update({0: 7, 1: 8})
 def unit(device):
     x = torch.randn(2, 8, 4, 4, device=device, requires_grad=True)
     weight, bias, mean, var = (torch.ones(8, device=device) for _ in range(4))
-    for _ in range(3):
+    for _ in range(3):  # the first runs the launchers, the others repeat them
         ops.bn_silu(x, weight, bias, mean, var, training=True, momentum=0.1, eps=1e-3).sum().backward()
     assert torch.cuda.current_device() == 0
 for device in (1, 0, 1):
@@ -108,9 +115,36 @@ for device in (1, 0, 1):
     launches = driver.launches()
     assert len(launches) == 6, launches
     assert {(launch.device, launch.stream) for launch in launches} == {(device, 7 + device)}, launches
-print("right")
+
+class Foreign(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn, self.act = nn.Conv2d(8, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.SiLU()
+    def forward(self, x):
+        return self.act(self.bn(self.conv(x)))
+
+foreign = nn.Sequential(Foreign(), Foreign()).to("cuda")
+yf.accelerate(foreign)
+small = torch.randn(2, 8, 16, 16, device="cuda")
+large = torch.randn(2, 8, 64, 64, device="cuda")
+print(f"{small.nbytes} {large.nbytes}")
+def launches(model, x, name="auto", capturing=False):
+    driver.capturing = capturing
+    driver.reset()
+    with yf.backend(name):
+        model(x).sum().backward()
+    driver.capturing = False
+    return driver.count() > 0
+for model in (Conv(8, 8, 3).to("cuda"), foreign):
+    print(*(launches(model, *case) for case in (
+        (small,), (large,), (small, "auto", True), (small, "triton"), (large, "eager"), (large, "eager", True), (small,)
+    )))
 """
 
 
-def test_a_launch_is_on_the_device_of_its_tensors_and_on_the_current_stream() -> None:
-    assert run("-c", DEVICES) == "right\n"
+def test_launches_on_the_right_device_and_stream_and_only_of_blocks_that_are_worth_them() -> None:
+    """On the device of the tensors and its current stream. "auto" runs a block fused where its map is large enough
+    (here 67 kB), where a CUDA graph is captured, and under a backend set by name."""
+    bytes_of_maps, *found = run("-c", SCRIPT, YOLOV9_FAST_HOST_MICROSECONDS="0.1").splitlines()
+    assert bytes_of_maps == "16384 262144"
+    assert found == ["False True True True False False False"] * 2

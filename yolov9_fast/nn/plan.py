@@ -10,6 +10,7 @@ modes and statistics are read at each run. It is kept on the block but is never 
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from operator import attrgetter, itemgetter
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
 from yolov9_fast.nn.convolution import Upsampled, joined
+from yolov9_fast.nn.host_time import is_captured, least_bytes
 from yolov9_fast.ops import _backend, _bn_silu
 from yolov9_fast.ops._recording import recorded
 
@@ -68,7 +70,9 @@ def fused(x: Any) -> bool:
 
     torch.compile fuses the eager form by itself, so there only a backend set by name counts. So it is without gradients
     on a CPU: the convolution adds the bias, SiLU works in place, copies are cheap, and the eager form was 1.0 to 1.3
-    times as fast (gelan-t and -s, folded, batches of 1 and 8). Global module hooks must see every module's call.
+    times as fast (gelan-t and -s, folded, batches of 1 and 8). On a GPU "auto" takes the definition of a block whose
+    input is so small that its Python costs more than its bytes (`nn/host_time.py`). Global module hooks must see every
+    module's call.
     """
     while not isinstance(x, Tensor):
         if isinstance(x, Upsampled):
@@ -82,15 +86,25 @@ def fused(x: Any) -> bool:
     if any(_GLOBAL_HOOKS) or type(x) not in _PLAIN:
         return False
     key = (_backend.generation, id(_backend.current()), x.device, torch.is_grad_enabled())
-    known = _decisions.get(key)
-    if known is None:
+    least = _decisions.get(key)
+    if least is None:
         _decisions.clear()
-        known = _decisions[key] = _fused_like(x)
-    return known and not recorded()
+        least = _decisions[key] = _least_bytes(x)
+    if x.nbytes < least and (least == math.inf or not is_captured(x)):
+        return False
+    return not recorded()
 
 
 _PLAIN = (Tensor, nn.Parameter)
-_decisions: dict[tuple[int, int, torch.device, bool], bool] = {}
+_decisions: dict[tuple[int, int, torch.device, bool], float] = {}
+"""Bytes of an input from which on blocks run fused; infinite: never."""
+
+
+def _least_bytes(x: Tensor) -> float:
+    if not _fused_like(x):
+        return math.inf
+    automatic = x.is_cuda and _backend.get_backend("bn_silu") == _backend.AUTO
+    return least_bytes(torch.is_grad_enabled()) if automatic else 0.0
 
 
 def _fused_like(x: Tensor) -> bool:

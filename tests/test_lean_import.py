@@ -51,6 +51,8 @@ import yolov9_fast.ops._box_iou
 import yolov9_fast as yf
 from yolov9_fast.ops._box_iou import box_iou
 assert yf.ops.box_iou is box_iou and callable(box_iou)
+import sys
+assert "torch._dynamo" not in sys.modules  # slow to import
 """
     assert after(code)["torch"]
 

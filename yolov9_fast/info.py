@@ -6,17 +6,23 @@ import importlib.metadata
 import importlib.util
 import os
 import platform
+import re
 import shutil
 import subprocess
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 
 import yolov9_fast
+from yolov9_fast._untrusted import reason
+from yolov9_fast.engine.device import has_bf16
 from yolov9_fast.ops import _library as library
+from yolov9_fast.ops import _probe
 from yolov9_fast.ops._backend import backends, get_backend
-from yolov9_fast.ops._operator import list_backends, operators
+from yolov9_fast.ops._operator import Operator, list_backends, operators
 
 
 @dataclass(frozen=True)
@@ -40,9 +46,10 @@ _VARIABLES = ("YOLOV9_FAST_", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "TRITON
 
 
 def environment_report() -> str:
-    """Versions, build, optional packages, operators × backends as text; each thing that is missing with its reason."""
+    """Versions, GPUs, build, optional packages, operators × backends; each thing that is missing with its reason."""
     sections = (
         ("Versions", _versions()),
+        ("GPUs", _gpus()),
         ("Compiled operators", _build()),
         ("Optional packages", _packages()),
         ("Operators", _operators()),
@@ -56,16 +63,64 @@ def _versions() -> Iterable[str]:
     yield f"python      {platform.python_version()} on {platform.system()} {platform.machine()}, {os.cpu_count()} cores"
     yield f"torch       {torch.__version__}, {torch.get_num_threads()} threads, CUDA {torch.version.cuda or 'none'}"
     yield f"numpy       {_version_of('numpy') or 'missing'}"
-    yield f"GPU         {_gpus()}"
     yield f"nvcc        {_version_line('nvcc', 'release') or 'not found'}"
     yield f"compiler    {_version_line(os.environ.get('CXX', 'c++'), '') or 'not found'}"
 
 
-def _gpus() -> str:
+def _gpus() -> Iterable[str]:
+    """Each GPU and the backends that run on it, found out by a launch; why there is none."""
+    yield f"driver      {_driver()}"
     if not torch.cuda.is_available():
-        return "none" if torch.version.cuda is None else "none visible"
-    devices = (torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count()))
-    return ", ".join(f"{device.name} (sm_{device.major}{device.minor})" for device in devices)
+        yield f"none        {_why_no_gpu()}"
+        return
+    for index in range(torch.cuda.device_count()):
+        try:
+            yield from _gpu(torch.device("cuda", index))
+        except RuntimeError as error:  # one that another process has for itself, or that is broken
+            yield f"cuda:{index}      cannot be used: {reason(error)}"
+
+
+def _gpu(device: torch.device) -> Iterable[str]:
+    found = torch.cuda.get_device_properties(device)
+    nvidia = torch.version.hip is None
+    kind = f"sm_{found.major}{found.minor}" if nvidia else "AMD"
+    yield f"{device!s:<12}{found.name}, {kind}, {found.total_memory / 2**30:.1f} GiB"
+    yield f"  bf16      {'native' if has_bf16(device) else 'emulated: slow, and `--amp auto` does not take it'}"
+    if nvidia:
+        convolutions, products = torch.backends.cudnn.conv, torch.backends.cuda.matmul  # type: ignore[attr-defined]
+        words = [
+            f"{what} {'on' if settings.fp32_precision == 'tf32' else 'off'}"
+            for what, settings in (("convolutions", convolutions), ("matrix products", products))
+        ]
+        yield f"  TF32      {', '.join(words)}; in float32, by torch.backends"
+    for backend in _probe.LAUNCHES:
+        yield f"  {backend:<10}{_answer(backends[backend].why_not() or _probe.tried(backend, device.index))}"
+
+
+def _driver() -> str:
+    """Its version, and the newest CUDA that it knows."""
+    try:
+        text = Path("/proc/driver/nvidia/version").read_text()
+    except OSError:
+        return "none: no NVIDIA driver is loaded"
+    match = re.search(r"Module.*?(\d+\.\d[\d.]*)", text)
+    version = match.group(1) if match else "of an unknown version"
+    known = getattr(torch._C, "_cuda_getDriverVersion", lambda: 0)()
+    return f"NVIDIA {version}" + (f", for CUDA up to {known // 1000}.{known % 1000 // 10}" if known else "")
+
+
+def _why_no_gpu() -> str:
+    if torch.version.cuda is None and torch.version.hip is None:
+        return "this torch is built for CPUs"
+    try:
+        torch.cuda.init()
+    except (RuntimeError, AssertionError) as error:
+        return f"torch sees no GPU: {reason(error)}"
+    return "torch sees no GPU"
+
+
+def _answer(why_not: str | None) -> str:
+    return "yes" if why_not is None else f"no   {why_not}"
 
 
 def _build() -> Iterable[str]:
@@ -74,9 +129,9 @@ def _build() -> Iterable[str]:
         yield tree
     if info:
         yield f"built against torch {info.get('torch')}, {'portable' if info.get('portable') else 'for this CPU only'}"
-    for backend, reason in library.loaded.items():
-        if reason is not None:
-            yield f"{backend:<5}no   {reason}"
+    for backend, why_not in library.loaded.items():
+        if why_not is not None:
+            yield f"{backend:<5}no   {why_not}"
             continue
         part = info.get("parts", {}).get(backend, {})
         yield f"{backend:<5}yes  {part.get('compiler')}: {' '.join(part.get('flags', []))}"
@@ -96,14 +151,20 @@ def _operators() -> Iterable[str]:
     for operator in operators.values():
         yield f"{operator.name}: {operator.summary}; backend {get_backend(operator.name)}"
         for name in sorted(list_backends(), key="eager".__ne__):
-            reason = operator.why_not(name) or _without_gpu(name)
-            yield f"  {name:<{width}}{'yes' if reason is None else f'no   {reason}'}"
+            yield f"  {name:<{width}}{_answer(operator.why_not(name) or _without_gpu(operator, name))}"
 
 
-def _without_gpu(name: str) -> str | None:
-    if backends[name].devices == ("cuda",) and not torch.cuda.is_available():
+def _without_gpu(operator: Operator[Any], name: str) -> str | None:
+    """Why there is no GPU that the operator's backend can run on; None where there is one."""
+    if backends[name].devices != ("cuda",):
+        return None
+    if not torch.cuda.is_available():
         return "it is compiled, but torch sees no GPU"
-    return None
+    implementation = operator.found(name)
+    if implementation is None or not implementation.probed:
+        return None
+    found = [_probe.tried(implementation.probed, index) for index in range(torch.cuda.device_count())]
+    return f"no GPU runs it: {found[0]}" if found and all(found) else None
 
 
 def _environment() -> Iterable[str]:

@@ -62,8 +62,8 @@ class ProcessGroup:
 
         Buffers are not broadcast in each forward: synchronised BatchNorm gives every process the same, and without it a
         process normalises its batches by their own statistics, of which those of rank 0 are validated and saved. The
-        graph is not declared static: DistributedDataParallel would then need an all-reduce in its first backward, which
-        a resumed run may begin without.
+        graph is not declared static: torch then fails where the first backward accumulates only, as in a run that is
+        resumed between two updates.
         """
         if not self.is_distributed:
             return module

@@ -189,13 +189,17 @@ class Tape:
             self._notes.append(lambda: _allocation(allocate))
             self._make(result)
             return
-        flat, tree = tree_flatten((args, kwargs))
-        numbers = [self._number(value) for value in flat]
         made = result if isinstance(result, tuple | list) else (result,)
+        if _has_tensors(kwargs) or any(_has_tensors(value) for value in args if not isinstance(value, Tensor)):
+            flat, tree = tree_flatten((args, kwargs))
+            call = functools.partial(_nested, function, tree)
+        else:
+            flat, call = args, functools.partial(function, **kwargs)
+        numbers = [self._number(value) for value in flat]
         new = [place for place, value in enumerate(made) if id(value) not in self._numbers]
         for place in new:
             self._make(made[place])
-        self._notes.append(lambda: _operator_call(function, tree, self._getter(numbers), new))
+        self._notes.append(lambda: _operator_call(call, self._getter(numbers), new))
 
     def note_launch(self, arguments: Sequence[Any], compiled: Any, grid: Sequence[int]) -> None:
         """A launch; `compiled`: of Triton, or in the interpreter a function of the arguments."""
@@ -272,10 +276,18 @@ def _allocation(allocate: Callable[[], Tensor]) -> Step:
     return step
 
 
-def _operator_call(function: Any, tree: Any, given: Callable[[Values], Sequence[Any]], new: Sequence[int]) -> Step:
+def _has_tensors(value: Any) -> bool:
+    return any(isinstance(one, Tensor) for one in tree_flatten(value)[0])
+
+
+def _nested(function: Any, tree: Any, *flat: Any) -> Any:
+    args, kwargs = tree_unflatten(flat, tree)
+    return function(*args, **kwargs)
+
+
+def _operator_call(call: Any, given: Callable[[Values], Sequence[Any]], new: Sequence[int]) -> Step:
     def step(values: Values, addresses: Values, stream: int) -> None:
-        args, kwargs = tree_unflatten(given(values), tree)
-        result = function(*args, **kwargs)
+        result = call(*given(values))
         made = result if isinstance(result, tuple | list) else (result,)
         for place in new:
             values.append(made[place])

@@ -98,7 +98,7 @@ from tests.fake_cuda import triton_driver
 driver = triton_driver.start()
 import torch
 import yolov9_fast as yf
-from torch import nn
+from tests.accelerate.official_shaped import AConv
 from yolov9_fast import ops
 from yolov9_fast.nn import Conv
 
@@ -116,15 +116,8 @@ for device in (1, 0, 1):
     assert len(launches) == 6, launches
     assert {(launch.device, launch.stream) for launch in launches} == {(device, 7 + device)}, launches
 
-class Foreign(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.conv, self.bn, self.act = nn.Conv2d(8, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.SiLU()
-    def forward(self, x):
-        return self.act(self.bn(self.conv(x)))
-
-foreign = nn.Sequential(Foreign(), Foreign()).to("cuda")
-yf.accelerate(foreign)
+foreign = AConv(8, 8).to("cuda")
+assert yf.accelerate(foreign).accelerated
 small = torch.randn(2, 8, 16, 16, device="cuda")
 large = torch.randn(2, 8, 64, 64, device="cuda")
 print(f"{small.nbytes} {large.nbytes}")

@@ -7,7 +7,9 @@ import math
 import pytest
 import torch
 
+import yolov9_fast as yf
 from yolov9_fast.errors import UserError
+from yolov9_fast.models import create_model
 from yolov9_fast.nn import host_time, plan
 
 
@@ -38,3 +40,28 @@ def test_no_size_matters_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.zeros(1, 1, 1, 1)
     assert plan._least_bytes(x) in (0.0, math.inf)
     assert not host_time.is_captured(x)
+
+
+@pytest.mark.parametrize("least", [10_000.0, 20_000.0, 40_000.0])
+def test_large_and_small_blocks_of_one_network_agree(least: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Images are large enough, so parts of maps are not joined; blocks that read them are not."""
+    torch.manual_seed(0)
+    model = create_model("gelan-t", 3).train()
+    images = torch.rand(2, 3, 64, 64)
+    assert images.nbytes > 40_000
+    with yf.backend("eager"):
+        expected = model(images).main
+    sizes: list[bool] = []
+    fused = plan.fused
+
+    def noted(x: object) -> bool:
+        sizes.append(fused(x))
+        return sizes[-1]
+
+    monkeypatch.setattr(plan, "_decisions", {})
+    monkeypatch.setattr(plan, "_least_bytes", lambda x: least)
+    monkeypatch.setattr(plan, "fused", noted)
+    found = model(images).main
+    assert {True, False} <= set(sizes)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-2)

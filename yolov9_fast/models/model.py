@@ -19,7 +19,7 @@ from yolov9_fast.models.build_limits import build_limits
 from yolov9_fast.models.graph import Graph, GraphError, build_layer, load_graph
 from yolov9_fast.models.pgi import with_auxiliary
 from yolov9_fast.nn import Conv, DetectionOutput, Head, RepConv, Upsample
-from yolov9_fast.nn.convolution import Upsampled
+from yolov9_fast.nn.convolution import Upsampled, joined
 from yolov9_fast.nn.plan import fused, hooked
 from yolov9_fast.ops._boxes import STRIDES
 
@@ -157,7 +157,10 @@ class DetectionModel(nn.Module):
             if index in unjoined:
                 outputs.append(Upsampled(inputs[0], module.factor) if isinstance(module, Upsample) else inputs)
                 continue
-            outputs.append(module(inputs if index in self._many_inputs else inputs[0]))
+            x = inputs if index in self._many_inputs else inputs[0]
+            if unjoined and isinstance(x, list) and index not in self._many_inputs and not fused(x):
+                x = joined(x)  # of a block that is smaller than what is worth it
+            outputs.append(module(x))
         sources = self.graph.head.sources if auxiliary else self.graph.main_sources
         return cast(DetectionOutput, self.head([outputs[s] for s in sources]))
 

@@ -93,7 +93,8 @@ def bias_silu(
     mean, variance = bn.unit_statistics(x)
     # eps is 0: rstd is exactly 1.
     options: dict[str, Any] = {"training": False, "momentum": 0.0, "eps": 0.0}
-    return bn_silu(x, None, bias, mean, variance, **options, residual=residual, out=out, activation=activation)
+    weight = None if bias is None else variance  # 1: kernels take both or neither, and would make it at each call
+    return bn_silu(x, weight, bias, mean, variance, **options, residual=residual, out=out, activation=activation)
 
 
 def bn_silu_reference(

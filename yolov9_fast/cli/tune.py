@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 
 from yolov9_fast._untrusted import user_path
@@ -25,12 +24,17 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     import torch
 
-    if importlib.util.find_spec("triton") is None:
-        raise UserError("tune: triton is not installed: pip install triton")
+    from yolov9_fast.ops import _probe
+    from yolov9_fast.ops._backend import backends
+
+    if reason := backends["triton"].why_not():
+        raise UserError(f"tune: {reason}")
     if not torch.cuda.is_available():
         raise UserError("tune: expected a GPU, torch sees none; without a record the default tiles are used")
     if arguments.repeats < 1:
         raise UserError(f"--repeats: expected at least 1, got {arguments.repeats}")
+    if reason := _probe.tried("triton", torch.cuda.current_device()):
+        raise UserError(f"tune: triton cannot run on this GPU: {reason}")
     from yolov9_fast.kernels.config import FOLDER, slug
     from yolov9_fast.kernels.tune import tune
 

@@ -23,15 +23,18 @@ FOLDER = ROOT / "build" / "cuda_on_host"
 HEADERS = "cuda_on_host"
 
 
-def translate(text: str) -> str:
-    """A `.cu` or `.cuh` file as C++ for the headers of csrc/cuda_on_host."""
+def translate(text: str, key: str = "CPU") -> str:
+    """A `.cu` or `.cuh` file as C++ for the headers of csrc/cuda_on_host, for tensors of that dispatch key."""
     text = _with_calls(text)
     text = re.sub(
         r"__shared__ ([\w<>, ]+) (\w+);", r"static \1 \2_storage;\n  \1& \2 = cuda_on_host::shared(\2_storage);", text
     )
-    text = re.sub(r"([\w.\[\]]+)\.get_device_index\(\)", r"cuda_on_host::device_of(\1)", text)
-    text = text.replace(".is_cuda()", ".is_cpu()").replace("#pragma once\n", "")
+    text = text.replace("#pragma once\n", "")
     text = text.replace("torch::stable::accelerator::DeviceGuard", "cuda_on_host::DeviceGuard")
+    if key == "CUDA":
+        return text
+    text = re.sub(r"([\w.\[\]]+)\.get_device_index\(\)", r"cuda_on_host::device_of(\1)", text)
+    text = text.replace(".is_cuda()", ".is_cpu()")
     return re.sub(r"(LIBRARY_IMPL\(\w+), CUDA,", r"\1, CPU,", text)
 
 
@@ -78,17 +81,22 @@ def _parts(text: str) -> list[str]:
     return [part.strip() for part in parts]
 
 
-def build_on_host(source: Path = ROOT / "csrc", folder: Path = FOLDER) -> Path:
-    """`_C_cpu.so` with the CUDA operators, for CPU tensors, under sanitizers; `RuntimeError` says why there is none."""
+def build_on_host(
+    source: Path = ROOT / "csrc", folder: Path = FOLDER, key: str = "CPU", sanitizers: str = sanitize.SANITIZERS
+) -> Path:
+    """`_C_cpu.so` with the CUDA operators, for CPU tensors, under sanitizers; `RuntimeError` says why there is none.
+
+    With `key="CUDA"` it is `_C_cuda.so`, for tensors of a simulated device.
+    """
     scratch = folder / "objects"
     (folder / "source").mkdir(parents=True, exist_ok=True)
     shared = (source / "cuda" / "stream.cuh").read_text()
     translated = []
     for path in sorted((source / "cuda").glob("*.cu")):
         translated.append(folder / "source" / f"{path.stem}.cpp")
-        _write(translated[-1], translate(path.read_text().replace('#include "cuda/stream.cuh"\n', shared)))
+        _write(translated[-1], translate(path.read_text().replace('#include "cuda/stream.cuh"\n', shared), key))
     before = os.environ.get("YOLOV9_FAST_SANITIZE")
-    os.environ["YOLOV9_FAST_SANITIZE"] = sanitize.SANITIZERS
+    os.environ["YOLOV9_FAST_SANITIZE"] = sanitizers
     try:
         torch = build.find_torch()
         recipe = build.cpu_recipe(torch)
@@ -103,7 +111,7 @@ def build_on_host(source: Path = ROOT / "csrc", folder: Path = FOLDER) -> Path:
     version = hashlib.sha256(b"".join(path.read_bytes() for path in headers)).hexdigest()[:16]
     flags = [f"-I{source / HEADERS}", "-include", "new_empty.h", "-Wno-unknown-pragmas", f"-DYF_HEADERS={version}"]
     on_host = build.Recipe(recipe.compiler, [*flags, *recipe.compile_flags], recipe.link_flags)
-    library = folder / "_C_cpu.so"
+    library = folder / f"_C_{key.lower()}.so"
     try:
         build.compile_and_link(
             on_host, [*translated, source / HEADERS / "runtime.cpp"], source, library, scratch, torch

@@ -19,6 +19,8 @@ settings.register_profile("fixed", derandomize=True, deadline=None, database=Non
 settings.register_profile("thorough", deadline=None, max_examples=2000)
 settings.load_profile("fixed")  # `pytest --hypothesis-profile thorough` draws other and more examples
 
+from tests.devices import devices  # noqa: E402  imports triton's environment as it is set above
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -33,6 +35,13 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     os.environ["YOLOV9_FAST_CACHE"] = str(tmp_path_factory.mktemp("cache"))
 
 
+@pytest.fixture(params=devices())
+def device(request: pytest.FixtureRequest) -> str:
+    """Each device of this machine, "cpu" and "cuda"."""
+    name: str = request.param
+    return name
+
+
 @pytest.fixture(scope="session")
 def golden_folder() -> Path:
     """Folder with outputs of the published implementation, see its README.md."""
@@ -45,6 +54,14 @@ def shared() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no reference data at {folder} (set YOLOV9_FAST_SHARED)")
     return folder
+
+
+@pytest.fixture(autouse=True, scope="session")
+def exact_products() -> None:
+    """On a GPU float32 is computed in float32, and convolutions by the same algorithm each time."""
+    if torch.cuda.is_available():
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+        torch.backends.cudnn.deterministic = True
 
 
 @pytest.fixture(autouse=True)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 import yolov9_fast as yf
 from tests.accelerate import mit_shaped, official_shaped, ultralytics_shaped
 from yolov9_fast._accelerate.model import accelerated_kind
+from yolov9_fast.ops._bn_silu import OPERATOR as BN_SILU
 
 FAMILIES = {
     "official": official_shaped.DetectionModel,
@@ -74,21 +75,24 @@ def assert_as_exact(fast: dict[str, Tensor], eager: dict[str, Tensor], exact: di
 
 @family
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_training_step_is_as_exact_as_the_models_own(name: str, layout: torch.memory_format) -> None:
-    eager, exact = step(build(name).to(memory_format=layout), image()), step(build(name).double(), image().double())
-    model = build(name)
+def test_a_training_step_is_as_exact_as_the_models_own(name: str, layout: torch.memory_format, device: str) -> None:
+    eager, exact = (
+        step(build(name).to(device).to(memory_format=layout), image().to(device)),
+        step(build(name).to(device).double(), image().to(device).double()),
+    )
+    model = build(name).to(device)
     yf.accelerate(model, memory_format=layout)
-    assert_as_exact(step(model, image()), eager, exact)
+    assert_as_exact(step(model, image().to(device)), eager, exact)
 
 
 @family
-def test_evaluation_and_inference_agree(name: str) -> None:
-    model = build(name).eval()
-    expected = model(image())
+def test_evaluation_and_inference_agree(name: str, device: str) -> None:
+    model = build(name).to(device).eval()
+    expected = model(image().to(device))
     yf.accelerate(model)
     for context in (torch.no_grad, torch.inference_mode, torch.enable_grad):
-        with context(), yf.backend("cpu", op="bn_silu"):
-            for fast, own in zip(model(image()), expected, strict=True):
+        with context(), yf.backend(BN_SILU.first(device), op="bn_silu"):
+            for fast, own in zip(model(image().to(device)), expected, strict=True):
                 torch.testing.assert_close(fast, own, rtol=1e-4, atol=1e-5)
 
 
@@ -110,17 +114,17 @@ def test_the_report_names_every_block(name: str) -> None:
 
 
 @family
-def test_state_dict_is_unchanged_and_restore_brings_the_model_back(name: str) -> None:
-    model = build(name)
+def test_state_dict_is_unchanged_and_restore_brings_the_model_back(name: str, device: str) -> None:
+    model = build(name).to(device)
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    outputs = step(build(name), image())
+    outputs = step(build(name).to(device), image().to(device))
     yf.accelerate(model)
     assert list(model.state_dict()) == list(before)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     assert yf.restore(model) > 0
     assert all("forward" not in module.__dict__ for module in model.modules())
     assert all(parameter.is_contiguous() for parameter in model.parameters())
-    again = step(model, image())
+    again = step(model, image().to(device))
     assert all(torch.equal(again[key], value) for key, value in outputs.items())
     assert yf.restore(model) == 0
 
@@ -134,19 +138,19 @@ def test_accelerating_twice_changes_nothing_more() -> None:
 
 
 @pytest.mark.parametrize("folded", [False, True])
-def test_a_deep_copy_is_accelerated_with_its_own_parameters(folded: bool) -> None:
-    model = build("official").eval()
+def test_a_deep_copy_is_accelerated_with_its_own_parameters(folded: bool, device: str) -> None:
+    model = build("official").to(device).eval()
     if folded:
         model.fuse()
     yf.accelerate(model)
     other = copy.deepcopy(model)
     for a, b in zip(model.modules(), other.modules(), strict=True):
         assert type(a) is type(b)
-    expected = model(image())
+    expected = model(image().to(device))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.zero_()
-    for fast, own in zip(other(image()), expected, strict=True):
+    for fast, own in zip(other(image().to(device)), expected, strict=True):
         assert torch.equal(fast, own)
     yf.restore(other)
     assert accelerated_kind(model.model[0]) is not None
@@ -187,34 +191,34 @@ def test_a_module_that_refers_to_its_parent_is_copied_once() -> None:
 
 
 @family
-def test_parameters_are_left_alone(name: str) -> None:
-    model = build(name)
+def test_parameters_are_left_alone(name: str, device: str) -> None:
+    model = build(name).to(device)
     before = [(id(parameter), parameter.stride()) for parameter in model.parameters()]
     yf.accelerate(model)
-    step(model, image())
+    step(model, image().to(device))
     assert [(id(parameter), parameter.stride()) for parameter in model.parameters()] == before
     assert all(parameter.grad.stride() == parameter.stride() for parameter in model.parameters() if parameter.dim() > 1)
 
 
-def test_convolutions_run_in_the_memory_format() -> None:
-    model, seen = build("official"), []
+def test_convolutions_run_in_the_memory_format(device: str) -> None:
+    model, seen = build("official").to(device), []
     yf.accelerate(model)
     model.get_submodule("model.3.cv4").register_forward_hook(lambda _, x, y: seen.extend((x[0], y)))
-    model(image())
+    model(image().to(device))
     assert all(each.is_contiguous(memory_format=torch.channels_last) for each in seen)
     assert not any(each.is_contiguous() for each in seen)
 
 
-def test_an_ema_copy_follows() -> None:
-    model = build("official")
+def test_an_ema_copy_follows(device: str) -> None:
+    model = build("official").to(device)
     yf.accelerate(model)
     ema = copy.deepcopy(model).eval()
-    step(model, image())
+    step(model, image().to(device))
     with torch.no_grad():
         for average, current in zip(ema.state_dict().values(), model.state_dict().values(), strict=True):
             if average.is_floating_point():
                 average.lerp_(current, 1.0)
-    for fast, own in zip(ema(image()), model.eval()(image()), strict=True):
+    for fast, own in zip(ema(image().to(device)), model.eval()(image().to(device)), strict=True):
         torch.testing.assert_close(fast, own)
 
 
@@ -230,60 +234,60 @@ def test_an_ema_copy_follows() -> None:
     ],
 )
 @pytest.mark.parametrize("backward", [False, True])
-def test_hooks_on_any_module_still_fire(target: str, backward: bool) -> None:
-    model, calls = build("official"), []
-    plain = step(build("official"), image())
+def test_hooks_on_any_module_still_fire(target: str, backward: bool, device: str) -> None:
+    model, calls = build("official").to(device), []
+    plain = step(build("official").to(device), image().to(device))
     yf.accelerate(model)
     module = model.get_submodule(target)
     if backward:
         module.register_full_backward_hook(lambda *_: calls.append("backward"))
     else:
         module.register_forward_hook(lambda *_: calls.append("forward"))
-    fast = step(model, image())
+    fast = step(model, image().to(device))
     assert len(calls) == 1
     for key, value in plain.items():
         torch.testing.assert_close(fast[key], value, rtol=1e-3, atol=1e-5, msg=key)
 
 
 @pytest.mark.parametrize("order", ["fuse then accelerate", "accelerate then fuse", "accelerate then run then fuse"])
-def test_the_models_own_fuse_works_before_and_after(order: str) -> None:
-    model = build("official").eval()
-    expected = model(image())
+def test_the_models_own_fuse_works_before_and_after(order: str, device: str) -> None:
+    model = build("official").to(device).eval()
+    expected = model(image().to(device))
     for action in order.split(" then "):
         if action == "fuse":
             model.fuse()
         elif action == "run":
-            model(image())
+            model(image().to(device))
         else:
             report = yf.accelerate(model)
             assert report.counts()["elan"] == 2
     with torch.no_grad(), yf.backend("cpu", op="bn_silu"):
-        for fast, own in zip(model(image()), expected, strict=True):
+        for fast, own in zip(model(image().to(device)), expected, strict=True):
             torch.testing.assert_close(fast, own, rtol=1e-3, atol=1e-4)
 
 
-def test_half_precision_models_run() -> None:
-    model = build("official").to(torch.bfloat16)
-    own = model(image().bfloat16())
+def test_half_precision_models_run(device: str) -> None:
+    model = build("official").to(device).to(torch.bfloat16)
+    own = model(image().to(device).bfloat16())
     yf.accelerate(model)
-    for fast, plain in zip(model(image().bfloat16()), own, strict=True):
+    for fast, plain in zip(model(image().to(device).bfloat16()), own, strict=True):
         assert fast.dtype == torch.bfloat16
         torch.testing.assert_close(fast, plain, rtol=0.1, atol=0.1)
 
 
-def test_autocast_keeps_dtypes_and_is_as_exact() -> None:
+def test_autocast_keeps_dtypes_and_is_as_exact(device: str) -> None:
     def run(model: nn.Module, x: Tensor, enabled: bool = True) -> dict[str, Tensor]:
-        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+        with torch.autocast(device, torch.bfloat16, enabled=enabled):
             maps = model.train()(x)
         torch.stack([m.to(x.dtype).square().mean() for m in maps]).sum().backward()
         result = {f"map {i}": m.detach() for i, m in enumerate(maps)}
         return result | {key: p.grad for key, p in model.named_parameters() if p.grad is not None}
 
-    exact = run(build("official").double(), image().double(), enabled=False)
-    own = run(build("official").to(memory_format=torch.channels_last), image())
-    model = build("official")
+    exact = run(build("official").to(device).double(), image().to(device).double(), enabled=False)
+    own = run(build("official").to(device).to(memory_format=torch.channels_last), image().to(device))
+    model = build("official").to(device)
     yf.accelerate(model)
-    fast = run(model, image())
+    fast = run(model, image().to(device))
     assert {key: value.dtype for key, value in fast.items()} == {key: value.dtype for key, value in own.items()}
     assert fast["map 0"].dtype == torch.bfloat16
     errors = [
@@ -293,7 +297,7 @@ def test_autocast_keeps_dtypes_and_is_as_exact() -> None:
     assert errors[0] <= 1.5 * errors[1]
 
 
-def test_frozen_statistics_train_as_the_models_own() -> None:
+def test_frozen_statistics_train_as_the_models_own(device: str) -> None:
     def freeze(model: nn.Module) -> nn.Module:
         model.train()
         for module in model.modules():
@@ -302,16 +306,19 @@ def test_frozen_statistics_train_as_the_models_own() -> None:
         model.train = lambda mode=True: model  # type: ignore[method-assign]
         return model
 
-    own, exact = step(freeze(build("official")), image()), step(freeze(build("official").double()), image().double())
-    model = freeze(build("official"))
+    own, exact = (
+        step(freeze(build("official").to(device)), image().to(device)),
+        step(freeze(build("official").to(device).double()), image().to(device).double()),
+    )
+    model = freeze(build("official").to(device))
     yf.accelerate(model)
-    assert_as_exact(step(model, image()), own, exact)
+    assert_as_exact(step(model, image().to(device)), own, exact)
 
 
 @pytest.mark.parametrize("change", ["no momentum", "no affine", "no running statistics", "relu", "circular padding"])
-def test_variants_are_computed_or_left_alone(change: str) -> None:
+def test_variants_are_computed_or_left_alone(change: str, device: str) -> None:
     def varied() -> nn.Module:
-        model = build("official")
+        model = build("official").to(device)
         unit = model.get_submodule("model.3.cv2.1")
         if change == "no momentum":
             unit.bn.momentum = None
@@ -326,13 +333,13 @@ def test_variants_are_computed_or_left_alone(change: str) -> None:
             unit.conv._reversed_padding_repeated_twice = [1, 1, 1, 1]
         return model
 
-    own, exact = step(varied(), image()), step(varied().double(), image().double())
+    own, exact = step(varied(), image().to(device)), step(varied().double(), image().to(device).double())
     model = varied()
     report = yf.accelerate(model)
     if change in ("relu", "circular padding"):
         assert "model.3.cv2.1" in report.skipped
         assert "model.3" in report.skipped
-    assert_as_exact(step(model, image()), own, exact)
+    assert_as_exact(step(model, image().to(device)), own, exact)
 
 
 def test_unknown_classes_are_skipped_with_a_reason() -> None:
@@ -354,22 +361,22 @@ def test_unknown_classes_are_skipped_with_a_reason() -> None:
     assert "unknown children extra" in report.skipped["1"]
 
 
-def test_one_operator_can_be_chosen() -> None:
-    report = yf.accelerate(build("official"), ops=["rep_bn_silu"])
+def test_one_operator_can_be_chosen(device: str) -> None:
+    report = yf.accelerate(build("official").to(device), ops=["rep_bn_silu"])
     assert report.counts() == {"rep_conv": 4}
     assert "left out by ops" in report.skipped["model.0"]
     with pytest.raises(ValueError, match=r"ops: expected 'all' or names among .*bn_silu.* got nonsense"):
-        yf.accelerate(build("official"), ops="nonsense")
+        yf.accelerate(build("official").to(device), ops="nonsense")
     with pytest.raises(TypeError, match=r"expected a torch.nn.Module, got int"):
         yf.accelerate(3)  # type: ignore[arg-type]
 
 
-def test_the_eager_backend_runs_the_models_own_forward() -> None:
-    plain = step(build("official"), image())
-    model = build("official")
+def test_the_eager_backend_runs_the_models_own_forward(device: str) -> None:
+    plain = step(build("official").to(device), image().to(device))
+    model = build("official").to(device)
     yf.accelerate(model, memory_format=None)
     with yf.backend("eager"):
-        own = step(model, image())
+        own = step(model, image().to(device))
     assert all(torch.equal(own[key], value) for key, value in plain.items())
 
 

@@ -116,7 +116,7 @@ class BoxMatcher:
         return torch.cat((scores, chosen), -1), foreground
 
 
-def scene(seed: int = 0, batch: int = 3, truths: int = 5, low: float = 16.0) -> tuple[Tensor, ...]:
+def scene(seed: int = 0, batch: int = 3, truths: int = 5, low: float = 16.0, device: str = "cpu") -> tuple[Tensor, ...]:
     """Objects of a size at which more than topk anchors have a metric: then the dense top-k leaves nothing open."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -131,7 +131,8 @@ def scene(seed: int = 0, batch: int = 3, truths: int = 5, low: float = 16.0) -> 
     mask[-1, truths // 2 :] = 0
     objects = torch.cat((centre - half, centre + half), 2) * mask
     labels = torch.randint(0, CLASSES, (batch, truths, 1), generator=generator).float() * mask
-    return rand(batch, len(POINTS), CLASSES), boxes, POINTS, labels, objects, mask
+    case = rand(batch, len(POINTS), CLASSES), boxes, POINTS, labels, objects, mask
+    return tuple(each.to(device) for each in case)
 
 
 def assert_equal_targets(one: tuple[Tensor, ...], other: tuple[Tensor, ...]) -> None:
@@ -146,12 +147,12 @@ def assert_equal_targets(one: tuple[Tensor, ...], other: tuple[Tensor, ...]) -> 
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_both_assigners_of_a_dual_loss_give_the_published_targets(seed: int) -> None:
+def test_both_assigners_of_a_dual_loss_give_the_published_targets(seed: int, device: str) -> None:
     plain, fast = DualLoss(), DualLoss()
     report = yf.accelerate_loss(fast)
     assert report.swapped == [("assigner", "yolov9"), ("assigner2", "yolov9")]
     assert not report.skipped
-    case = scene(seed)
+    case = scene(seed, device=device)
     assert (plain.assigner(*case)[3].sum(1) > 10).all()
     assert_equal_targets(fast.assigner(*case), plain.assigner(*case))
     assert_equal_targets(fast.assigner2(*case), plain.assigner2(*case))
@@ -159,11 +160,11 @@ def test_both_assigners_of_a_dual_loss_give_the_published_targets(seed: int) -> 
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_an_assigner_from_ultralytics_goes_by_its_rule_and_returns_the_index(seed: int) -> None:
+def test_an_assigner_from_ultralytics_goes_by_its_rule_and_returns_the_index(seed: int, device: str) -> None:
     kind = of_ultralytics()
     plain, fast = DualLoss(kind), DualLoss(kind)
     assert yf.accelerate_loss(fast).swapped == [("assigner", "ultralytics"), ("assigner2", "ultralytics")]
-    case = scene(seed)
+    case = scene(seed, device=device)
     assert len(fast.assigner(*case)) == 5
     assert_equal_targets(fast.assigner(*case), plain.assigner(*case))
 
@@ -193,11 +194,11 @@ def test_short_sides_are_as_long_as_the_assigner_says(attributes: dict[str, Any]
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_contests_of_lengthened_boxes_are_those_of_the_assigner(seed: int) -> None:
+def test_contests_of_lengthened_boxes_are_those_of_the_assigner(seed: int, device: str) -> None:
     attributes = {"stride": [8, 16, 32], "stride_val": 40}
     plain, fast = lengthening(**attributes), lengthening(**attributes)
     yf.accelerate_loss(fast)
-    case = scene(seed, low=8.0)
+    case = scene(seed, low=8.0, device=device)
     assert_equal_targets(fast.assigner(*case), plain.assigner(*case))
     fast.assigner.stride_val = plain.assigner.stride_val = 24
     assert_equal_targets(fast.assigner(*case), plain.assigner(*case))
@@ -210,8 +211,8 @@ def test_lengthened_sides_by_another_rule_are_left_alone() -> None:
 
 
 @pytest.mark.parametrize(("seed", "low"), [(0, 16.0), (1, 16.0), (2, 16.0), (3, 0.5), (4, 2.0)])
-def test_a_matcher_inside_a_loss_gives_the_published_targets(seed: int, low: float) -> None:
-    scores, boxes, _, labels, objects, mask = scene(seed, low=low)
+def test_a_matcher_inside_a_loss_gives_the_published_targets(seed: int, low: float, device: str) -> None:
+    scores, boxes, _, labels, objects, mask = scene(seed, low=low, device=device)
     target = torch.cat((torch.where(mask > 0, labels, -1.0), objects), -1)
     plain = SimpleNamespace(loss=SimpleNamespace(matcher=BoxMatcher()))
     fast = SimpleNamespace(loss=SimpleNamespace(matcher=BoxMatcher()))
@@ -227,14 +228,19 @@ def test_a_matcher_inside_a_loss_gives_the_published_targets(seed: int, low: flo
 
 
 @pytest.mark.parametrize("kind", [TaskAlignedAssigner, of_ultralytics()])
-def test_a_batch_without_ground_truths_is_all_background(kind: type) -> None:
+def test_a_batch_without_ground_truths_is_all_background(kind: type, device: str) -> None:
     fast = DualLoss(kind)
     yf.accelerate_loss(fast)
-    case = scene()
-    empty = (*case[:3], torch.zeros(3, 0, 1), torch.zeros(3, 0, 4), torch.zeros(3, 0, 1))
+    case = scene(device=device)
+    empty = (
+        *case[:3],
+        torch.zeros(3, 0, 1, device=device),
+        torch.zeros(3, 0, 4, device=device),
+        torch.zeros(3, 0, 1, device=device),
+    )
     assert_equal_targets(fast.assigner(*empty), DualLoss(kind).assigner(*empty))
     matcher = FastMatcher(BoxMatcher())
-    aligned, foreground = matcher(torch.zeros(3, 0, 5), (case[0], case[1]))
+    aligned, foreground = matcher(torch.zeros(3, 0, 5, device=device), (case[0], case[1]))
     assert aligned.shape == (3, len(POINTS), CLASSES + 4)
     assert aligned.count_nonzero() == 0
     assert not foreground.any()

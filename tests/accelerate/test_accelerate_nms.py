@@ -18,18 +18,18 @@ functions = yf.accelerate_nms()
 BOTH = pytest.mark.parametrize("style", ["wongkinyiu", "ultralytics"])
 
 
-def prediction(extra: int = 0, classes: int = 3, anchors: int = 150) -> Tensor:
+def prediction(extra: int = 0, classes: int = 3, anchors: int = 150, device: str = "cpu") -> Tensor:
     generator = torch.Generator().manual_seed(anchors)
     case = torch.rand(2, 4 + classes + extra, anchors, generator=generator)
     case[:, :2] *= 100
     case[:, 2:4] = 10 + 30 * case[:, 2:4]
-    return case
+    return case.to(device)
 
 
 @BOTH
 @pytest.mark.parametrize("options", [{}, {"multi_label": True}, {"agnostic": True}, {"classes": [0, 2]}])
-def test_each_image_gets_the_rows_of_the_operator(style: str, options: dict[str, Any]) -> None:
-    case = prediction()
+def test_each_image_gets_the_rows_of_the_operator(style: str, options: dict[str, Any], device: str) -> None:
+    case = prediction(device=device)
     rows = getattr(functions, style)(case, conf_thres=0.4, iou_thres=0.6, max_det=20, **options)
     expected = nms(case, conf=0.4, iou=0.6, max_det=20, **{"multi_label": False, **options})
     assert [len(image) for image in rows] == expected.count.tolist()
@@ -38,16 +38,16 @@ def test_each_image_gets_the_rows_of_the_operator(style: str, options: dict[str,
 
 
 @BOTH
-def test_defaults_are_the_published_ones(style: str) -> None:
-    case = prediction()
+def test_defaults_are_the_published_ones(style: str, device: str) -> None:
+    case = prediction(device=device)
     expected = nms(case, conf=0.25, iou=0.45, multi_label=False, max_det=300)
     assert torch.equal(getattr(functions, style)(case)[1], expected.boxes[1, : int(expected.count[1])])
 
 
 @BOTH
-def test_of_a_list_or_tuple_the_first_is_taken(style: str) -> None:
-    function, case = getattr(functions, style), prediction()
-    for given in ((case, None), [case, [torch.zeros(1)]]):
+def test_of_a_list_or_tuple_the_first_is_taken(style: str, device: str) -> None:
+    function, case = getattr(functions, style), prediction(device=device)
+    for given in ((case, None), [case, [torch.zeros(1, device=device)]]):
         assert torch.equal(function(given)[0], function(case)[0])
     with pytest.raises(TypeError, match=r"prediction: expected a tensor .*list of list; pass the one of the main"):
         function([[case, case], None])
@@ -56,8 +56,8 @@ def test_of_a_list_or_tuple_the_first_is_taken(style: str) -> None:
 
 
 @pytest.mark.parametrize(("style", "option"), [("wongkinyiu", {"nm": 5}), ("ultralytics", {"nc": 3})])
-def test_mask_coefficients_are_those_of_the_anchor(style: str, option: dict[str, int]) -> None:
-    case = prediction(extra=5)
+def test_mask_coefficients_are_those_of_the_anchor(style: str, option: dict[str, int], device: str) -> None:
+    case = prediction(extra=5, device=device)
     rows = getattr(functions, style)(case, **option)[0]
     assert rows.shape[1] == 11
     assert len(rows) > 5
@@ -69,9 +69,12 @@ def test_mask_coefficients_are_those_of_the_anchor(style: str, option: dict[str,
 
 
 @BOTH
-def test_known_labels_join_with_score_one(style: str) -> None:
-    case = prediction()
-    labels = [torch.tensor([[1.0, 500, 500, 20, 10], [2, 700, 700, 20, 20]]), torch.zeros(0, 5)]
+def test_known_labels_join_with_score_one(style: str, device: str) -> None:
+    case = prediction(device=device)
+    labels = [
+        torch.tensor([[1.0, 500, 500, 20, 10], [2, 700, 700, 20, 20]], device=device),
+        torch.zeros(0, 5, device=device),
+    ]
     with_labels = getattr(functions, style)(case, labels=labels)
     without = getattr(functions, style)(case)
     assert with_labels[0][:2].tolist() == [[490, 495, 510, 505, 1, 1], [690, 690, 710, 710, 1, 2]]
@@ -80,11 +83,11 @@ def test_known_labels_join_with_score_one(style: str) -> None:
     with pytest.raises(ValueError, match="labels: expected one tensor for each of 2 images"):
         getattr(functions, style)(case, labels=labels[:1])
     with pytest.raises(ValueError, match="labels: expected classes"):
-        getattr(functions, style)(case, labels=[torch.tensor([[3.0, 1, 1, 1, 1]])] * 2)
+        getattr(functions, style)(case, labels=[torch.tensor([[3.0, 1, 1, 1, 1]], device=device)] * 2)
 
 
-def test_an_image_without_candidates_is_an_empty_table_and_the_prediction_is_left_alone() -> None:
-    case = prediction()
+def test_an_image_without_candidates_is_an_empty_table_and_the_prediction_is_left_alone(device: str) -> None:
+    case = prediction(device=device)
     case[0, 4:] = 0
     before = case.clone()
     rows = functions.ultralytics(case, classes=torch.tensor([1]), max_nms=50, in_place=True)
@@ -93,8 +96,8 @@ def test_an_image_without_candidates_is_an_empty_table_and_the_prediction_is_lef
     assert torch.equal(case, before)
 
 
-def test_rows_of_an_end_to_end_network_are_filtered_only() -> None:
-    rows = torch.tensor([[[0.0, 0, 9, 9, 0.9, 0], [0, 0, 9, 9, 0.8, 1], [1, 1, 2, 2, 0.1, 0]]])
+def test_rows_of_an_end_to_end_network_are_filtered_only(device: str) -> None:
+    rows = torch.tensor([[[0.0, 0, 9, 9, 0.9, 0], [0, 0, 9, 9, 0.8, 1], [1, 1, 2, 2, 0.1, 0]]], device=device)
     assert functions.ultralytics(rows)[0].tolist() == rows[0, :2].tolist()
     assert functions.ultralytics(rows, classes=[1])[0].tolist() == rows[0, 1:2].tolist()
     assert functions.ultralytics(rows, max_det=1)[0].tolist() == rows[0, :1].tolist()
@@ -104,11 +107,13 @@ def test_rows_of_an_end_to_end_network_are_filtered_only() -> None:
 
 @BOTH
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-def test_rows_are_float32_whatever_the_prediction_is(style: str, dtype: torch.dtype) -> None:
-    for rows in getattr(functions, style)(prediction(extra=2).to(dtype), **{"nm" if style[0] == "w" else "nc": 2}):
+def test_rows_are_float32_whatever_the_prediction_is(style: str, dtype: torch.dtype, device: str) -> None:
+    for rows in getattr(functions, style)(
+        prediction(extra=2, device=device).to(dtype), **{"nm" if style[0] == "w" else "nc": 2}
+    ):
         assert rows.dtype == torch.float32
         assert len(rows) > 0
-    rows = torch.tensor([[[0.0, 0, 9, 9, 0.9, 100]]], dtype=dtype)
+    rows = torch.tensor([[[0.0, 0, 9, 9, 0.9, 100]]], dtype=dtype, device=device)
     assert functions.ultralytics(rows, classes=100)[0].dtype == torch.float32
     assert len(functions.ultralytics(rows, classes=100)[0]) == 1
 
@@ -118,14 +123,14 @@ def test_rows_are_float32_whatever_the_prediction_is(style: str, dtype: torch.dt
     "classes",
     [1, torch.tensor(1), torch.tensor([[1]]), np.int64(1), np.array([1.0]), (1,), {1}, range(1, 2), [1, 1, 7]],
 )
-def test_classes_are_one_number_or_several(style: str, classes: Any) -> None:
-    expected = getattr(functions, style)(prediction(), classes=[1])
-    found = getattr(functions, style)(prediction(), 0.25, 0.45, classes)
+def test_classes_are_one_number_or_several(style: str, classes: Any, device: str) -> None:
+    expected = getattr(functions, style)(prediction(device=device), classes=[1])
+    found = getattr(functions, style)(prediction(device=device), 0.25, 0.45, classes)
     assert all(map(torch.equal, found, expected))
     assert len(found[0]) > 0
-    assert not any(map(len, getattr(functions, style)(prediction(), classes=[0.5, -1, 99])))
+    assert not any(map(len, getattr(functions, style)(prediction(device=device), classes=[0.5, -1, 99])))
     with pytest.raises(TypeError, match="classes: expected a number or several, got 'person'"):
-        getattr(functions, style)(prediction(), classes="person")
+        getattr(functions, style)(prediction(device=device), classes="person")
 
 
 def test_the_seventh_argument_is_labels_or_max_det() -> None:

@@ -52,7 +52,7 @@ def assert_same(fast: nn.Module, plain: nn.Module) -> None:
     for mode in (True, False):
         results = []
         for block in (fast, plain):
-            x = image().requires_grad_()
+            x = image().to(next(block.parameters()).device).requires_grad_()
             y = block.train(mode)(x)
             y.square().sum().backward()
             results.append((y.detach(), x.grad))
@@ -63,7 +63,7 @@ def called(block: nn.Module) -> list[str]:
     """Names of the modules that a call of `block` calls."""
     seen: list[str] = []
     handles = [m.register_forward_hook(lambda *_, n=n: seen.append(n)) for n, m in block.named_modules()]
-    block(image())
+    block(image().to(next(block.parameters()).device))
     for handle in handles:
         handle.remove()
     return seen
@@ -100,12 +100,14 @@ def in_sequential(block: nn.Module, path: str) -> None:
     replaced(block, path, nn.Sequential(block.get_submodule(path)))
 
 
-def assert_the_same_when_changed(name: str, change: Callable[[nn.Module, str], None], path: str, order: str) -> None:
+def assert_the_same_when_changed(
+    name: str, change: Callable[[nn.Module, str], None], path: str, order: str, device: str = "cpu"
+) -> None:
     """Compare a block with an accelerated one when both are changed; `order` "before": changed, then accelerated."""
-    plain, fast = make(name), make(name)
+    plain, fast = make(name).to(device), make(name).to(device)
     if order != "before":
         yf.accelerate(fast)
-        fast(image())
+        fast(image().to(device))
         fast.load_state_dict(plain.state_dict())
     change(plain, path)
     change(fast, path)
@@ -120,10 +122,10 @@ CHANGES = [with_forward, with_class, with_hook, with_input_hook, in_sequential]
 @by_block
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("order", ["before", "after", pytest.param("everywhere", marks=pytest.mark.slow)])
-def test_a_changed_child_runs(name: str, change: Callable[[nn.Module, str], None], order: str) -> None:
-    paths = [path for path in called(make(name)) if path or change is not in_sequential]
+def test_a_changed_child_runs(name: str, change: Callable[[nn.Module, str], None], order: str, device: str) -> None:
+    paths = [path for path in called(make(name).to(device)) if path or change is not in_sequential]
     for path in paths if order == "everywhere" else paths[:: 7 if order == "after" else 13]:
-        assert_the_same_when_changed(name, change, path, order)
+        assert_the_same_when_changed(name, change, path, order, device)
 
 
 class LowRank(nn.Module):
@@ -311,14 +313,14 @@ def test_a_forward_of_the_class_that_is_replaced_later_runs(of: str, monkeypatch
 
 
 @by_block
-def test_hooks_of_every_kind_see_what_they_see_in_the_plain_model(name: str) -> None:
+def test_hooks_of_every_kind_see_what_they_see_in_the_plain_model(name: str, device: str) -> None:
     def calls(block: nn.Module, accelerated: bool) -> list[tuple[str, str]]:
         for module in block.modules():
             if isinstance(module, nn.SiLU):
                 module.inplace = False
         if accelerated:
             yf.accelerate(block)
-            block(image())
+            block(image().to(device))
         seen: list[tuple[str, str]] = []
         names = {module: path for path, module in block.named_modules()}
         torch_module = nn.modules.module
@@ -327,7 +329,7 @@ def test_hooks_of_every_kind_see_what_they_see_in_the_plain_model(name: str) -> 
             torch_module.register_module_forward_pre_hook(lambda m, *_: seen.append(("all before", names[m]))),
             torch_module.register_module_full_backward_hook(lambda m, *_: seen.append(("all back", names[m]))),
         ]
-        block(image().requires_grad_()).sum().backward()
+        block(image().to(device).requires_grad_()).sum().backward()
         for handle in handles:
             handle.remove()
         for module in block.modules():
@@ -335,17 +337,17 @@ def test_hooks_of_every_kind_see_what_they_see_in_the_plain_model(name: str) -> 
             module.register_forward_pre_hook(lambda m, *_: seen.append(("before", names[m])))
             module.register_full_backward_hook(lambda m, *_: seen.append(("back", names[m])))
             module.register_full_backward_pre_hook(lambda m, *_: seen.append(("back before", names[m])))
-        block(image().requires_grad_()).sum().backward()
+        block(image().to(device).requires_grad_()).sum().backward()
         return seen
 
-    assert sorted(calls(make(name), True)) == sorted(calls(make(name), False))
+    assert sorted(calls(make(name).to(device), True)) == sorted(calls(make(name).to(device), False))
 
 
 @by_block
-def test_copies_and_replicas_run_their_own_weights(name: str) -> None:
-    block = make(name)
+def test_copies_and_replicas_run_their_own_weights(name: str, device: str) -> None:
+    block = make(name).to(device)
     yf.accelerate(block)
-    x = image()
+    x = image().to(device)
     expected = block.eval()(x)
     first = copy.copy(block)
     first._modules = {key: copy.deepcopy(child) for key, child in block._modules.items()}

@@ -34,13 +34,13 @@ def model() -> DetectionModel:
     return model
 
 
-def fixed_predictor(model: DetectionModel, **options: object) -> Predictor:
+def fixed_predictor(model: DetectionModel, device: str = "cpu", **options: object) -> Predictor:
     """A predictor whose network finds a dog (0.98) and a cat (0.88) at the same place in every image."""
-    predictor = Predictor(model, 64, device="cpu", **options)  # type: ignore[arg-type]
+    predictor = Predictor(model, 64, device=device, **options)  # type: ignore[arg-type]
 
     def raw(images: Tensor, *, auxiliary: bool) -> DetectionOutput:
         height, width = images.shape[2:]
-        maps = [torch.full((1, 64 + 3, height // s, width // s), -20.0) for s in (8, 16, 32)]
+        maps = [torch.full((1, 64 + 3, height // s, width // s), -20.0, device=device) for s in (8, 16, 32)]
         for side in range(4):  # each side one stride away from the anchor point
             maps[0][0, side * 16 + 1, 2, 4] = 20.0
             maps[0][0, side * 16 + 1, 2, 5] = 20.0
@@ -57,8 +57,8 @@ def predictor(model: DetectionModel) -> Predictor:
     return fixed_predictor(model)
 
 
-def test_boxes_are_in_pixels_of_the_image(model: DetectionModel) -> None:
-    (prediction,) = fixed_predictor(model, conf=0.9)(np.zeros((100, 200, 3), np.uint8))
+def test_boxes_are_in_pixels_of_the_image(model: DetectionModel, device: str) -> None:
+    (prediction,) = fixed_predictor(model, device, conf=0.9)(np.zeros((100, 200, 3), np.uint8))
     # Letterboxed to 64 × 32 by 0.32; anchor point (36, 20), sides 8 pixels away.
     assert prediction.boxes[:, :4].tolist() == [pytest.approx([87.5, 37.5, 137.5, 87.5], abs=1e-3)]
     assert prediction.boxes[0, 4] == pytest.approx(1 / (1 + np.exp(-4.0)), abs=1e-6)
@@ -68,23 +68,23 @@ def test_boxes_are_in_pixels_of_the_image(model: DetectionModel) -> None:
 
 
 def test_boxes_are_in_descending_order_and_overlaps_of_other_classes_stay_unless_agnostic(
-    model: DetectionModel,
+    model: DetectionModel, device: str
 ) -> None:
     image = np.zeros((100, 200, 3), np.uint8)
-    (both,) = fixed_predictor(model, iou=0.2)(image)
+    (both,) = fixed_predictor(model, device, iou=0.2)(image)
     assert both.boxes[:, 5].tolist() == [1, 0]
     assert both.counts() == {"cat": 1, "dog": 1}
-    (best,) = fixed_predictor(model, iou=0.2, agnostic=True)(image)
+    (best,) = fixed_predictor(model, device, iou=0.2, agnostic=True)(image)
     assert best.counts() == {"dog": 1}
 
 
-def test_only_the_requested_classes_are_returned(model: DetectionModel) -> None:
-    (prediction,) = fixed_predictor(model, classes=["cat"])(np.zeros((64, 64, 3), np.uint8))
+def test_only_the_requested_classes_are_returned(model: DetectionModel, device: str) -> None:
+    (prediction,) = fixed_predictor(model, device, classes=["cat"])(np.zeros((64, 64, 3), np.uint8))
     assert prediction.counts() == {"cat": 1}
 
 
-def test_at_most_max_det_boxes_are_returned(model: DetectionModel) -> None:
-    (prediction,) = fixed_predictor(model, max_det=1)(np.zeros((64, 64, 3), np.uint8))
+def test_at_most_max_det_boxes_are_returned(model: DetectionModel, device: str) -> None:
+    (prediction,) = fixed_predictor(model, device, max_det=1)(np.zeros((64, 64, 3), np.uint8))
     assert len(prediction) == 1
 
 

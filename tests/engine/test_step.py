@@ -31,17 +31,18 @@ TARGETS = torch.tensor([[0, 1, 0.5, 0.5, 0.4, 0.6], [1, 0, 0.3, 0.6, 0.2, 0.2]])
 
 
 @pytest.fixture
-def model(tiny_graph: Path) -> DetectionModel:
+def model(tiny_graph: Path, device: str) -> DetectionModel:
     torch.manual_seed(0)
-    return create_model(tiny_graph, 3, class_tower=8)
+    return create_model(tiny_graph, 3, class_tower=8).to(device)
 
 
 def make_step(model: DetectionModel, clip: float, **options: Any) -> TrainStep:
     optimizer = build_optimizer(model, "sgd", lr=0.1, momentum=0.9, weight_decay=1e-3)
-    scaler = torch.amp.GradScaler("cpu", enabled=options.pop("scaled", False))
+    scaler = torch.amp.GradScaler(next(model.parameters()).device.type, enabled=options.pop("scaled", False))
     state = TrainingState(model, ModelEMA(model), optimizer, scaler)
     network = options.pop("network", model)
-    return TrainStep(network, state, DetectionLoss(3), torch.device("cpu"), clip=clip, channels_last=False, **options)
+    device = next(model.parameters()).device
+    return TrainStep(network, state, DetectionLoss(3), device, clip=clip, channels_last=False, **options)
 
 
 def run(step: TrainStep, update: bool = False) -> bool:
@@ -61,7 +62,7 @@ class Calls(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("clip", [0.0, 0.5])
-def test_two_batches_and_an_update_equal_plain_pytorch(model: DetectionModel, clip: float) -> None:
+def test_two_batches_and_an_update_equal_plain_pytorch(model: DetectionModel, device: str, clip: float) -> None:
     plain = copy.deepcopy(model)
     step = make_step(model, clip)
     clock = PhaseClock(*PHASES)
@@ -72,13 +73,13 @@ def test_two_batches_and_an_update_equal_plain_pytorch(model: DetectionModel, cl
     average = ModelEMA(plain)
     criterion = DetectionLoss(3)
     for _ in range(2):
-        loss = criterion(plain(IMAGES.float() / 255), TARGETS, 64)
+        loss = criterion(plain(IMAGES.to(device).float() / 255), TARGETS, 64)
         loss.total.backward()
     if clip:
         nn.utils.clip_grad_norm_(plain.parameters(), clip)
     optimizer.step()
     average.update(plain)
-    assert torch.equal(losses, loss.items.double())
+    assert torch.equal(losses.to(device), loss.items.double())
     expected = plain.state_dict()
     assert all(torch.equal(value, expected[name]) for name, value in model.state_dict().items())
     expected = average.model.state_dict()

@@ -67,18 +67,18 @@ def test_a_run_writes_weights_state_table_and_plots(tiny_config: Make) -> None:
 
 
 @pytest.mark.slow
-def test_the_network_learns(tiny_config: Make) -> None:
+def test_the_network_learns(tiny_config: Make, device: str) -> None:
     plain = AugmentConfig(mosaic=0.0, mixup=0.0, copy_paste=0.0, scale=0.0, translate=0.0)
-    train(tiny_config(epochs=20, optimizer="adamw", lr0=0.01, warmup_epochs=0.0, augment=plain))
+    train(tiny_config(device=device, epochs=20, optimizer="adamw", lr0=0.01, warmup_epochs=0.0, augment=plain))
     rows = _rows(Path(tiny_config().project) / "exp")
     first, last = (sum(float(row[f"train/{name}"]) for name in ("box", "dfl")) for row in (rows[1], rows[-1]))
     assert last < 0.7 * first
 
 
-def test_two_runs_of_one_seed_are_equal_and_another_seed_differs(tiny_config: Make) -> None:
+def test_two_runs_of_one_seed_are_equal_and_another_seed_differs(tiny_config: Make, device: str) -> None:
     states = []
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
-        config = tiny_config(epochs=1, name=name, seed=seed)
+        config = tiny_config(epochs=1, name=name, seed=seed, device=device)
         train(config)
         states.append(load_state(Path(config.project) / name / "weights/state.pt"))
     assert _same(states[0]["model"], states[1]["model"])
@@ -96,10 +96,10 @@ def test_an_existing_run_is_never_overwritten(tiny_config: Make) -> None:
     "stop_at", ["batch", *(pytest.param(at, marks=pytest.mark.slow) for at in ("first batch", "validation"))]
 )
 def test_a_run_stopped_during_an_epoch_resumes_to_the_same_end(
-    tiny_config: Make, monkeypatch: pytest.MonkeyPatch, stop_at: str
+    tiny_config: Make, monkeypatch: pytest.MonkeyPatch, stop_at: str, device: str
 ) -> None:
     """With 40 images per step, epochs of 16 leave pending gradients, which are part of the state."""
-    options = {"nominal_batch": 40, "warmup_epochs": 0.0}
+    options = {"nominal_batch": 40, "warmup_epochs": 0.0, "device": device}
     uninterrupted = tiny_config(name="uninterrupted", **options)
     train(uninterrupted)
     broken = tiny_config(name="broken", **options)
@@ -160,9 +160,9 @@ def _make_nan(trainer: Trainer, monkeypatch: pytest.MonkeyPatch, iterations: set
 
 
 def test_steps_that_are_not_finite_are_skipped_and_counted(
-    tiny_config: Make, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    tiny_config: Make, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, device: str
 ) -> None:
-    trainer = Trainer(tiny_config(epochs=2))
+    trainer = Trainer(tiny_config(epochs=2, device=device))
     _make_nan(trainer, monkeypatch, {1})
     with caplog.at_level(logging.INFO):
         trainer.run()
@@ -253,15 +253,15 @@ def test_multi_scale_draws_sizes_by_seed_and_iteration(tiny_config: Make) -> Non
 
 
 @pytest.mark.parametrize("amp", ["bf16", pytest.param("fp16", marks=pytest.mark.slow)])
-def test_mixed_precision_trains_on_a_cpu(tiny_config: Make, amp: str) -> None:
-    trainer = Trainer(tiny_config(epochs=8, amp=amp))
+def test_mixed_precision_trains(tiny_config: Make, amp: str, device: str) -> None:
+    trainer = Trainer(tiny_config(epochs=8, amp=amp, device=device))
     trainer.run()
     assert trainer.state.ema.updates > 4
     assert all(bool(torch.isfinite(v).all()) for v in trainer.model.state_dict().values())
 
 
-def test_lead_head_guided_training_runs(tiny_config: Make) -> None:
-    assert train(tiny_config(epochs=1, lead_head_guided=True)) is not None
+def test_lead_head_guided_training_runs(tiny_config: Make, device: str) -> None:
+    assert train(tiny_config(epochs=1, lead_head_guided=True, device=device)) is not None
 
 
 def test_an_odd_image_size_is_rounded_and_logged(tiny_config: Make, caplog: pytest.LogCaptureFixture) -> None:

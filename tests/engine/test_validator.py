@@ -58,7 +58,10 @@ def evaluated(file: Path, model: DetectionModel) -> ValidationResult:
 
 
 @pytest.mark.parametrize("names", [["a", "b", "c"], ["c", "a", "b"], ["b", "c", "a"]])
-def test_every_class_has_its_own_name_in_any_order(tmp_path: Path, model: DetectionModel, names: list[str]) -> None:
+def test_every_class_has_its_own_name_in_any_order(
+    tmp_path: Path, model: DetectionModel, device: str, names: list[str]
+) -> None:
+    model.to(device)
     result = evaluated(data_file(tmp_path, names), model)
     assert result.metrics is not None
     assert {c.name: c.objects for c in result.metrics.per_class} == OBJECTS
@@ -75,7 +78,8 @@ def test_every_class_has_its_own_name_in_any_order(tmp_path: Path, model: Detect
     assert [(row[0], int(row[2])) for row in rows] == [(name, OBJECTS[name]) for name in names]
 
 
-def test_ignored_objects_are_none_in_loss_confusion_and_ap(tmp_path: Path, model: DetectionModel) -> None:
+def test_ignored_objects_are_none_in_loss_confusion_and_ap(tmp_path: Path, model: DetectionModel, device: str) -> None:
+    model.to(device)
     results = [
         evaluated(data_file(tmp_path, ["a", "b", "c"], **change), model) for change in ({"ignore": 1}, {"iscrowd": 1})
     ]
@@ -89,7 +93,8 @@ def test_ignored_objects_are_none_in_loss_confusion_and_ap(tmp_path: Path, model
     assert results[0].loss == results[1].loss
 
 
-def test_detections_name_the_file_of_their_image(tmp_path: Path, model: DetectionModel) -> None:
+def test_detections_name_the_file_of_their_image(tmp_path: Path, model: DetectionModel, device: str) -> None:
+    model.to(device)
     for folder in ("left", "right"):
         add_image(tmp_path, "x.png", paint(64, 64, [(0, 5, 5, 30, 30)]), "0 0.3 0.3 0.4 0.4", f"val/{folder}")
     result = evaluated(write_config(tmp_path, val="images/val", train="images/val"), model)

@@ -1,7 +1,12 @@
 // A CUDA device that runs nothing, for the CPU build of torch: a device guard, so that fake tensors may be on "cuda", and
-// hooks that say that two devices are there. Loaded before torch is imported, see __init__.py.
+// hooks that say that two devices are there, with pinned memory. Loaded before torch is imported, see __init__.py.
 #include <ATen/detail/CUDAHooksInterface.h>
+#include <c10/core/Allocator.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
+
+#include <cstring>
+#include <map>
+#include <mutex>
 
 namespace {
 
@@ -40,6 +45,26 @@ Guard guard;
   return true;
 }();
 
+// Memory that the host's allocator gives, remembered as pinned while it lives.
+struct Pinned final : c10::Allocator {
+  c10::DataPtr allocate(size_t bytes) override {
+    c10::DataPtr memory = c10::GetAllocator(c10::DeviceType::CPU)->allocate(bytes);
+    void* const data = memory.get();
+    const std::lock_guard<std::mutex> lock(mutex);
+    live[data] = std::move(memory);
+    return {data, data, &release, c10::Device(c10::DeviceType::CPU)};
+  }
+  void copy_data(void* to, const void* from, size_t bytes) const override { std::memcpy(to, from, bytes); }
+  static void release(void* data);
+  std::mutex mutex;
+  std::map<const void*, c10::DataPtr> live;
+};
+Pinned pinned;
+void Pinned::release(void* data) {
+  const std::lock_guard<std::mutex> lock(pinned.mutex);
+  pinned.live.erase(data);
+}
+
 }  // namespace
 
 namespace at {
@@ -53,6 +78,11 @@ struct CUDAHooks : public CUDAHooksInterface {
   bool hasPrimaryContext(DeviceIndex) const override { return true; }
   DeviceIndex getCurrentDevice() const override { return current; }
   DeviceIndex deviceCount() const override { return kDevices; }
+  Allocator* getPinnedMemoryAllocator() const override { return &pinned; }
+  bool isPinnedPtr(const void* data) const override {
+    const std::lock_guard<std::mutex> lock(pinned.mutex);
+    return pinned.live.count(data) > 0;
+  }
 };
 
 C10_REGISTER_CLASS(CUDAHooksRegistry, CUDAHooks, CUDAHooks)

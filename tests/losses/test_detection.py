@@ -22,21 +22,23 @@ SIZE = 64
 CLASSES = 3
 
 
-def random_output(batch: int = 4, dual: bool = True, seed: int = 0) -> DetectionOutput:
+def random_output(batch: int = 4, dual: bool = True, seed: int = 0, device: str = "cpu") -> DetectionOutput:
     generator = torch.Generator().manual_seed(seed)
     shapes = [(batch, 64 + CLASSES, SIZE // s, SIZE // s) for s in (8, 16, 32)]
-    branches = [[torch.randn(shape, generator=generator).requires_grad_() for shape in shapes] for _ in range(2)]
+    branches = [
+        [torch.randn(shape, generator=generator).to(device).requires_grad_() for shape in shapes] for _ in range(2)
+    ]
     return DetectionOutput(branches[0], branches[1] if dual else None)
 
 
-def some_targets() -> Tensor:
+def some_targets(device: str = "cpu") -> Tensor:
     rows = [
         [0, 0, 0.5, 0.5, 0.6, 0.4],
         [0, 2, 0.3, 0.3, 0.4, 0.4],
         [1, 1, 0.7, 0.6, 0.5, 0.7],
         [3, 0, 0.4, 0.5, 0.8, 0.8],
     ]
-    return torch.tensor(rows)
+    return torch.tensor(rows, device=device)
 
 
 def gradients(output: DetectionOutput) -> list[Tensor]:
@@ -61,43 +63,49 @@ def test_equals_the_published_loss(golden_folder: Path, case: str) -> None:
             torch.testing.assert_close(each.grad, golden[f"grad_b{b}_l{level}"], rtol=2e-5, atol=1e-6)
 
 
-def test_total_is_the_items_times_the_batch_size() -> None:
-    loss = DetectionLoss(CLASSES)(random_output(), some_targets(), SIZE)
+def test_total_is_the_items_times_the_batch_size(device: str) -> None:
+    loss = DetectionLoss(CLASSES)(random_output(device=device), some_targets(device=device), SIZE)
     assert loss.total.item() == pytest.approx(4 * (loss.box + loss.cls + loss.dfl).item())
     assert not loss.box.requires_grad
 
 
-def test_the_auxiliary_branch_enters_with_its_weight() -> None:
-    output = random_output()
+def test_the_auxiliary_branch_enters_with_its_weight(device: str) -> None:
+    output = random_output(device=device)
     assert output.auxiliary is not None
-    alone = [DetectionLoss(CLASSES)(DetectionOutput(maps), some_targets(), SIZE).total for maps in output]
-    both = DetectionLoss(CLASSES, auxiliary_weight=0.5)(output, some_targets(), SIZE).total
+    alone = [DetectionLoss(CLASSES)(DetectionOutput(maps), some_targets(device=device), SIZE).total for maps in output]
+    both = DetectionLoss(CLASSES, auxiliary_weight=0.5)(output, some_targets(device=device), SIZE).total
     assert both.item() == pytest.approx((alone[0] + 0.5 * alone[1]).item())
 
 
-def test_gains_scale_their_items() -> None:
-    plain = DetectionLoss(CLASSES, box_gain=1, cls_gain=1, dfl_gain=1)(random_output(), some_targets(), SIZE)
-    gained = DetectionLoss(CLASSES)(random_output(), some_targets(), SIZE)
+def test_gains_scale_their_items(device: str) -> None:
+    plain = DetectionLoss(CLASSES, box_gain=1, cls_gain=1, dfl_gain=1)(
+        random_output(device=device), some_targets(device=device), SIZE
+    )
+    gained = DetectionLoss(CLASSES)(random_output(device=device), some_targets(device=device), SIZE)
     ratios = [(b / a).item() for a, b in zip(plain.items, gained.items, strict=True)]
     assert ratios == pytest.approx([7.5, 0.5, 1.5])
 
 
-def test_lead_head_guidance_takes_the_targets_from_the_main_branch() -> None:
-    output = random_output()
-    guided = DetectionLoss(CLASSES, lead_head_guided=True, auxiliary_weight=1.0)(output, some_targets(), SIZE)
-    main = DetectionLoss(CLASSES, lead_head_guided=True)(DetectionOutput(output.main), some_targets(), SIZE)
+def test_lead_head_guidance_takes_the_targets_from_the_main_branch(device: str) -> None:
+    output = random_output(device=device)
+    guided = DetectionLoss(CLASSES, lead_head_guided=True, auxiliary_weight=1.0)(
+        output, some_targets(device=device), SIZE
+    )
+    main = DetectionLoss(CLASSES, lead_head_guided=True)(
+        DetectionOutput(output.main), some_targets(device=device), SIZE
+    )
     twice = DetectionOutput(output.main, output.main)
-    same = DetectionLoss(CLASSES, lead_head_guided=True, auxiliary_weight=1.0)(twice, some_targets(), SIZE)
+    same = DetectionLoss(CLASSES, lead_head_guided=True, auxiliary_weight=1.0)(twice, some_targets(device=device), SIZE)
     assert same.total.item() == pytest.approx(2 * main.total.item())
-    own = DetectionLoss(CLASSES, auxiliary_weight=1.0)(output, some_targets(), SIZE)
+    own = DetectionLoss(CLASSES, auxiliary_weight=1.0)(output, some_targets(device=device), SIZE)
     assert guided.total.item() != pytest.approx(own.total.item())
 
 
 @pytest.mark.parametrize("lead_head_guided", [False, True])
 @pytest.mark.parametrize("dual", [False, True])
-def test_a_batch_without_objects_is_finite(lead_head_guided: bool, dual: bool) -> None:
-    output = random_output(dual=dual)
-    loss = DetectionLoss(CLASSES, lead_head_guided=lead_head_guided)(output, torch.zeros(0, 6), SIZE)
+def test_a_batch_without_objects_is_finite(lead_head_guided: bool, dual: bool, device: str) -> None:
+    output = random_output(dual=dual, device=device)
+    loss = DetectionLoss(CLASSES, lead_head_guided=lead_head_guided)(output, torch.zeros(0, 6, device=device), SIZE)
     loss.total.backward()
     assert math.isfinite(loss.total.item())
     assert loss.box.item() == loss.dfl.item() == 0
@@ -106,45 +114,45 @@ def test_a_batch_without_objects_is_finite(lead_head_guided: bool, dual: bool) -
     assert len(gradients(output)) == (6 if dual else 3)
 
 
-def test_objects_that_no_anchor_can_learn_are_finite() -> None:
-    far = torch.tensor([[0, 0, 0.5, 0.5, 0.0, 0.0], [1, 0, 5.0, 5.0, 0.1, 0.1]])
+def test_objects_that_no_anchor_can_learn_are_finite(device: str) -> None:
+    far = torch.tensor([[0, 0, 0.5, 0.5, 0.0, 0.0], [1, 0, 5.0, 5.0, 0.1, 0.1]], device=device)
     for guided in (False, True):
-        loss = DetectionLoss(CLASSES, lead_head_guided=guided)(random_output(), far, SIZE)
+        loss = DetectionLoss(CLASSES, lead_head_guided=guided)(random_output(device=device), far, SIZE)
         assert math.isfinite(loss.total.item())
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_maps_that_are_not_finite_do_not_crash(bad: float) -> None:
-    output = random_output(dual=False)
+def test_maps_that_are_not_finite_do_not_crash(bad: float, device: str) -> None:
+    output = random_output(dual=False, device=device)
     with torch.no_grad():
         output.main[0][0, :, 2:5] = bad
-    loss = DetectionLoss(CLASSES)(output, some_targets(), SIZE)
+    loss = DetectionLoss(CLASSES)(output, some_targets(device=device), SIZE)
     assert not math.isfinite(loss.total.item())
 
 
 @pytest.mark.parametrize("lead_head_guided", [False, True])
-def test_every_backend_gives_the_same_loss_and_gradients(lead_head_guided: bool) -> None:
+def test_every_backend_gives_the_same_loss_and_gradients(lead_head_guided: bool, device: str) -> None:
     results = {}
     for name in ("eager", "auto"):
-        output = random_output()
+        output = random_output(device=device)
         with yf.backend(name):
-            loss = DetectionLoss(CLASSES, lead_head_guided=lead_head_guided)(output, some_targets(), SIZE)
+            loss = DetectionLoss(CLASSES, lead_head_guided=lead_head_guided)(output, some_targets(device=device), SIZE)
             loss.total.backward()
         results[name] = (loss, gradients(output))
     torch.testing.assert_close(tuple(results["auto"][0]), tuple(results["eager"][0]), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(results["auto"][1], results["eager"][1], rtol=1e-4, atol=1e-6)
 
 
-def test_a_lead_head_guided_loss_assigns_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_lead_head_guided_loss_assigns_once(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
     calls = []
     monkeypatch.setattr(detection, "assign", lambda *args, **kwargs: calls.append(1) or assign(*args, **kwargs))
     for guided, count in ((True, 1), (False, 2)):
         calls.clear()
-        DetectionLoss(CLASSES, lead_head_guided=guided)(random_output(), some_targets(), SIZE)
+        DetectionLoss(CLASSES, lead_head_guided=guided)(random_output(device=device), some_targets(device=device), SIZE)
         assert len(calls) == count
 
 
-def test_the_assigner_rule_reaches_the_assignment(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_assigner_rule_reaches_the_assignment(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
     seen = []
 
     def spy(*args: Tensor, rule: str = "yolov9", strides: Tensor | None = None, **kwargs: float) -> Assignment:
@@ -153,27 +161,31 @@ def test_the_assigner_rule_reaches_the_assignment(monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(detection, "assign", spy)
     for rule in ("yolov9", "mit"):
-        DetectionLoss(CLASSES, assigner_rule=rule)(random_output(dual=False), some_targets(), SIZE)
+        DetectionLoss(CLASSES, assigner_rule=rule)(
+            random_output(dual=False, device=device), some_targets(device=device), SIZE
+        )
     assert seen == [("yolov9", None), ("mit", [8.0, 16.0, 32.0])]
 
 
-def test_targets_may_come_padded() -> None:
-    output = random_output()
-    plain = DetectionLoss(CLASSES)(output, some_targets(), SIZE)
-    padded = pad_targets(some_targets(), 4, CLASSES, (SIZE, SIZE), torch.float32, 9)
+def test_targets_may_come_padded(device: str) -> None:
+    output = random_output(device=device)
+    plain = DetectionLoss(CLASSES)(output, some_targets(device=device), SIZE)
+    padded = pad_targets(some_targets(device=device), 4, CLASSES, (SIZE, SIZE), torch.float32, 9)
     assert DetectionLoss(CLASSES)(output, padded, SIZE).total.item() == pytest.approx(plain.total.item(), rel=1e-6)
-    fixed = DetectionLoss(CLASSES, max_objects=9)(output, some_targets(), SIZE)
+    fixed = DetectionLoss(CLASSES, max_objects=9)(output, some_targets(device=device), SIZE)
     assert fixed.total.item() == pytest.approx(plain.total.item(), rel=1e-6)
     with pytest.raises(ValueError, match=r"^targets: expected 4 images, got 5"):
-        DetectionLoss(CLASSES)(output, pad_targets(some_targets(), 5, CLASSES, (SIZE, SIZE), torch.float32), SIZE)
+        DetectionLoss(CLASSES)(
+            output, pad_targets(some_targets(device=device), 5, CLASSES, (SIZE, SIZE), torch.float32), SIZE
+        )
 
 
 @pytest.mark.parametrize("lead_head_guided", [False, True])
-def test_a_row_that_is_left_out_unchecked_makes_the_loss_nan(lead_head_guided: bool) -> None:
-    rows = some_targets()
+def test_a_row_that_is_left_out_unchecked_makes_the_loss_nan(lead_head_guided: bool, device: str) -> None:
+    rows = some_targets(device=device)
     rows[0, 1] = CLASSES
     placed = sort_rows(rows, 4, CLASSES, (SIZE, SIZE), torch.float32, 4)
-    loss = DetectionLoss(CLASSES, lead_head_guided=lead_head_guided)(random_output(), placed, SIZE)
+    loss = DetectionLoss(CLASSES, lead_head_guided=lead_head_guided)(random_output(device=device), placed, SIZE)
     assert loss.total.isnan()
 
 
@@ -204,18 +216,18 @@ def test_on_a_gpu_nothing_waits(on_gpu: bool) -> None:
         torch.testing.assert_close(a.cpu(), b, rtol=1e-4, atol=1e-6)
 
 
-def test_autocast_does_not_lower_the_precision() -> None:
-    output = random_output()
-    expected = DetectionLoss(CLASSES)(output, some_targets(), SIZE)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        loss = DetectionLoss(CLASSES)(output, some_targets(), SIZE)
+def test_autocast_does_not_lower_the_precision(device: str) -> None:
+    output = random_output(device=device)
+    expected = DetectionLoss(CLASSES)(output, some_targets(device=device), SIZE)
+    with torch.autocast(device, dtype=torch.bfloat16):
+        loss = DetectionLoss(CLASSES)(output, some_targets(device=device), SIZE)
     assert loss.total.dtype == torch.float32
     assert torch.equal(loss.total, expected.total)
 
 
-def test_height_and_width_differ() -> None:
-    maps = [torch.randn(1, 64 + CLASSES, 64 // s, 96 // s) for s in (8, 16, 32)]
-    targets = torch.tensor([[0, 1, 0.5, 0.5, 0.5, 0.5]])
+def test_height_and_width_differ(device: str) -> None:
+    maps = [torch.randn(1, 64 + CLASSES, 64 // s, 96 // s, device=device) for s in (8, 16, 32)]
+    targets = torch.tensor([[0, 1, 0.5, 0.5, 0.5, 0.5]], device=device)
     assert math.isfinite(DetectionLoss(CLASSES)(DetectionOutput(maps), targets, (64, 96)).total.item())
     with pytest.raises(ValueError, match="image_size"):
         DetectionLoss(CLASSES)(DetectionOutput(maps), targets, (96, 64))
@@ -226,11 +238,11 @@ def test_maps_of_another_class_count_are_refused() -> None:
         DetectionLoss(5)(random_output(), some_targets(), SIZE)
 
 
-def test_evaluate_gives_the_same_without_gradient() -> None:
-    output = random_output()
-    loss = DetectionLoss(CLASSES).evaluate(output, some_targets(), SIZE)
+def test_evaluate_gives_the_same_without_gradient(device: str) -> None:
+    output = random_output(device=device)
+    loss = DetectionLoss(CLASSES).evaluate(output, some_targets(device=device), SIZE)
     assert not loss.total.requires_grad
-    assert torch.equal(loss.total, DetectionLoss(CLASSES)(output, some_targets(), SIZE).total)
+    assert torch.equal(loss.total, DetectionLoss(CLASSES)(output, some_targets(device=device), SIZE).total)
 
 
 def half_of_the_batch(rank: int) -> tuple[slice, Tensor]:

@@ -26,10 +26,10 @@ def logit_energy(maps: Sequence[Tensor], assignment: Assignment, targets: Padded
 TERM = LossTerm("energy", logit_energy, weight=0.1)
 
 
-def test_a_term_is_added_to_the_total_and_to_the_items() -> None:
+def test_a_term_is_added_to_the_total_and_to_the_items(device: str) -> None:
     criterion = DetectionLoss(CLASSES, terms=[TERM])
-    plain = DetectionLoss(CLASSES)(random_output(), some_targets(), SIZE)
-    loss = criterion(random_output(), some_targets(), SIZE)
+    plain = DetectionLoss(CLASSES)(random_output(device=device), some_targets(device=device), SIZE)
+    loss = criterion(random_output(device=device), some_targets(device=device), SIZE)
     assert criterion.names == ("box", "cls", "dfl", "energy")
     assert torch.equal(loss.items[:3], plain.items)
     assert loss.items[3] > 0
@@ -37,7 +37,7 @@ def test_a_term_is_added_to_the_total_and_to_the_items() -> None:
     assert loss.total.item() == pytest.approx(4 * loss.items.sum().item())
 
 
-def test_a_term_is_divided_by_the_sum_of_weights_and_multiplied_by_its_own() -> None:
+def test_a_term_is_divided_by_the_sum_of_weights_and_multiplied_by_its_own(device: str) -> None:
     seen: list[Tensor] = []
 
     def count(maps: Sequence[Tensor], assignment: Assignment, targets: PaddedTargets) -> Tensor:
@@ -45,17 +45,19 @@ def test_a_term_is_divided_by_the_sum_of_weights_and_multiplied_by_its_own() -> 
         return assignment.weight.sum()
 
     loss = DetectionLoss(CLASSES, terms=[LossTerm("count", count, 3.0)])(
-        random_output(dual=False), some_targets(), SIZE
+        random_output(dual=False, device=device), some_targets(device=device), SIZE
     )
     assert loss.items[3].item() == pytest.approx(3 * seen[0].item() / max(seen[0].item(), 1))
 
 
-def test_a_term_of_the_auxiliary_branch_enters_with_the_weight_of_that_branch() -> None:
-    output = random_output()
+def test_a_term_of_the_auxiliary_branch_enters_with_the_weight_of_that_branch(device: str) -> None:
+    output = random_output(device=device)
     criterion = DetectionLoss(CLASSES, terms=[TERM], auxiliary_weight=0.5)
     assert output.auxiliary is not None
-    main, auxiliary = (criterion(DetectionOutput(maps), some_targets(), SIZE).items[3] for maps in output)
-    assert criterion(output, some_targets(), SIZE).items[3].item() == pytest.approx((main + 0.5 * auxiliary).item())
+    main, auxiliary = (criterion(DetectionOutput(maps), some_targets(device=device), SIZE).items[3] for maps in output)
+    assert criterion(output, some_targets(device=device), SIZE).items[3].item() == pytest.approx(
+        (main + 0.5 * auxiliary).item()
+    )
 
 
 def test_gradients_of_a_term_are_added_to_those_of_the_operator() -> None:

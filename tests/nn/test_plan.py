@@ -80,16 +80,16 @@ def assert_as_defined(block: nn.Module, x: Tensor) -> None:
     torch.testing.assert_close(block(x), results[0][0], rtol=1e-3, atol=1e-4)
 
 
-def test_a_block_is_planned_once() -> None:
-    block = make()
-    block(image())
+def test_a_block_is_planned_once(device: str) -> None:
+    block = make().to(device)
+    block(image().to(device))
     plan = plan_of(block)
     assert not called(block)
     for size in ((1, 12, 4, 4), (3, 12, 5, 5)):
-        block(torch.randn(size).contiguous(memory_format=torch.channels_last))
-    with torch.autocast("cpu", torch.bfloat16):
-        assert block(image()).dtype == torch.bfloat16
-    assert block.double()(image().double()).dtype == torch.float64
+        block(torch.randn(size, device=device).contiguous(memory_format=torch.channels_last))
+    with torch.autocast(device, torch.bfloat16):
+        assert block(image().to(device)).dtype == torch.bfloat16
+    assert block.double()(image().to(device).double()).dtype == torch.float64
     assert plan_of(block) is plan, "shapes, memory formats and dtypes are read at each run"
 
 
@@ -103,8 +103,8 @@ REGISTRATIONS = [
 
 @pytest.mark.parametrize("target", CHILDREN)
 @pytest.mark.parametrize("registration", REGISTRATIONS)
-def test_a_hook_fires_from_the_next_call_on_until_it_is_removed(target: str, registration: str) -> None:
-    block, x, seen = make(), image().requires_grad_(), []
+def test_a_hook_fires_from_the_next_call_on_until_it_is_removed(target: str, registration: str, device: str) -> None:
+    block, x, seen = make().to(device), image().to(device).requires_grad_(), []
     for module in block.modules():
         if isinstance(module, nn.SiLU):
             module.inplace = False  # torch refuses backward hooks next to operations in place
@@ -126,15 +126,15 @@ def test_a_hook_fires_from_the_next_call_on_until_it_is_removed(target: str, reg
     assert not called(block)
 
 
-def test_a_forward_hook_that_changes_the_result_is_obeyed() -> None:
-    block, x = make(), image()
+def test_a_forward_hook_that_changes_the_result_is_obeyed(device: str) -> None:
+    block, x = make().to(device), image().to(device)
     block(x)
     block.get_submodule("cv2.0.m.0.cv2.bn").register_forward_hook(lambda _, __, result: 2 * result)
     assert_as_defined(block, x)
 
 
-def test_hooks_of_all_modules_see_every_call() -> None:
-    block, x, seen = make(), image(), []
+def test_hooks_of_all_modules_see_every_call(device: str) -> None:
+    block, x, seen = make().to(device), image().to(device), []
     expected = block(x)
     handle = nn.modules.module.register_module_forward_hook(lambda module, *_: seen.append(module))
     try:
@@ -180,8 +180,8 @@ def test_a_wrapped_child_runs(kind: Callable[..., nn.Module]) -> None:
     assert_as_defined(block, x)
 
 
-def test_a_forward_set_on_an_instance_runs() -> None:
-    block, x = make(), image()
+def test_a_forward_set_on_an_instance_runs(device: str) -> None:
+    block, x = make().to(device), image().to(device)
     expected = block(x)
     for path in ("cv4", "cv4.conv", "cv2", "cv2.0", "cv3.0.m.0.cv1"):
         module = block.get_submodule(path)
@@ -219,8 +219,8 @@ def test_the_forward_of_a_subclass_runs() -> None:
     assert_as_defined(bottleneck, x)
 
 
-def test_new_weights_are_used() -> None:
-    block, x = make(), image()
+def test_new_weights_are_used(device: str) -> None:
+    block, x = make().to(device), image().to(device)
     block(x)
     unit = block.get_submodule("cv2.1")
     with torch.no_grad():
@@ -228,19 +228,21 @@ def test_new_weights_are_used() -> None:
     assert_as_defined(block, x)
     unit.conv.weight.data = torch.randn_like(unit.conv.weight)
     assert_as_defined(block, x)
-    unit.bn.weight = nn.Parameter(torch.rand(8))
-    unit.conv.bias = nn.Parameter(torch.rand(8))
+    unit.bn.weight = nn.Parameter(torch.rand(8, device=device))
+    unit.conv.bias = nn.Parameter(torch.rand(8, device=device))
     assert_as_defined(block, x)
     state = {k: torch.rand_like(v) if v.is_floating_point() else v for k, v in block.state_dict().items()}
     block.load_state_dict(state, assign=True)
     assert_as_defined(block, x)
-    block.get_submodule("cv2.0.cv1.conv").bias = nn.Parameter(torch.rand(4))  # no longer read together with cv2
+    block.get_submodule("cv2.0.cv1.conv").bias = nn.Parameter(
+        torch.rand(4, device=device)
+    )  # no longer read together with cv2
     assert_as_defined(block, x)
 
 
-def test_weights_that_are_no_parameters_are_used() -> None:
+def test_weights_that_are_no_parameters_are_used(device: str) -> None:
     """As in the replicas of DataParallel, whose weights are plain attributes."""
-    block, x = make(), image()
+    block, x = make().to(device), image().to(device)
     expected = block(x)
     for module in block.modules():
         for name, parameter in [*module.named_parameters(recurse=False)]:
@@ -252,8 +254,8 @@ def test_weights_that_are_no_parameters_are_used() -> None:
     assert torch.equal(block(x), expected)
 
 
-def test_a_replica_runs_its_own_children() -> None:
-    block, x = make(Conv, 12, 20), image()
+def test_a_replica_runs_its_own_children(device: str) -> None:
+    block, x = make(Conv, 12, 20).to(device), image().to(device)
     expected = block(x)
     replica = block._replicate_for_data_parallel()
     replica._modules = {name: copy.deepcopy(module) for name, module in block._modules.items()}
@@ -278,8 +280,8 @@ def test_parametrised_and_normalised_weights_are_used() -> None:
     assert_as_defined(block, x)
 
 
-def test_modes_are_read_at_each_call() -> None:
-    block, x = make(), image()
+def test_modes_are_read_at_each_call(device: str) -> None:
+    block, x = make().to(device), image().to(device)
     block(x)
     plan = plan_of(block)
     block.eval()
@@ -294,15 +296,15 @@ def test_modes_are_read_at_each_call() -> None:
     assert not block(x).requires_grad
 
 
-def test_attributes_are_read_again() -> None:
-    x = image()
-    unit = make(Conv, 12, 20)
+def test_attributes_are_read_again(device: str) -> None:
+    x = image().to(device)
+    unit = make(Conv, 12, 20).to(device)
     unit(x)
     unit.conv.stride = (2, 2)
     assert_as_defined(unit, x)
     unit.conv.padding_mode = "circular"
     assert_as_defined(unit, x)
-    bottleneck = make(RepBottleneck, 12, 12)
+    bottleneck = make(RepBottleneck, 12, 12).to(device)
     bottleneck(x)
     bottleneck.residual = False
     assert_as_defined(bottleneck, x)
@@ -312,23 +314,23 @@ def test_attributes_are_read_again() -> None:
 
 
 @pytest.mark.parametrize("momentum", [0.1, None])
-def test_statistics_are_those_of_batch_norm(momentum: float | None) -> None:
+def test_statistics_are_those_of_batch_norm(momentum: float | None, device: str) -> None:
     states = []
     for backend in ("auto", "eager"):
-        block = make()
+        block = make().to(device)
         for module in block.modules():
             if isinstance(module, nn.BatchNorm2d):
                 module.momentum = momentum
         with yf.backend(backend):
             for number in range(3):
-                block(image() + number)
+                block(image().to(device) + number)
         states.append(dict(block.named_buffers()))
     torch.testing.assert_close(*states, rtol=1e-3, atol=1e-4)
 
 
-def test_folding_and_synchronised_norms_make_new_plans() -> None:
-    model = create_model("gelan-t", 3).train()
-    x = torch.rand(1, 3, 64, 64)
+def test_folding_and_synchronised_norms_make_new_plans(device: str) -> None:
+    model = create_model("gelan-t", 3).to(device).train()
+    x = torch.rand(1, 3, 64, 64, device=device)
     model(x)
     block = next(module for module in model.modules() if isinstance(module, CSPELAN))
     plan = plan_of(block)
@@ -340,12 +342,12 @@ def test_folding_and_synchronised_norms_make_new_plans() -> None:
     expected = model(x)
     folded = fuse(model)
     torch.testing.assert_close(folded(x), expected, rtol=1e-3, atol=1e-3)
-    with torch.no_grad(), yf.backend("cpu", op="bn_silu"):
+    with torch.no_grad(), yf.backend(OPERATOR.first(device), op="bn_silu"):
         torch.testing.assert_close(folded(x), expected, rtol=1e-3, atol=1e-3)
 
 
-def test_backends_are_switched_without_a_new_plan() -> None:
-    block, x = make(), image()
+def test_backends_are_switched_without_a_new_plan(device: str) -> None:
+    block, x = make().to(device), image().to(device)
     expected = block(x)
     plan = plan_of(block)
     with yf.backend("eager"):
@@ -364,11 +366,11 @@ def test_backends_are_switched_without_a_new_plan() -> None:
 
 
 @pytest.mark.parametrize(("how", "foreign"), [("deepcopy", False), ("deepcopy", True), ("pickle", False)])
-def test_copies_have_their_own_plans(how: str, foreign: bool) -> None:
-    block = make(official_shaped.RepNCSPELAN4 if foreign else CSPELAN)
+def test_copies_have_their_own_plans(how: str, foreign: bool, device: str) -> None:
+    block = make(official_shaped.RepNCSPELAN4 if foreign else CSPELAN).to(device)
     if foreign:
         yf.accelerate(block)
-    x = image()
+    x = image().to(device)
     expected = block(x)
     other = copy.deepcopy(block) if how == "deepcopy" else pickle.loads(pickle.dumps(block))
     with torch.no_grad():

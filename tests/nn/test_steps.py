@@ -64,7 +64,7 @@ def build(name: str) -> nn.Module:
 def run(block: nn.Module, x: Any) -> dict[str, Tensor]:
     x = x.clone(memory_format=torch.preserve_format).requires_grad_()
     y = block(x)
-    weights = torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view(y.shape)
+    weights = torch.linspace(-1, 1, y.numel(), dtype=y.dtype, device=y.device).view(y.shape)
     (y * weights).sum().backward()
     result = {"y": y.detach(), "x.grad": x.grad} | {k: b.clone() for k, b in block.named_buffers()}
     return result | {f"{k}.grad": p.grad for k, p in block.named_parameters()}
@@ -84,32 +84,40 @@ def assert_as_exact(fast: dict[str, Tensor], eager: dict[str, Tensor], exact: di
 @pytest.mark.parametrize("name", BLOCKS)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("size", [(2, 12, 10, 6), (1, 12, 7, 9)])
-def test_a_block_is_as_exact_as_its_definition(name: str, layout: torch.memory_format, size: tuple[int, ...]) -> None:
-    x = torch.randn(size, generator=torch.Generator().manual_seed(1)).contiguous(memory_format=layout)
+def test_a_block_is_as_exact_as_its_definition(
+    name: str, layout: torch.memory_format, size: tuple[int, ...], device: str
+) -> None:
+    x = torch.randn(size, generator=torch.Generator().manual_seed(1)).to(device).contiguous(memory_format=layout)
     with yf.backend("eager"):
-        eager = run(build(name).to(memory_format=layout), x)
-        exact = run(build(name).double(), x.double())
-    assert_as_exact(run(build(name).to(memory_format=layout), x), eager, exact)
+        eager = run(build(name).to(device).to(memory_format=layout), x)
+        exact = run(build(name).to(device).double(), x.double())
+    assert_as_exact(run(build(name).to(device).to(memory_format=layout), x), eager, exact)
 
 
 @pytest.mark.parametrize("name", BLOCKS)
-def test_evaluation_equals_the_definition(name: str) -> None:
-    x = torch.randn(2, 12, 10, 6)
-    block = build(name).eval()
+def test_evaluation_equals_the_definition(name: str, device: str) -> None:
+    x = torch.randn(2, 12, 10, 6, device=device)
+    block = build(name).to(device).eval()
     with torch.no_grad():
         with yf.backend("eager"):
             expected = block(x)
-        with yf.backend("cpu", op="bn_silu"):  # "auto" leaves it to eager, which is faster without gradients
+        with yf.backend(
+            OPERATOR.first(device), op="bn_silu"
+        ):  # "auto" leaves it to eager, which is faster without gradients
             torch.testing.assert_close(block(x), expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_routing_and_fusion_of_levels(layout: torch.memory_format) -> None:
+def test_routing_and_fusion_of_levels(layout: torch.memory_format, device: str) -> None:
     def fuse(x: Tensor, y: Tensor, target: Tensor) -> Tensor:
         return CBFuse([1, 0])([linears[0](x), linears[1](y), target])
 
-    linears = [CBLinear(6, [4, 8]), CBLinear(10, [8])]
-    inputs = [torch.randn(2, 6, 4, 4), torch.randn(2, 10, 2, 2), torch.randn(2, 8, 8, 8)]
+    linears = [CBLinear(6, [4, 8]).to(device), CBLinear(10, [8]).to(device)]
+    inputs = [
+        torch.randn(2, 6, 4, 4, device=device),
+        torch.randn(2, 10, 2, 2, device=device),
+        torch.randn(2, 8, 8, 8, device=device),
+    ]
     results = []
     for name in ("auto", "eager"):
         with yf.backend(name):
@@ -165,9 +173,9 @@ def unique_saved_bytes(run_forward: Callable[[], Any], parameters: set[int]) -> 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "most"), [("yolov9-t", 0.72), ("yolov9-c", 0.70)])
-def test_the_backward_keeps_less(name: str, most: float) -> None:
-    model = create_model(name, 80).to(memory_format=torch.channels_last).train()
-    x = torch.rand(1, 3, 64, 64).contiguous(memory_format=torch.channels_last)
+def test_the_backward_keeps_less(name: str, most: float, device: str) -> None:
+    model = create_model(name, 80).to(device).to(memory_format=torch.channels_last).train()
+    x = torch.rand(1, 3, 64, 64, device=device).contiguous(memory_format=torch.channels_last)
     parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
     fused = unique_saved_bytes(lambda: model(x), parameters)
     with yf.backend("eager"):
@@ -177,7 +185,7 @@ def test_the_backward_keeps_less(name: str, most: float) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["yolov9-t", "yolov9-c"])
-def test_a_whole_training_graph_is_as_exact_as_eager(name: str) -> None:
+def test_a_whole_training_graph_is_as_exact_as_eager(name: str, device: str) -> None:
     """Outputs and gradients of the fused graph against the eager one, both measured against float64.
 
     A batch's error is the median over its tensors. Rounding is amplified through two hundred normalised layers, and
@@ -194,11 +202,11 @@ def test_a_whole_training_graph_is_as_exact_as_eager(name: str) -> None:
 
     def fresh() -> nn.Module:
         torch.manual_seed(0)
-        return create_model(name, 3)
+        return create_model(name, 3).to(device)
 
     medians = []
     for seed in (2, 3, 4, 5):
-        x = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(seed))
+        x = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(seed)).to(device)
         fast = step(fresh().to(memory_format=torch.channels_last), x)
         with yf.backend("eager"):
             eager = step(fresh().to(memory_format=torch.channels_last), x)

@@ -58,10 +58,10 @@ def reader(model: DetectionModel) -> None:
 
 
 @pytest.mark.parametrize("change", [concat, upsample, forward_of_an_instance, reader])
-def test_a_replaced_layer_runs(change: Callable[[DetectionModel], None]) -> None:
+def test_a_replaced_layer_runs(change: Callable[[DetectionModel], None], device: str) -> None:
     torch.manual_seed(0)
-    model = create_model("gelan-t", 3).train().double()
-    x = torch.rand(2, 3, 64, 64, dtype=torch.float64)
+    model = create_model("gelan-t", 3).to(device).train().double()
+    x = torch.rand(2, 3, 64, 64, dtype=torch.float64, device=device)
 
     def maps() -> Tensor:
         return torch.cat([each.flatten() for each in model.raw(x).main])

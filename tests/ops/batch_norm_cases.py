@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, field
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor
 
@@ -15,13 +13,6 @@ from yolov9_fast.ops import Norm
 
 MOMENTUM, EPS = 0.03, 1e-3
 LAYOUTS = ("channels_last", "contiguous", "rows_slice", "planes_slice", "strided")
-
-
-def skip_without_triton() -> None:
-    """Skip where Triton kernels are not interpreted."""
-    pytest.importorskip("triton")
-    if os.environ.get("TRITON_INTERPRET") != "1":
-        pytest.skip("TRITON_INTERPRET is not 1")
 
 
 def laid_out(values: Tensor, layout: str) -> Tensor:
@@ -74,15 +65,16 @@ def make_case(
     running: bool = True,
     mean: float = 0.5,
     seed: int = 0,
+    device: str = "cpu",
 ) -> Case:
     g = torch.Generator().manual_seed(seed)
     vectors = torch.float64 if dtype == torch.float64 else torch.float32
 
     def image(shift: float = 0.0) -> Tensor:
-        return laid_out((torch.randn(shape, generator=g, dtype=torch.float64) + shift).to(dtype), layout)
+        return laid_out((torch.randn(shape, generator=g, dtype=torch.float64) + shift).to(device, dtype), layout)
 
     def vector(low: float) -> Tensor:
-        return (low + torch.rand(shape[1], generator=g, dtype=torch.float64)).to(vectors)
+        return (low + torch.rand(shape[1], generator=g, dtype=torch.float64)).to(device, vectors)
 
     norms = [
         Norm(

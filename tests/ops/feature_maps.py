@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor
 
 import yolov9_fast as yf
-from yolov9_fast.ops._operator import Operator
 
 LAYOUTS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -26,31 +22,19 @@ def feature_map(
     dtype: torch.dtype = torch.float32,
     sliced: bool = False,
     ties: bool = False,
+    device: str = "cpu",
 ) -> Tensor:
-    """A leaf [B, C, H, W] that requires a gradient; `sliced`: channels from the middle of a wider buffer."""
+    """A leaf [B, C, H, W] that requires a gradient, the same numbers on each device.
+
+    `sliced`: channels from the middle of a wider buffer.
+    """
     batch, channels, height, width = shape
     wide = channels + 8 if sliced else channels
     values = torch.randn(batch, wide, height, width, generator=torch.Generator().manual_seed(seed))
     if ties:
         values = (2 * values).round() / 2
-    buffer = values.to(dtype).to(memory_format=LAYOUTS[layout])
+    buffer = values.to(device, dtype).to(memory_format=LAYOUTS[layout])
     return (buffer[:, 3 : 3 + channels] if sliced else buffer).detach().requires_grad_()
-
-
-def backends(operator: Operator, kernel: str | None = None) -> list[object]:
-    """The backends of `operator` as test parameters; what cannot run on this machine is skipped, with the reason."""
-    parameters = [pytest.param("eager")]
-    reason = operator.why_not("cpu")
-    parameters.append(pytest.param("cpu", marks=pytest.mark.skipif(reason is not None, reason=f"cpu: {reason}")))
-    if kernel is not None:
-        reason = operator.why_not("triton")
-        if reason is None and importlib.util.find_spec(f"yolov9_fast.kernels.{kernel}") is None:
-            reason = f"there is no yolov9_fast.kernels.{kernel}"
-        if reason is None and not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
-            reason = "TRITON_INTERPRET=1 is not set"
-        skip = pytest.mark.skipif(reason is not None, reason=f"triton: {reason}")
-        parameters.append(pytest.param("triton", marks=skip))
-    return parameters
 
 
 @contextmanager
@@ -91,7 +75,7 @@ def outputs_and_gradients(
     given = result if isinstance(result, tuple | list) else [result]
     outputs = [output for output in given if isinstance(output, Tensor)]
     generator = torch.Generator().manual_seed(seed)
-    weights = [torch.randn(output.shape, generator=generator).to(output.dtype) for output in outputs]
+    weights = [torch.randn(output.shape, generator=generator).to(output) for output in outputs]
     wanted = [x for x in inputs if x.requires_grad]
     gradients = torch.autograd.grad(outputs, wanted, weights, allow_unused=True)
     return outputs, [torch.zeros_like(x) if g is None else g for x, g in zip(wanted, gradients, strict=True)]

@@ -9,18 +9,19 @@ import torch
 from torch import Tensor
 
 import yolov9_fast as yf
+from tests.devices import backends
 from tests.ops.feature_maps import (
     DTYPES,
     LAYOUTS,
     assert_as_exact_as_eager,
-    backends,
     feature_map,
     outputs_and_gradients,
     threads,
 )
 from yolov9_fast.ops._adown_pool import OPERATOR, adown_pool_reference
 
-BACKENDS = backends(OPERATOR, "adown_pool")
+BACKENDS = backends(OPERATOR)
+KERNELS = backends(OPERATOR, eager=False, interpreted=False)
 needs_cpu = pytest.mark.skipif(OPERATOR.why_not("cpu") is not None, reason=str(OPERATOR.why_not("cpu")))
 
 
@@ -32,37 +33,39 @@ def average(x: Tensor) -> Tensor:
     return yf.ops.adown_pool(x, split=False)[0]
 
 
-@pytest.mark.parametrize("name", BACKENDS)
-def test_values_counted_by_hand(name: str) -> None:
-    x = torch.arange(32.0).reshape(1, 2, 4, 4).requires_grad_()
+@pytest.mark.parametrize(("name", "device"), BACKENDS)
+def test_values_counted_by_hand(name: str, device: str) -> None:
+    x = torch.arange(32.0, device=device).reshape(1, 2, 4, 4).requires_grad_()
     with yf.backend(name):
         first, second = yf.ops.adown_pool(x)
     assert second is not None
     assert first[0, 0].tolist() == [[2.5, 3.5, 4.5], [6.5, 7.5, 8.5], [10.5, 11.5, 12.5]]
     # Windows of rows and columns {-1, 0, 1} and {1, 2, 3} of the second half's averages 18.5 ... 28.5.
     assert second[0, 0].tolist() == [[23.5, 24.5], [27.5, 28.5]]
-    second.backward(torch.tensor([[[[4.0, 8.0], [16.0, 32.0]]]]))
+    second.backward(torch.tensor([[[[4.0, 8.0], [16.0, 32.0]]]], device=device))
     assert x.grad is not None
     assert x.grad[0, 1].tolist() == [[0, 0, 0, 0], [0, 1, 3, 2], [0, 5, 15, 10], [0, 4, 12, 8]]
     assert not x.grad[0, 0].any()
 
 
-@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize(("name", "device"), BACKENDS)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("ties", [False, True])
-def test_as_exact_as_eager(name: str, layout: str, dtype: torch.dtype, ties: bool) -> None:
-    if name == "triton" and (dtype == torch.float64 or not ties):
+def test_as_exact_as_eager(name: str, device: str, layout: str, dtype: torch.dtype, ties: bool) -> None:
+    if name == "triton" and (dtype == torch.float64 or (device == "cpu" and not ties)):
         pytest.skip("computes in float32; interpreted, the harder case alone")
-    x = feature_map(2, 10 if name == "triton" else 38, 7, 6, layout=layout, dtype=dtype, sliced=True, ties=ties)
+    x = feature_map(
+        2, 10 if name == "triton" else 38, 7, 6, layout=layout, dtype=dtype, sliced=True, ties=ties, device=device
+    )
     assert_as_exact_as_eager(name, halves, [x])
     assert_as_exact_as_eager(name, average, [x])
 
 
-@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize(("name", "device"), BACKENDS)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_nan_and_infinity_as_torch_pools_them(name: str, layout: str) -> None:
-    x = feature_map(1, 8, 6, 7, layout=layout).detach()
+def test_nan_and_infinity_as_torch_pools_them(name: str, device: str, layout: str) -> None:
+    x = feature_map(1, 8, 6, 7, layout=layout, device=device).detach()
     x[0, 4, 2, 3] = float("nan")
     x[0, 5, 1, :] = float("nan")
     x[0, 6] = -float("inf")
@@ -85,15 +88,15 @@ def test_two_thousand_random_shapes_give_the_bits_of_torch() -> None:
         torch.testing.assert_close(mine[1][0], eager[1][0], rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize(("name", "device"), BACKENDS)
 @pytest.mark.parametrize("used", [0, 1])
-def test_a_half_that_nobody_used_has_a_gradient_of_zeros(name: str, used: int) -> None:
-    x = feature_map(1, 4, 5, 6)
+def test_a_half_that_nobody_used_has_a_gradient_of_zeros(name: str, device: str, used: int) -> None:
+    x = feature_map(1, 4, 5, 6, device=device)
     with yf.backend(name):
         result = yf.ops.adown_pool(x)[used]
     assert result is not None
     result.square().sum().backward()
-    expected = feature_map(1, 4, 5, 6)
+    expected = feature_map(1, 4, 5, 6, device=device)
     reference = adown_pool_reference(expected)[used]
     assert reference is not None
     reference.square().sum().backward()
@@ -102,11 +105,11 @@ def test_a_half_that_nobody_used_has_a_gradient_of_zeros(name: str, used: int) -
     torch.testing.assert_close(x.grad, expected.grad)
 
 
-@needs_cpu
+@pytest.mark.parametrize(("name", "device"), KERNELS)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_results_are_dense_in_the_layout_of_x(layout: str) -> None:
-    with yf.backend("cpu"):
-        for result in yf.ops.adown_pool(feature_map(2, 8, 6, 6, layout=layout, sliced=True)):
+def test_results_are_dense_in_the_layout_of_x(name: str, device: str, layout: str) -> None:
+    with yf.backend(name):
+        for result in yf.ops.adown_pool(feature_map(2, 8, 6, 6, layout=layout, sliced=True, device=device)):
             assert result is not None
             assert result.is_contiguous(memory_format=LAYOUTS[layout])
 
@@ -122,10 +125,10 @@ def test_the_bits_do_not_depend_on_the_number_of_threads(layout: str) -> None:
     assert all(torch.equal(a, b) for a, b in zip(one[0] + one[1], two[0] + two[1], strict=True))
 
 
-@needs_cpu
-def test_an_empty_batch_gives_empty_maps() -> None:
-    with yf.backend("cpu"):
-        first, second = yf.ops.adown_pool(torch.zeros(0, 4, 6, 5))
+@pytest.mark.parametrize(("name", "device"), KERNELS)
+def test_an_empty_batch_gives_empty_maps(name: str, device: str) -> None:
+    with yf.backend(name):
+        first, second = yf.ops.adown_pool(torch.zeros(0, 4, 6, 5, device=device))
     assert second is not None
     assert first.shape == (0, 2, 5, 4)
     assert second.shape == (0, 2, 3, 2)
@@ -141,10 +144,10 @@ def test_gradcheck(layout: str) -> None:
         assert torch.autograd.gradcheck(average, [x])
 
 
-@needs_cpu
-def test_a_second_derivative_is_refused() -> None:
-    x = feature_map(1, 2, 4, 4)
-    with yf.backend("cpu"):
+@pytest.mark.parametrize(("name", "device"), KERNELS)
+def test_a_second_derivative_is_refused(name: str, device: str) -> None:
+    x = feature_map(1, 2, 4, 4, device=device)
+    with yf.backend(name):
         first = average(x)
     (gradient,) = torch.autograd.grad((first * first).sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import yolov9_fast as yf
+from tests.devices import backends
 from tests.ops.batch_norm_cases import (
     EPS,
     LAYOUTS,
@@ -22,14 +23,14 @@ from tests.ops.batch_norm_cases import (
     laid_out,
     make_case,
     run,
-    skip_without_triton,
     truth,
 )
 from yolov9_fast.ops._bn_silu import OPERATOR
 
 CPU_REASON = OPERATOR.why_not("cpu")
 needs_cpu = pytest.mark.skipif(CPU_REASON is not None, reason=f"no compiled bn_silu: {CPU_REASON}")
-BACKENDS = [pytest.param("eager"), pytest.param("cpu", marks=needs_cpu)]
+BACKENDS = backends(OPERATOR, interpreted=False)
+KERNELS = backends(OPERATOR, eager=False, interpreted=False)
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
 
@@ -39,34 +40,40 @@ def compute(x: Tensor, **options: Any) -> Tensor:
     return yf.ops.bn_silu(x, None, None, None, None, **options)
 
 
-@pytest.mark.parametrize("name", BACKENDS)
-def test_two_values_a_channel_become_plus_and_minus_one(name: str) -> None:
-    x = torch.tensor([3.0, 5.0, -10.0, 10.0]).view(1, 2, 1, 2)
+@pytest.mark.parametrize(("name", "device"), BACKENDS)
+def test_two_values_a_channel_become_plus_and_minus_one(name: str, device: str) -> None:
+    x = torch.tensor([3.0, 5.0, -10.0, 10.0], device=device).view(1, 2, 1, 2)
     with yf.backend(name):
         z = compute(x, eps=1e-12)
-    expected = torch.tensor([-1.0, 1.0, -1.0, 1.0]).view(1, 2, 1, 2)
+    expected = torch.tensor([-1.0, 1.0, -1.0, 1.0], device=device).view(1, 2, 1, 2)
     torch.testing.assert_close(z, expected * torch.sigmoid(expected))
 
 
-@needs_cpu
+@pytest.mark.parametrize(("name", "device"), KERNELS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("shape", [(2, 3, 5, 7), (3, 24, 5, 5), (2, 80, 4, 4), (1, 16, 40, 33), (2, 33, 1, 1)], ids=str)
-def test_every_dtype_layout_and_odd_size(dtype: torch.dtype, layout: str, shape: tuple[int, int, int, int]) -> None:
-    assert_no_worse_than_eager(make_case(1, shape, dtype=dtype, layout=layout, residual=True), "cpu")
+def test_every_dtype_layout_and_odd_size(
+    name: str, device: str, dtype: torch.dtype, layout: str, shape: tuple[int, int, int, int]
+) -> None:
+    if name == "triton" and dtype == torch.float64:
+        pytest.skip("computes in float32")
+    assert_no_worse_than_eager(make_case(1, shape, dtype=dtype, layout=layout, residual=True, device=device), name)
 
 
-@needs_cpu
+@pytest.mark.parametrize(("name", "device"), KERNELS)
 @pytest.mark.parametrize("layout", ["channels_last", "contiguous"])
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("affine", [True, False])
 @pytest.mark.parametrize("activation", [True, False])
 @pytest.mark.parametrize("residual", [True, False])
-def test_every_mode(layout: str, training: bool, affine: bool, activation: bool, residual: bool) -> None:
+def test_every_mode(
+    name: str, device: str, layout: str, training: bool, affine: bool, activation: bool, residual: bool
+) -> None:
     options = {"training": training, "affine": affine, "activation": activation, "residual": residual}
-    assert_no_worse_than_eager(make_case(1, layout=layout, **options), "cpu")
+    assert_no_worse_than_eager(make_case(1, layout=layout, **options, device=device), name)
     if training:
-        assert_no_worse_than_eager(make_case(1, layout=layout, running=False, **options), "cpu")
+        assert_no_worse_than_eager(make_case(1, layout=layout, running=False, **options, device=device), name)
 
 
 @pytest.mark.parametrize(
@@ -74,12 +81,12 @@ def test_every_mode(layout: str, training: bool, affine: bool, activation: bool,
     [{}, {"layout": "planes_slice"}, {"training": False}, {"dtype": torch.bfloat16, "residual": True}],
     ids=str,
 )
-def test_interpreted_triton(options: dict[str, Any]) -> None:
-    skip_without_triton()
-    assert_no_worse_than_eager(make_case(1, **options), "triton")
+@pytest.mark.parametrize(("name", "device"), backends(OPERATOR, eager=False))
+def test_every_backend(name: str, device: str, options: dict[str, Any]) -> None:
+    assert_no_worse_than_eager(make_case(1, **options, device=device), name)
 
 
-@needs_cpu
+@pytest.mark.parametrize(("name", "device"), KERNELS)
 @given(
     st.integers(1, 4),
     st.integers(1, 70),
@@ -89,8 +96,12 @@ def test_interpreted_triton(options: dict[str, Any]) -> None:
     st.booleans(),
     st.integers(0, 10_000),
 )
-def test_any_shape(n: int, c: int, h: int, w: int, layout: str, training: bool, seed: int) -> None:
-    assert_no_worse_than_eager(make_case(1, (n, c, h, w), layout=layout, training=training, seed=seed), "cpu")
+def test_any_shape(
+    name: str, device: str, n: int, c: int, h: int, w: int, layout: str, training: bool, seed: int
+) -> None:
+    assert_no_worse_than_eager(
+        make_case(1, (n, c, h, w), layout=layout, training=training, seed=seed, device=device), name
+    )
 
 
 @needs_cpu
@@ -124,20 +135,22 @@ def test_statistics_of_four_million_values_a_channel(layout: str) -> None:
     assert (m2.double() / 2**22 - variance).abs().max() <= max(2 * eager, 1e-6)
 
 
-@needs_cpu
+@pytest.mark.parametrize(("name", "device"), KERNELS)
 @pytest.mark.parametrize("layout", ["channels_last", "contiguous"])
-def test_a_constant_channel_gives_its_bias(layout: str) -> None:
-    x = laid_out(torch.full((3, 2, 5, 7), 1000.1), layout)
-    bias = torch.tensor([0.5, -0.5])
-    with yf.backend("cpu"):
-        z = yf.ops.bn_silu(x, torch.ones(2), bias, None, None, training=True, momentum=0.1, eps=EPS, activation=False)
+def test_a_constant_channel_gives_its_bias(name: str, device: str, layout: str) -> None:
+    x = laid_out(torch.full((3, 2, 5, 7), 1000.1, device=device), layout)
+    bias = torch.tensor([0.5, -0.5], device=device)
+    with yf.backend(name):
+        z = yf.ops.bn_silu(
+            x, torch.ones(2, device=device), bias, None, None, training=True, momentum=0.1, eps=EPS, activation=False
+        )
     assert torch.equal(z, bias.view(1, 2, 1, 1).expand_as(z))
 
 
-@pytest.mark.parametrize("name", BACKENDS)
-def test_running_statistics_average_cumulatively_when_the_caller_says_so(name: str) -> None:
-    batches = torch.randn(3, 2, 4, 3, 3, generator=torch.Generator().manual_seed(0))
-    mean, var = torch.zeros(4), torch.ones(4)
+@pytest.mark.parametrize(("name", "device"), BACKENDS)
+def test_running_statistics_average_cumulatively_when_the_caller_says_so(name: str, device: str) -> None:
+    batches = torch.randn(3, 2, 4, 3, 3, generator=torch.Generator().manual_seed(0)).to(device)
+    mean, var = torch.zeros(4, device=device), torch.ones(4, device=device)
     with yf.backend(name):
         for number, x in enumerate(batches, start=1):
             yf.ops.bn_silu(x, None, None, mean, var, training=True, momentum=1 / number, eps=EPS)
@@ -145,17 +158,17 @@ def test_running_statistics_average_cumulatively_when_the_caller_says_so(name: s
     torch.testing.assert_close(var, batches.transpose(1, 2).flatten(2).var(2).mean(0), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", BACKENDS)
-def test_one_value_a_channel_raises_as_torch_does(name: str) -> None:
+@pytest.mark.parametrize(("name", "device"), BACKENDS)
+def test_one_value_a_channel_raises_as_torch_does(name: str, device: str) -> None:
     with yf.backend(name), pytest.raises(ValueError, match=r"[Ee]xpected more than 1 value per channel when training"):
-        compute(torch.zeros(1, 3, 1, 1))
+        compute(torch.zeros(1, 3, 1, 1, device=device))
 
 
-@pytest.mark.parametrize("name", BACKENDS)
-def test_an_empty_batch_is_empty_and_leaves_the_running_statistics(name: str) -> None:
-    x = torch.zeros(0, 3, 2, 2, requires_grad=True)
-    weight = torch.ones(3, requires_grad=True)
-    mean, var = torch.zeros(3), torch.ones(3)
+@pytest.mark.parametrize(("name", "device"), BACKENDS)
+def test_an_empty_batch_is_empty_and_leaves_the_running_statistics(name: str, device: str) -> None:
+    x = torch.zeros(0, 3, 2, 2, requires_grad=True, device=device)
+    weight = torch.ones(3, requires_grad=True, device=device)
+    mean, var = torch.zeros(3, device=device), torch.ones(3, device=device)
     with yf.backend(name):
         z = yf.ops.bn_silu(x, weight, weight, mean, var, training=True, momentum=0.1, eps=EPS)
         z.sum().backward()
@@ -183,21 +196,26 @@ def test_the_result_does_not_depend_on_the_number_of_threads(layout: str) -> Non
         assert all(torch.equal(first, other[name]) for other in results[1:]), name
 
 
-def slots(layout: str, *channels: int) -> list[Tensor]:
+def slots(layout: str, *channels: int, device: str = "cpu") -> list[Tensor]:
     """Neighbouring slices of one buffer of NaN, each with its own version counter."""
-    buffer = torch.full((2, sum(channels), 4, 3), float("nan"))
+    buffer = torch.full((2, sum(channels), 4, 3), float("nan"), device=device)
     if layout == "channels_last":
         buffer = buffer.contiguous(memory_format=torch.channels_last)
     parts = buffer.split(list(channels), 1)
-    return [torch.empty(0).set_(buffer.untyped_storage(), p.storage_offset(), p.shape, p.stride()) for p in parts]
+    return [
+        torch.empty(0, device=device).set_(buffer.untyped_storage(), p.storage_offset(), p.shape, p.stride())
+        for p in parts
+    ]
 
 
-@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize(("name", "device"), BACKENDS)
 @pytest.mark.parametrize("layout", ["channels_last", "contiguous"])
 @pytest.mark.parametrize("training", [True, False])
-def test_slots_of_one_buffer_are_written_and_differentiated(name: str, layout: str, training: bool) -> None:
-    before, slot, after = slots(layout, 3, 5, 2)
-    case = make_case(1, layout=layout, training=training, residual=True)
+def test_slots_of_one_buffer_are_written_and_differentiated(
+    name: str, device: str, layout: str, training: bool
+) -> None:
+    before, slot, after = slots(layout, 3, 5, 2, device=device)
+    case = make_case(1, layout=layout, training=training, residual=True, device=device)
     case.dz = laid_out(case.dz, "rows_slice" if layout == "channels_last" else "planes_slice")
     expected, into = run(case, name), run(case, name, slot)
     assert all(torch.equal(expected[key], into[key]) for key in expected)
@@ -207,10 +225,13 @@ def test_slots_of_one_buffer_are_written_and_differentiated(name: str, layout: s
     assert after.isnan().all()
 
 
-@pytest.mark.parametrize("name", BACKENDS)
-def test_two_slots_feed_what_saves_them(name: str) -> None:
-    first, second = slots("channels_last", 2, 3)
-    x, y = torch.randn(2, 2, 4, 3, requires_grad=True), torch.randn(2, 3, 4, 3, requires_grad=True)
+@pytest.mark.parametrize(("name", "device"), BACKENDS)
+def test_two_slots_feed_what_saves_them(name: str, device: str) -> None:
+    first, second = slots("channels_last", 2, 3, device=device)
+    x, y = (
+        torch.randn(2, 2, 4, 3, requires_grad=True, device=device),
+        torch.randn(2, 3, 4, 3, requires_grad=True, device=device),
+    )
     with yf.backend(name):
         a, b = compute(x, out=first), compute(y, out=second)
         (a.square().sum() + b.square().sum()).backward()
@@ -218,10 +239,10 @@ def test_two_slots_feed_what_saves_them(name: str) -> None:
     torch.testing.assert_close(x.grad, plain)
 
 
-@pytest.mark.parametrize("name", BACKENDS)
-def test_a_second_use_of_a_slot_that_backward_still_needs_is_an_error(name: str) -> None:
-    slot, _ = slots("channels_last", 5, 1)
-    x = torch.randn(2, 5, 4, 3, requires_grad=True)
+@pytest.mark.parametrize(("name", "device"), BACKENDS)
+def test_a_second_use_of_a_slot_that_backward_still_needs_is_an_error(name: str, device: str) -> None:
+    slot, _ = slots("channels_last", 5, 1, device=device)
+    x = torch.randn(2, 5, 4, 3, requires_grad=True, device=device)
     with yf.backend(name):
         loss = compute(x, out=slot).square().sum()
         compute(x.detach() * 2, out=slot)
@@ -229,46 +250,45 @@ def test_a_second_use_of_a_slot_that_backward_still_needs_is_an_error(name: str)
             loss.backward()
 
 
-@pytest.mark.parametrize("name", BACKENDS)
-def test_backward_runs_twice_where_the_graph_is_kept(name: str) -> None:
-    x = torch.randn(2, 5, 4, 3, requires_grad=True)
+@pytest.mark.parametrize(("name", "device"), BACKENDS)
+def test_backward_runs_twice_where_the_graph_is_kept(name: str, device: str) -> None:
+    x = torch.randn(2, 5, 4, 3, requires_grad=True, device=device)
     with yf.backend(name):
         z = compute(x)
         grads = [torch.autograd.grad(z, x, torch.ones_like(z), retain_graph=True)[0] for _ in range(2)]
     assert torch.equal(*grads)
 
 
-@needs_cpu
-def test_a_second_derivative_is_refused() -> None:
-    x = torch.randn(2, 5, 4, 3, requires_grad=True)
-    with yf.backend("cpu"):
+@pytest.mark.parametrize(("name", "device"), KERNELS)
+def test_a_second_derivative_is_refused(name: str, device: str) -> None:
+    x = torch.randn(2, 5, 4, 3, requires_grad=True, device=device)
+    with yf.backend(name):
         (grad,) = torch.autograd.grad(compute(x).square().sum(), x, create_graph=True)
         with pytest.raises(RuntimeError, match="differentiate twice"):
             grad.sum().backward()
 
 
-@needs_cpu
-def test_only_the_input_and_two_vectors_are_saved() -> None:
+@pytest.mark.parametrize(("name", "device"), KERNELS)
+def test_only_the_input_and_two_vectors_are_saved(name: str, device: str) -> None:
     saved: list[Tensor] = []
-    x = torch.randn(2, 5, 4, 3, requires_grad=True)
-    weight = torch.ones(5, requires_grad=True)
-    with yf.backend("cpu"), torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+    x = torch.randn(2, 5, 4, 3, requires_grad=True, device=device)
+    weight = torch.ones(5, requires_grad=True, device=device)
+    with yf.backend(name), torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         yf.ops.bn_silu(x, weight, weight, None, None, training=True, momentum=0.1, eps=EPS)
     assert sorted(t.numel() for t in saved) == [5, 5, 5, 5, x.numel()]
 
 
-@needs_cpu
+@pytest.mark.parametrize(("name", "device"), KERNELS)
 @pytest.mark.parametrize("needed", range(3))
 @pytest.mark.parametrize("training", [True, False])
-def test_only_the_gradients_asked_for(needed: int, training: bool) -> None:
-    case = make_case(1, training=training)
+def test_only_the_gradients_asked_for(name: str, device: str, needed: int, training: bool) -> None:
+    case = make_case(1, training=training, device=device)
     arguments = [case.inputs[0], *case.norms[0][:2]]
     arguments[needed] = arguments[needed].clone().requires_grad_()
-    with yf.backend("cpu"):
+    with yf.backend(name):
         z = yf.ops.bn_silu(*arguments, *case.norms[0][2:], training=training, momentum=MOMENTUM, eps=EPS)
         (grad,) = torch.autograd.grad(z, arguments[needed], case.dz)
-    name = ("dx0", "dweight0", "dbias0")[needed]
-    torch.testing.assert_close(grad, run(case, "cpu")[name])
+    torch.testing.assert_close(grad, run(case, name)[("dx0", "dweight0", "dbias0")[needed]])
 
 
 @needs_cpu
@@ -328,33 +348,44 @@ def test_compiles_in_one_graph_with_and_without_a_slot() -> None:
         torch.testing.assert_close(result, expected)
 
 
-@pytest.mark.parametrize("name", BACKENDS)
-def test_under_autocast_the_result_keeps_the_type_of_the_convolution(name: str) -> None:
-    x, weight = torch.randn(2, 3, 4, 4, requires_grad=True), torch.randn(5, 3, 1, 1)
-    gamma, beta = torch.ones(5, requires_grad=True), torch.zeros(5, requires_grad=True)
-    with yf.backend(name), torch.autocast("cpu", torch.bfloat16):
+@pytest.mark.parametrize(("name", "device"), BACKENDS)
+def test_under_autocast_the_result_keeps_the_type_of_the_convolution(name: str, device: str) -> None:
+    x, weight = torch.randn(2, 3, 4, 4, requires_grad=True, device=device), torch.randn(5, 3, 1, 1, device=device)
+    gamma, beta = torch.ones(5, requires_grad=True, device=device), torch.zeros(5, requires_grad=True, device=device)
+    with yf.backend(name), torch.autocast(device, torch.bfloat16):
         y = F.conv2d(x, weight)
-        z = yf.ops.bn_silu(y, gamma, beta, torch.zeros(5), torch.ones(5), training=True, momentum=0.1, eps=EPS)
+        z = yf.ops.bn_silu(
+            y,
+            gamma,
+            beta,
+            torch.zeros(5, device=device),
+            torch.ones(5, device=device),
+            training=True,
+            momentum=0.1,
+            eps=EPS,
+        )
     z.float().square().sum().backward()
     assert z.dtype == torch.bfloat16
     assert gamma.grad is not None
     assert gamma.grad.dtype == torch.float32
 
 
-@needs_cpu
-def test_parameters_in_half_get_their_gradients_in_half() -> None:
-    x = torch.randn(2, 5, 4, 3).half()
-    weight = torch.ones(5).half().requires_grad_()
-    with yf.backend("cpu"):
+@pytest.mark.parametrize(("name", "device"), KERNELS)
+def test_parameters_in_half_get_their_gradients_in_half(name: str, device: str) -> None:
+    x = torch.randn(2, 5, 4, 3, device=device).half()
+    weight = torch.ones(5, device=device).half().requires_grad_()
+    with yf.backend(name):
         yf.ops.bn_silu(x, weight, None, None, None, training=True, momentum=0.1, eps=EPS).sum().backward()
     assert weight.grad is not None
     assert weight.grad.dtype == torch.float16
 
 
-@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize(("name", "device"), BACKENDS)
 @pytest.mark.parametrize("recorded", [True, False])
-def test_a_folded_unit_is_bias_and_silu_in_place_where_nothing_is_recorded(name: str, recorded: bool) -> None:
-    x, bias = torch.randn(2, 5, 4, 3), torch.randn(5, requires_grad=True)
+def test_a_folded_unit_is_bias_and_silu_in_place_where_nothing_is_recorded(
+    name: str, device: str, recorded: bool
+) -> None:
+    x, bias = torch.randn(2, 5, 4, 3, device=device), torch.randn(5, requires_grad=True, device=device)
     expected = F.silu(x + bias.detach().view(1, -1, 1, 1))
     with yf.backend(name), torch.set_grad_enabled(recorded):
         z = yf.ops.bias_silu(x, bias)
@@ -365,9 +396,13 @@ def test_a_folded_unit_is_bias_and_silu_in_place_where_nothing_is_recorded(name:
         assert bias.grad is not None
 
 
-@pytest.mark.parametrize("name", BACKENDS)
-def test_a_folded_unit_adds_a_residual(name: str) -> None:
-    x, bias, residual = torch.randn(2, 5, 4, 3), torch.randn(5), torch.randn(2, 5, 4, 3, requires_grad=True)
+@pytest.mark.parametrize(("name", "device"), BACKENDS)
+def test_a_folded_unit_adds_a_residual(name: str, device: str) -> None:
+    x, bias, residual = (
+        torch.randn(2, 5, 4, 3, device=device),
+        torch.randn(5, device=device),
+        torch.randn(2, 5, 4, 3, requires_grad=True, device=device),
+    )
     expected = F.silu(x + bias.view(1, -1, 1, 1)) + residual
     with yf.backend(name):
         z = yf.ops.bias_silu(x, bias, residual=residual)

@@ -10,18 +10,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import yolov9_fast as yf
+from tests.devices import backends
 from tests.ops.feature_maps import (
     DTYPES,
     LAYOUTS,
     assert_as_exact_as_eager,
-    backends,
     feature_map,
     outputs_and_gradients,
     threads,
 )
 from yolov9_fast.ops._cbfuse import OPERATOR, cbfuse_reference
 
-BACKENDS = backends(OPERATOR, "cbfuse")
+BACKENDS = backends(OPERATOR)
+KERNELS = backends(OPERATOR, eager=False, interpreted=False)
 needs_cpu = pytest.mark.skipif(OPERATOR.why_not("cpu") is not None, reason=str(OPERATOR.why_not("cpu")))
 
 
@@ -29,32 +30,33 @@ def fuse(*maps: Tensor) -> Tensor:
     return yf.ops.cbfuse(maps[:-1], maps[-1])
 
 
-@pytest.mark.parametrize("name", BACKENDS)
-def test_values_counted_by_hand(name: str) -> None:
-    coarse = torch.tensor([[[[1.0, 2.0], [3.0, 4.0]]]], requires_grad=True)
-    target = torch.arange(16.0).reshape(1, 1, 4, 4).requires_grad_()
+@pytest.mark.parametrize(("name", "device"), BACKENDS)
+def test_values_counted_by_hand(name: str, device: str) -> None:
+    coarse = torch.tensor([[[[1.0, 2.0], [3.0, 4.0]]]], requires_grad=True, device=device)
+    target = torch.arange(16.0, device=device).reshape(1, 1, 4, 4).requires_grad_()
     with yf.backend(name):
         out = yf.ops.cbfuse([coarse], target)
     assert out[0, 0].tolist() == [[1, 2, 4, 5], [5, 6, 8, 9], [11, 12, 14, 15], [15, 16, 18, 19]]
-    out.backward(torch.arange(16.0).reshape(1, 1, 4, 4))
+    out.backward(torch.arange(16.0, device=device).reshape(1, 1, 4, 4))
     assert coarse.grad is not None
     assert target.grad is not None
     assert coarse.grad[0, 0].tolist() == [[10, 18], [42, 50]]
-    assert torch.equal(target.grad, torch.arange(16.0).reshape(1, 1, 4, 4))
+    assert torch.equal(target.grad, torch.arange(16.0, device=device).reshape(1, 1, 4, 4))
 
 
-@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize(("name", "device"), BACKENDS)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("sliced", [False, True])
-def test_as_exact_as_eager(name: str, layout: str, dtype: torch.dtype, sliced: bool) -> None:
-    if name == "triton" and (dtype == torch.float64 or not sliced):
+def test_as_exact_as_eager(name: str, device: str, layout: str, dtype: torch.dtype, sliced: bool) -> None:
+    if name == "triton" and (dtype == torch.float64 or (device == "cpu" and not sliced)):
         pytest.skip("computes in float32; interpreted, the harder case alone")
     sizes = [(6, 8), (3, 4), (1, 1), (5, 9)]
     maps = [
-        feature_map(2, 5, h, w, seed=i, layout=layout, dtype=dtype, sliced=sliced) for i, (h, w) in enumerate(sizes)
+        feature_map(2, 5, h, w, seed=i, layout=layout, dtype=dtype, sliced=sliced, device=device)
+        for i, (h, w) in enumerate(sizes)
     ]
-    target = feature_map(2, 5, 6, 8, seed=9, layout=layout, dtype=dtype)
+    target = feature_map(2, 5, 6, 8, seed=9, layout=layout, dtype=dtype, device=device)
     assert_as_exact_as_eager(name, fuse, [*maps, target])
 
 
@@ -96,17 +98,20 @@ def test_the_bits_do_not_depend_on_the_number_of_threads(layout: str) -> None:
     assert all(torch.equal(a, b) for a, b in zip(one[0] + one[1], two[0] + two[1], strict=True))
 
 
-@pytest.mark.parametrize("name", BACKENDS)
-def test_mixed_layouts_and_odd_strides_are_read(name: str) -> None:
-    a, b = feature_map(2, 4, 3, 3, seed=1), feature_map(2, 4, 6, 6, seed=2, layout="contiguous")
-    odd = feature_map(2, 4, 6, 12, seed=3)[..., ::2].detach().requires_grad_()
+@pytest.mark.parametrize(("name", "device"), BACKENDS)
+def test_mixed_layouts_and_odd_strides_are_read(name: str, device: str) -> None:
+    a, b = (
+        feature_map(2, 4, 3, 3, seed=1, device=device),
+        feature_map(2, 4, 6, 6, seed=2, layout="contiguous", device=device),
+    )
+    odd = feature_map(2, 4, 6, 12, seed=3, device=device)[..., ::2].detach().requires_grad_()
     assert_as_exact_as_eager(name, fuse, [a, odd, b])
 
 
-@pytest.mark.parametrize("name", BACKENDS)
-def test_only_what_wants_a_gradient_gets_one(name: str) -> None:
-    a, b = feature_map(1, 2, 2, 2), feature_map(1, 2, 3, 3).detach()
-    target = feature_map(1, 2, 4, 4).detach()
+@pytest.mark.parametrize(("name", "device"), BACKENDS)
+def test_only_what_wants_a_gradient_gets_one(name: str, device: str) -> None:
+    a, b = feature_map(1, 2, 2, 2, device=device), feature_map(1, 2, 3, 3, device=device).detach()
+    target = feature_map(1, 2, 4, 4, device=device).detach()
     with yf.backend(name):
         out = yf.ops.cbfuse([a, b], target)
     out.sum().backward()
@@ -116,10 +121,12 @@ def test_only_what_wants_a_gradient_gets_one(name: str) -> None:
     assert torch.equal(a.grad, torch.full_like(a, 4.0))
 
 
-@pytest.mark.parametrize("name", BACKENDS)
-def test_an_empty_batch_gives_an_empty_map(name: str) -> None:
+@pytest.mark.parametrize(("name", "device"), BACKENDS)
+def test_an_empty_batch_gives_an_empty_map(name: str, device: str) -> None:
     with yf.backend(name):
-        assert yf.ops.cbfuse([torch.zeros(0, 3, 2, 2)], torch.zeros(0, 3, 4, 4)).shape == (0, 3, 4, 4)
+        assert yf.ops.cbfuse(
+            [torch.zeros(0, 3, 2, 2, device=device)], torch.zeros(0, 3, 4, 4, device=device)
+        ).shape == (0, 3, 4, 4)
 
 
 def test_without_inputs_the_target_is_the_result() -> None:
@@ -135,10 +142,10 @@ def test_gradcheck(layout: str) -> None:
         assert torch.autograd.gradcheck(fuse, maps)
 
 
-@needs_cpu
-def test_a_second_derivative_is_refused() -> None:
-    x, target = feature_map(1, 2, 2, 2), feature_map(1, 2, 4, 4)
-    with yf.backend("cpu"):
+@pytest.mark.parametrize(("name", "device"), KERNELS)
+def test_a_second_derivative_is_refused(name: str, device: str) -> None:
+    x, target = feature_map(1, 2, 2, 2, device=device), feature_map(1, 2, 4, 4, device=device)
+    with yf.backend(name):
         out = yf.ops.cbfuse([x], target)
     (gradient,) = torch.autograd.grad((out * out).sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):

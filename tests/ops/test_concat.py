@@ -12,11 +12,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import yolov9_fast as yf
+from tests.devices import backends
 from tests.ops.feature_maps import (
     DTYPES,
     LAYOUTS,
     assert_as_exact_as_eager,
-    backends,
     feature_map,
     outputs_and_gradients,
     threads,
@@ -32,6 +32,7 @@ from yolov9_fast.ops._concat import (
 )
 
 BACKENDS = backends(OPERATOR)
+KERNELS = backends(OPERATOR, eager=False, interpreted=False)
 needs_cpu = pytest.mark.skipif(OPERATOR.why_not("cpu") is not None, reason=str(OPERATOR.why_not("cpu")))
 
 
@@ -72,20 +73,19 @@ def csp_elan_reference(x: Tensor, first: Tensor, second: Tensor, last: Tensor) -
     return F.conv2d(torch.cat((y0, y1, y2, y3), 1), last)
 
 
-def block_arguments(batch: int = 2, size: int = 5, layout: str = "channels_last") -> list[Tensor]:
+def block_arguments(batch: int = 2, size: int = 5, layout: str = "channels_last", device: str = "cpu") -> list[Tensor]:
     generator = torch.Generator().manual_seed(0)
-    weights = [torch.randn(*shape, 1, 1, generator=generator) / 3 for shape in ((12, 4), (12, 6), (7, 20))]
-    x = feature_map(batch, 8, size, size, layout=layout)
+    weights = [torch.randn(*shape, 1, 1, generator=generator).to(device) / 3 for shape in ((12, 4), (12, 6), (7, 20))]
+    x = feature_map(batch, 8, size, size, layout=layout, device=device)
     return [x, *(weight.requires_grad_() for weight in weights)]
 
 
-@needs_cpu
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(("batch", "size"), [(2, 5), (1, 4), (1, 1), (3, 1)])
-def test_a_block_of_slots_is_the_block_of_copies(layout: str, batch: int, size: int) -> None:
-    arguments = block_arguments(batch, size, layout)
+def test_a_block_of_slots_is_the_block_of_copies(layout: str, batch: int, size: int, device: str) -> None:
+    arguments = block_arguments(batch, size, layout, device=device)
     expected = outputs_and_gradients("eager", csp_elan_reference, arguments)
-    for name in ("cpu", "eager"):
+    for name in ("auto", "eager"):
         got = outputs_and_gradients(name, csp_elan, arguments)
         for a, b in zip(expected[0] + expected[1], got[0] + got[1], strict=True):
             torch.testing.assert_close(b, a, rtol=1e-4, atol=1e-5)
@@ -110,14 +110,14 @@ class CopiesOfMaps(TorchDispatchMode):
         return result
 
 
-@needs_cpu
+@pytest.mark.parametrize(("name", "device"), KERNELS)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_no_copy_in_a_block_forward_or_backward(layout: str) -> None:
-    arguments = block_arguments(layout=layout)
+def test_no_copy_in_a_block_forward_or_backward(name: str, device: str, layout: str) -> None:
+    arguments = block_arguments(layout=layout, device=device)
     weights = torch.randn_like(csp_elan_reference(*arguments))
     names = []
     for call in (csp_elan, csp_elan_reference):
-        with yf.backend("cpu"), CopiesOfMaps(5) as mode:
+        with yf.backend(name), CopiesOfMaps(5) as mode:
             torch.autograd.grad(call(*arguments), arguments, weights)
         names.append(mode.names)
     assert names[0] == []
@@ -147,10 +147,10 @@ def _maps(event: Any) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_gradients_of_parts_are_views_of_the_whole_gradient(layout: str) -> None:
-    x = feature_map(1, 2, 3, 3, layout=layout)
+def test_gradients_of_parts_are_views_of_the_whole_gradient(layout: str, device: str) -> None:
+    x = feature_map(1, 2, 3, 3, layout=layout, device=device)
     buffer = ConcatBuffer.like(x, (2, 3))
-    parts = [x, feature_map(1, 3, 3, 3, layout=layout)]
+    parts = [x, feature_map(1, 3, 3, 3, layout=layout, device=device)]
     seen: list[Tensor] = []
     parts = [part * 1 for part in parts]
     for part in parts:
@@ -161,16 +161,16 @@ def test_gradients_of_parts_are_views_of_the_whole_gradient(layout: str) -> None
     assert {part.untyped_storage().data_ptr() for part in seen} == {gradient.untyped_storage().data_ptr()}
 
 
-def test_parts_that_are_not_in_their_slots_are_copied_there() -> None:
-    x, other = feature_map(2, 3, 4, 4), feature_map(2, 2, 4, 4, layout="contiguous")
+def test_parts_that_are_not_in_their_slots_are_copied_there(device: str) -> None:
+    x, other = feature_map(2, 3, 4, 4, device=device), feature_map(2, 2, 4, 4, layout="contiguous", device=device)
     buffer = ConcatBuffer.like(x, (3, 2))
     joined = buffer.join(x, other)
     assert torch.equal(joined, concat_reference([x, other]))
     assert joined.data_ptr() == buffer._buffer.data_ptr()
 
 
-def test_filling_a_slot_does_not_invalidate_what_was_saved_of_another() -> None:
-    x, weight = feature_map(1, 2, 3, 3), torch.randn(2, 2, 1, 1, requires_grad=True)
+def test_filling_a_slot_does_not_invalidate_what_was_saved_of_another(device: str) -> None:
+    x, weight = feature_map(1, 2, 3, 3, device=device), torch.randn(2, 2, 1, 1, requires_grad=True, device=device)
     buffer = ConcatBuffer.like(x, (2, 2))
     first = Unit.apply(x, buffer.slot(0))
     out = F.conv2d(first, weight)
@@ -179,8 +179,8 @@ def test_filling_a_slot_does_not_invalidate_what_was_saved_of_another() -> None:
     assert weight.grad is not None
 
 
-def test_a_slot_is_returned_once() -> None:
-    buffer = ConcatBuffer.like(feature_map(1, 2, 3, 3), (2, 3, 4))
+def test_a_slot_is_returned_once(device: str) -> None:
+    buffer = ConcatBuffer.like(feature_map(1, 2, 3, 3, device=device), (2, 3, 4))
     buffer.slot(0, 2)
     with pytest.raises(RuntimeError, match="a slot is written once"):
         buffer.slot(1)
@@ -188,8 +188,8 @@ def test_a_slot_is_returned_once() -> None:
         buffer.slot(2, 2)
 
 
-def test_a_graph_can_go_backward_twice() -> None:
-    arguments = block_arguments()
+def test_a_graph_can_go_backward_twice(device: str) -> None:
+    arguments = block_arguments(device=device)
     out = csp_elan(*arguments)
     once = torch.autograd.grad(out.sum(), arguments, retain_graph=True)
     twice = torch.autograd.grad(out.sum(), arguments)
@@ -197,23 +197,23 @@ def test_a_graph_can_go_backward_twice() -> None:
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-def test_without_gradients_the_numbers_are_the_same(mode: Any) -> None:
-    arguments = block_arguments()
+def test_without_gradients_the_numbers_are_the_same(mode: Any, device: str) -> None:
+    arguments = block_arguments(device=device)
     expected = csp_elan(*arguments)
     with mode():
         assert torch.equal(csp_elan(*arguments), expected)
 
 
-@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize(("name", "device"), BACKENDS)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_tap_as_exact_as_slicing(name: str, layout: str, dtype: torch.dtype) -> None:
+def test_tap_as_exact_as_slicing(name: str, device: str, layout: str, dtype: torch.dtype) -> None:
     def call(x: Tensor) -> tuple[Tensor, Tensor]:
         # A factor before and after, so that both gradients are new tensors.
         whole, part = yf.ops.tap(x * 1, 3, 4)
         return whole * 1, part * 1
 
-    x = feature_map(2, 9, 4, 3, layout=layout, dtype=dtype)
+    x = feature_map(2, 9, 4, 3, layout=layout, dtype=dtype, device=device)
     assert_as_exact_as_eager(name, call, [x])
     _whole, part = tap_reference(x, 3, 4)
     assert torch.equal(yf.ops.tap(x, 3, 4)[1], part)
@@ -222,18 +222,18 @@ def test_tap_as_exact_as_slicing(name: str, layout: str, dtype: torch.dtype) -> 
 
 @needs_cpu
 @pytest.mark.parametrize("layouts", [("channels_last", "contiguous"), ("contiguous", "channels_last")])
-def test_tap_adds_gradients_of_two_layouts(layouts: Sequence[str]) -> None:
-    whole = feature_map(2, 5, 3, 4, layout=layouts[0], sliced=True).detach()
-    part = feature_map(2, 2, 3, 4, seed=1, layout=layouts[1]).detach()
+def test_tap_adds_gradients_of_two_layouts(layouts: Sequence[str], device: str) -> None:
+    whole = feature_map(2, 5, 3, 4, layout=layouts[0], sliced=True, device=device).detach()
+    part = feature_map(2, 2, 3, 4, seed=1, layout=layouts[1], device=device).detach()
     got = torch.ops.yolov9_fast.tap_backward(whole, part, 2)
     assert torch.equal(got, tap_backward_reference(whole, part, 2))
 
 
 @pytest.mark.parametrize("used", [0, 1])
-def test_a_tap_with_one_consumer(used: int) -> None:
-    x = feature_map(1, 5, 2, 2)
+def test_a_tap_with_one_consumer(used: int, device: str) -> None:
+    x = feature_map(1, 5, 2, 2, device=device)
     yf.ops.tap(x, 2)[used].sum().backward()
-    expected = torch.ones(1, 5, 2, 2)
+    expected = torch.ones(1, 5, 2, 2, device=device)
     expected[:, :2] = 1 - used
     assert x.grad is not None
     assert torch.equal(x.grad, expected)
@@ -241,10 +241,10 @@ def test_a_tap_with_one_consumer(used: int) -> None:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("used", [(0, 1, 2), (1,), (0, 2)])
-def test_splits_as_slicing(layout: str, used: Sequence[int]) -> None:
+def test_splits_as_slicing(layout: str, used: Sequence[int], device: str) -> None:
     gradients = []
     for split in (yf.ops.split_view, split_view_reference):
-        x = feature_map(2, 6, 3, 2, layout=layout)
+        x = feature_map(2, 6, 3, 2, layout=layout, device=device)
         parts = split(x, (1, 2, 3))
         assert [part.shape[1] for part in parts] == [1, 2, 3]
         sum((parts[index] * (index + 1)).square().sum() for index in used).backward()
@@ -254,8 +254,8 @@ def test_splits_as_slicing(layout: str, used: Sequence[int]) -> None:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_adjacent_gradients_are_not_copied(layout: str) -> None:
-    x = feature_map(2, 6, 3, 2, layout=layout)
+def test_adjacent_gradients_are_not_copied(layout: str, device: str) -> None:
+    x = feature_map(2, 6, 3, 2, layout=layout, device=device)
     seen: list[Tensor] = []
     inner = x * 1
     inner.register_hook(seen.append)
@@ -267,11 +267,11 @@ def test_adjacent_gradients_are_not_copied(layout: str) -> None:
     assert torch.equal(seen[0], gradient)
 
 
-def test_concat_of_parts_from_elsewhere_is_the_concatenation() -> None:
-    parts = [feature_map(1, 2, 3, 3), feature_map(1, 1, 3, 3)]
+def test_concat_of_parts_from_elsewhere_is_the_concatenation(device: str) -> None:
+    parts = [feature_map(1, 2, 3, 3, device=device), feature_map(1, 1, 3, 3, device=device)]
     assert torch.equal(yf.ops.concat(parts), concat_reference(parts))
     # Neighbours in memory, not in the order of the channels.
-    whole = feature_map(1, 4, 3, 3)
+    whole = feature_map(1, 4, 3, 3, device=device)
     parts = [whole[:, 2:], whole[:, :2]]
     assert torch.equal(yf.ops.concat(parts), concat_reference(parts))
 

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 import yolov9_fast as yf
+from tests.devices import backends
 from tests.ops.feature_maps import (
     DTYPES,
     LAYOUTS,
     assert_as_exact_as_eager,
-    backends,
     feature_map,
     outputs_and_gradients,
     threads,
@@ -29,12 +29,15 @@ from yolov9_fast.ops._conv1x1 import (
     matrix_weight_grad,
 )
 
-BACKENDS = backends(OPERATOR, "conv1x1")
+BACKENDS = backends(OPERATOR)
+KERNELS = backends(OPERATOR, eager=False, interpreted=False)
 needs_cpu = pytest.mark.skipif(OPERATOR.why_not("cpu") is not None, reason=str(OPERATOR.why_not("cpu")))
 
 
-def weight_of(outputs: int, inputs: int, dtype: torch.dtype = torch.float32, seed: int = 5) -> Tensor:
-    values = torch.randn(outputs, inputs, 1, 1, generator=torch.Generator().manual_seed(seed)) / inputs**0.5
+def weight_of(
+    outputs: int, inputs: int, dtype: torch.dtype = torch.float32, seed: int = 5, device: str = "cpu"
+) -> Tensor:
+    values = torch.randn(outputs, inputs, 1, 1, generator=torch.Generator().manual_seed(seed)).to(device) / inputs**0.5
     return values.to(dtype).requires_grad_()
 
 
@@ -53,34 +56,37 @@ def skip_what_cannot_be(name: str, dtype: torch.dtype) -> None:
         pytest.skip("computes in float32")
 
 
-@pytest.mark.parametrize("name", BACKENDS)
-def test_values_counted_by_hand(name: str) -> None:
-    first, second = torch.tensor([1.0, 2.0]).reshape(1, 2, 1, 1), torch.tensor([10.0]).reshape(1, 1, 1, 1)
-    weight = torch.tensor([[1.0, 1.0, 1.0], [3.0, -1.0, 0.5]]).reshape(2, 3, 1, 1)
+@pytest.mark.parametrize(("name", "device"), BACKENDS)
+def test_values_counted_by_hand(name: str, device: str) -> None:
+    first, second = (
+        torch.tensor([1.0, 2.0], device=device).reshape(1, 2, 1, 1),
+        torch.tensor([10.0], device=device).reshape(1, 1, 1, 1),
+    )
+    weight = torch.tensor([[1.0, 1.0, 1.0], [3.0, -1.0, 0.5]], device=device).reshape(2, 3, 1, 1)
     with yf.backend(name):
-        out = yf.ops.conv1x1([first, second], weight, torch.tensor([0.5, -6.0]))
+        out = yf.ops.conv1x1([first, second], weight, torch.tensor([0.5, -6.0], device=device))
     assert out.flatten().tolist() == [13.5, 0.0]
 
 
-@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize(("name", "device"), BACKENDS)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("channels", [(16,), (5, 3), (33, 17, 18)])
-def test_as_exact_as_eager(name: str, layout: str, dtype: torch.dtype, channels: tuple[int, ...]) -> None:
+def test_as_exact_as_eager(name: str, device: str, layout: str, dtype: torch.dtype, channels: tuple[int, ...]) -> None:
     skip_what_cannot_be(name, dtype)
-    maps = [feature_map(2, c, 5, 7, seed=c, layout=layout, dtype=dtype, sliced=True) for c in channels]
-    bias = torch.linspace(-1, 1, 21).to(dtype).requires_grad_()
-    assert_as_exact_as_eager(name, conv, [weight_of(21, sum(channels), dtype), bias, *maps])
+    maps = [feature_map(2, c, 5, 7, seed=c, layout=layout, dtype=dtype, sliced=True, device=device) for c in channels]
+    bias = torch.linspace(-1, 1, 21, device=device).to(dtype).requires_grad_()
+    assert_as_exact_as_eager(name, conv, [weight_of(21, sum(channels), dtype, device=device), bias, *maps])
 
 
-@needs_cpu
+@pytest.mark.parametrize(("name", "device"), KERNELS)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("outputs", [1, 7, 16, 24, 48, 64, 65, 130])
-def test_every_tile_of_the_product(layout: str, outputs: int) -> None:
+def test_every_tile_of_the_product(name: str, device: str, layout: str, outputs: int) -> None:
     for inputs in (1, 16, 31, 48, 64, 100):
-        maps = [feature_map(1, inputs, 10, 13, seed=inputs, layout=layout, sliced=True)]
-        bias = torch.ones(outputs, requires_grad=True)
-        assert_as_exact_as_eager("cpu", conv, [weight_of(outputs, inputs), bias, *maps])
+        maps = [feature_map(1, inputs, 10, 13, seed=inputs, layout=layout, sliced=True, device=device)]
+        bias = torch.ones(outputs, requires_grad=True, device=device)
+        assert_as_exact_as_eager(name, conv, [weight_of(outputs, inputs, device=device), bias, *maps])
 
 
 @needs_cpu
@@ -103,17 +109,19 @@ def test_two_thousand_random_shapes() -> None:
             torch.testing.assert_close(b, a, rtol=tolerance, atol=tolerance, msg=f"case {case}")
 
 
-@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize(("name", "device"), BACKENDS)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_pair_is_two_convolutions(name: str, layout: str) -> None:
-    x = feature_map(2, 24, 6, 5, layout=layout, sliced=True)
-    assert_as_exact_as_eager(name, pair, [x, weight_of(12, 24, seed=1), weight_of(20, 24, seed=2)])
+def test_a_pair_is_two_convolutions(name: str, device: str, layout: str) -> None:
+    x = feature_map(2, 24, 6, 5, layout=layout, sliced=True, device=device)
+    assert_as_exact_as_eager(
+        name, pair, [x, weight_of(12, 24, seed=1, device=device), weight_of(20, 24, seed=2, device=device)]
+    )
 
 
-@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize(("name", "device"), BACKENDS)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_slot_is_written_where_it_lies_and_nothing_beside_it(name: str, layout: str) -> None:
-    x, weight = feature_map(2, 5, 4, 3, layout=layout), weight_of(6, 5)
+def test_a_slot_is_written_where_it_lies_and_nothing_beside_it(name: str, device: str, layout: str) -> None:
+    x, weight = feature_map(2, 5, 4, 3, layout=layout, device=device), weight_of(6, 5, device=device)
     buffer = yf.ops.ConcatBuffer.like(x, (3, 6, 2))
     edges = [buffer.slot(0).fill_(float("nan")), buffer.slot(2).fill_(float("nan"))]
     slot = buffer.slot(1).fill_(float("nan"))
@@ -170,19 +178,23 @@ def test_the_weight_gradient_of_many_pixels_keeps_its_digits() -> None:
     assert_as_exact_as_eager("cpu", conv, [weight, bias, x])
 
 
-@pytest.mark.parametrize("name", BACKENDS)
-def test_mixed_layouts_and_odd_strides_are_read(name: str) -> None:
-    odd = feature_map(2, 4, 6, 12, seed=3)[..., ::2].detach().requires_grad_()
-    maps = [feature_map(2, 3, 6, 6, seed=1), odd, feature_map(2, 2, 6, 6, seed=2, layout="contiguous")]
-    bias = torch.zeros(5, requires_grad=True)
-    assert_as_exact_as_eager(name, conv, [weight_of(5, 9), bias, *maps])
+@pytest.mark.parametrize(("name", "device"), BACKENDS)
+def test_mixed_layouts_and_odd_strides_are_read(name: str, device: str) -> None:
+    odd = feature_map(2, 4, 6, 12, seed=3, device=device)[..., ::2].detach().requires_grad_()
+    maps = [
+        feature_map(2, 3, 6, 6, seed=1, device=device),
+        odd,
+        feature_map(2, 2, 6, 6, seed=2, layout="contiguous", device=device),
+    ]
+    bias = torch.zeros(5, requires_grad=True, device=device)
+    assert_as_exact_as_eager(name, conv, [weight_of(5, 9, device=device), bias, *maps])
 
 
-@needs_cpu
+@pytest.mark.parametrize(("name", "device"), KERNELS)
 @pytest.mark.parametrize("shape", [(0, 3, 4, 4), (0, 3, 1, 4)])
-def test_empty_maps(shape: tuple[int, ...]) -> None:
-    x, weight = torch.zeros(shape, requires_grad=True), weight_of(5, 3)
-    with yf.backend("cpu"):
+def test_empty_maps(name: str, device: str, shape: tuple[int, ...]) -> None:
+    x, weight = torch.zeros(shape, requires_grad=True, device=device), weight_of(5, 3, device=device)
+    with yf.backend(name):
         out = yf.ops.conv1x1([x], weight)
     assert out.shape == (shape[0], 5, *shape[2:])
     out.sum().backward()
@@ -190,10 +202,10 @@ def test_empty_maps(shape: tuple[int, ...]) -> None:
     assert not weight.grad.any()
 
 
-@pytest.mark.parametrize("name", BACKENDS)
-def test_only_what_wants_a_gradient_gets_one(name: str) -> None:
-    first, second = feature_map(1, 3, 4, 4), feature_map(1, 2, 4, 4).detach()
-    third, weight = feature_map(1, 4, 4, 4), weight_of(6, 9).detach()
+@pytest.mark.parametrize(("name", "device"), BACKENDS)
+def test_only_what_wants_a_gradient_gets_one(name: str, device: str) -> None:
+    first, second = feature_map(1, 3, 4, 4, device=device), feature_map(1, 2, 4, 4, device=device).detach()
+    third, weight = feature_map(1, 4, 4, 4, device=device), weight_of(6, 9, device=device).detach()
     with yf.backend(name):
         yf.ops.conv1x1([first, second, third], weight).sum().backward()
     assert first.grad is not None
@@ -202,10 +214,10 @@ def test_only_what_wants_a_gradient_gets_one(name: str) -> None:
     torch.testing.assert_close(third.grad[0, :, 0, 0], weight[:, 5:].sum((0, 2, 3)))
 
 
-@needs_cpu
-def test_the_graph_can_be_used_twice_and_saved_tensors_are_untouched() -> None:
-    x, weight = feature_map(1, 6, 4, 4, sliced=True), weight_of(5, 6)
-    with yf.backend("cpu"):
+@pytest.mark.parametrize(("name", "device"), KERNELS)
+def test_the_graph_can_be_used_twice_and_saved_tensors_are_untouched(name: str, device: str) -> None:
+    x, weight = feature_map(1, 6, 4, 4, sliced=True, device=device), weight_of(5, 6, device=device)
+    with yf.backend(name):
         out = yf.ops.conv1x1(x, weight)
     once = torch.autograd.grad(out.sum(), (x, weight), retain_graph=True)
     twice = torch.autograd.grad(out.sum(), (x, weight))
@@ -246,10 +258,10 @@ def test_gradcheck(layout: str) -> None:
         assert torch.autograd.gradcheck(pair, [maps[0], *weights])
 
 
-@needs_cpu
-def test_a_second_derivative_is_refused() -> None:
-    x, weight = feature_map(1, 2, 2, 2, sliced=True), weight_of(3, 2)
-    with yf.backend("cpu"):
+@pytest.mark.parametrize(("name", "device"), KERNELS)
+def test_a_second_derivative_is_refused(name: str, device: str) -> None:
+    x, weight = feature_map(1, 2, 2, 2, sliced=True, device=device), weight_of(3, 2, device=device)
+    with yf.backend(name):
         out = yf.ops.conv1x1(x, weight)
     (gradient,) = torch.autograd.grad((out * out).sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):

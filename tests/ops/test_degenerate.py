@@ -47,13 +47,13 @@ def assert_as_eager(call: Callable[[], Any]) -> None:
 @pytest.mark.parametrize("size", [(2, 3, 4), (2, 1, 1), (1, 1, 3), (0, 2, 2)])
 @pytest.mark.parametrize("channels", [(1, 1), (1, 3), (3, 1)])
 def test_one_channel_and_one_pixel_in_any_mixture_of_layouts(
-    size: tuple[int, int, int], channels: tuple[int, int]
+    size: tuple[int, int, int], channels: tuple[int, int], device: str
 ) -> None:
     batch, height, width = size
     generator = torch.Generator().manual_seed(0)
-    first, second = (torch.randn(batch, c, height, width, generator=generator) for c in channels)
-    weight = torch.randn(second.shape[1], first.shape[1], 1, 1, generator=generator)
-    both = torch.randn(2, sum(channels), 1, 1, generator=generator)
+    first, second = (torch.randn(batch, c, height, width, generator=generator).to(device) for c in channels)
+    weight = torch.randn(second.shape[1], first.shape[1], 1, 1, generator=generator).to(device)
+    both = torch.randn(2, sum(channels), 1, 1, generator=generator).to(device)
     for x, y in itertools.product(laid_out(first).values(), laid_out(second).values()):
 
         def gradients(call: Callable[[Tensor, Tensor], Any], x: Tensor = x, y: Tensor = y) -> Any:
@@ -70,54 +70,60 @@ def test_one_channel_and_one_pixel_in_any_mixture_of_layouts(
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_slots_of_any_layout(channels: int) -> None:
-    x = torch.randn(2, channels, 3, 4)
+def test_slots_of_any_layout(channels: int, device: str) -> None:
+    x = torch.randn(2, channels, 3, 4, device=device)
     for source, name in itertools.product(laid_out(x).values(), laid_out(x)):
 
         def pooled(source: Tensor = source, name: str = name) -> Any:
             return ops.spp(source, [laid_out(torch.zeros_like(x))[name] for _ in range(3)])
 
         def convolved(source: Tensor = source, name: str = name) -> Tensor:
-            weight = torch.ones(channels, channels, 1, 1)
+            weight = torch.ones(channels, channels, 1, 1, device=device)
             return ops.conv1x1(source, weight, out=laid_out(torch.zeros_like(x))[name])
 
         assert_as_eager(pooled)
         assert_as_eager(convolved)
 
 
-def test_an_empty_transposed_batch_has_no_detections() -> None:
+def test_an_empty_transposed_batch_has_no_detections(device: str) -> None:
     for shape in ((0, 20, 7), (0, 0, 7)):
-        prediction = torch.zeros(shape).transpose(1, 2)
+        prediction = torch.zeros(shape, device=device).transpose(1, 2)
         assert_as_eager(lambda p=prediction: tuple(ops.nms(p, max_det=5)))
 
 
-def test_an_empty_batch_has_anchor_points() -> None:
-    maps, labels = [torch.zeros(0, 70, 2, 3), torch.zeros(0, 70, 1, 1)], torch.zeros(0, 2, dtype=torch.int64)
+def test_an_empty_batch_has_anchor_points(device: str) -> None:
+    maps, labels = (
+        [torch.zeros(0, 70, 2, 3, device=device), torch.zeros(0, 70, 1, 1, device=device)],
+        torch.zeros(0, 2, dtype=torch.int64, device=device),
+    )
     for name in ("eager", "auto"):
         with yf.backend(name):
             points = ops.decode_for_assignment(maps, labels, (8, 16)).points
         assert points.tolist() == [[4, 4], [12, 4], [20, 4], [4, 12], [12, 12], [20, 12], [8, 8]]
 
 
-def test_a_label_of_no_class_has_score_zero_in_the_assignment() -> None:
-    maps = [torch.randn(1, 68, 4, 4)]
-    labels, gt = torch.tensor([[7, -1, 2]]), torch.tensor([[[1.0, 1, 20, 20], [8, 8, 30, 30], [3, 3, 31, 31]]])
+def test_a_label_of_no_class_has_score_zero_in_the_assignment(device: str) -> None:
+    maps = [torch.randn(1, 68, 4, 4, device=device)]
+    labels, gt = (
+        torch.tensor([[7, -1, 2]], device=device),
+        torch.tensor([[[1.0, 1, 20, 20], [8, 8, 30, 30], [3, 3, 31, 31]]], device=device),
+    )
     results = []
     for name in ("eager", "auto"):
         with yf.backend(name):
             found = ops.decode_for_assignment(maps, labels, (8,))
-            results.append(ops.assign(*found[:3], found.columns, gt, torch.ones(1, 3)))
+            results.append(ops.assign(*found[:3], found.columns, gt, torch.ones(1, 3, device=device)))
     torch.testing.assert_close(results[0], results[1], rtol=1e-4, atol=1e-5)
 
 
-def test_vectors_with_gaps() -> None:
-    x = torch.randn(2, 6, 3, 3)
-    weight, bias, mean, var = (torch.rand(12)[::2] + 0.5 for _ in range(4))
+def test_vectors_with_gaps(device: str) -> None:
+    x = torch.randn(2, 6, 3, 3, device=device)
+    weight, bias, mean, var = (torch.rand(12, device=device)[::2] + 0.5 for _ in range(4))
     for training in (False, True):
 
         def call(training: bool = training) -> Any:
             norm = Norm(weight, bias, mean.clone().as_strided((6,), (1,)), var.clone())
-            gaps = Norm(weight, bias, torch.zeros(12)[::2], torch.ones(12)[::2])
+            gaps = Norm(weight, bias, torch.zeros(12, device=device)[::2], torch.ones(12, device=device)[::2])
             options: dict[str, Any] = {"training": training, "momentum": 0.1, "eps": 1e-3}
             return (
                 ops.bn_silu(x, *norm, **options),

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 import yolov9_fast as yf
+from tests.devices import backends
 from tests.ops.batch_norm_cases import (
     EPS,
     LAYOUTS,
@@ -20,7 +21,6 @@ from tests.ops.batch_norm_cases import (
     laid_out,
     make_case,
     run,
-    skip_without_triton,
     truth,
 )
 from yolov9_fast.ops import Norm
@@ -28,28 +28,35 @@ from yolov9_fast.ops._rep_bn_silu import OPERATOR
 
 CPU_REASON = OPERATOR.why_not("cpu")
 needs_cpu = pytest.mark.skipif(CPU_REASON is not None, reason=f"no compiled rep_bn_silu: {CPU_REASON}")
-BACKENDS = [pytest.param("eager"), pytest.param("cpu", marks=needs_cpu)]
+BACKENDS = backends(OPERATOR, interpreted=False)
+KERNELS = backends(OPERATOR, eager=False, interpreted=False)
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 OPTIONS: dict[str, Any] = {"training": True, "momentum": MOMENTUM, "eps": EPS}
 
 
-@needs_cpu
+@pytest.mark.parametrize(("name", "device"), KERNELS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("shape", [(2, 3, 5, 7), (3, 24, 5, 5), (1, 16, 30, 33)], ids=str)
-def test_every_dtype_layout_and_odd_size(dtype: torch.dtype, layout: str, shape: tuple[int, int, int, int]) -> None:
-    assert_no_worse_than_eager(make_case(2, shape, dtype=dtype, layout=layout), "cpu")
+def test_every_dtype_layout_and_odd_size(
+    name: str, device: str, dtype: torch.dtype, layout: str, shape: tuple[int, int, int, int]
+) -> None:
+    if name == "triton" and dtype == torch.float64:
+        pytest.skip("computes in float32")
+    assert_no_worse_than_eager(make_case(2, shape, dtype=dtype, layout=layout, device=device), name)
 
 
-@needs_cpu
+@pytest.mark.parametrize(("name", "device"), KERNELS)
 @pytest.mark.parametrize("layout", ["channels_last", "contiguous"])
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("affine", [True, False])
 @pytest.mark.parametrize("activation", [True, False])
 @pytest.mark.parametrize("residual", [True, False])
-def test_every_mode(layout: str, training: bool, affine: bool, activation: bool, residual: bool) -> None:
+def test_every_mode(
+    name: str, device: str, layout: str, training: bool, affine: bool, activation: bool, residual: bool
+) -> None:
     options = {"training": training, "affine": affine, "activation": activation, "residual": residual}
-    assert_no_worse_than_eager(make_case(2, layout=layout, **options), "cpu")
+    assert_no_worse_than_eager(make_case(2, layout=layout, **options, device=device), name)
 
 
 @pytest.mark.parametrize(
@@ -57,9 +64,9 @@ def test_every_mode(layout: str, training: bool, affine: bool, activation: bool,
     [{}, {"layout": "planes_slice"}, {"training": False}, {"dtype": torch.bfloat16, "residual": True}],
     ids=str,
 )
-def test_interpreted_triton(options: dict[str, Any]) -> None:
-    skip_without_triton()
-    assert_no_worse_than_eager(make_case(2, **options), "triton")
+@pytest.mark.parametrize(("name", "device"), backends(OPERATOR, eager=False))
+def test_every_backend(name: str, device: str, options: dict[str, Any]) -> None:
+    assert_no_worse_than_eager(make_case(2, **options, device=device), name)
 
 
 @pytest.mark.slow
@@ -78,13 +85,13 @@ def test_a_mean_of_a_thousand_deviations_does_not_cancel() -> None:
     assert_no_worse_than_eager(make_case(2, (4, 24, 20, 20), mean=1e3), "cpu")
 
 
-@needs_cpu
-def test_inputs_in_two_layouts() -> None:
-    case = make_case(2)
+@pytest.mark.parametrize(("name", "device"), KERNELS)
+def test_inputs_in_two_layouts(name: str, device: str) -> None:
+    case = make_case(2, device=device)
     mixed = Case([case.inputs[0], laid_out(case.inputs[1], "contiguous")], case.norms, laid_out(case.dz, "strided"))
-    expected, ours = run(case, "cpu"), run(mixed, "cpu")
-    for name in expected:
-        assert torch.equal(expected[name], ours[name]), name
+    expected, ours = run(case, name), run(mixed, name)
+    for key in expected:
+        assert torch.equal(expected[key], ours[key]), key
 
 
 @needs_cpu
@@ -101,11 +108,11 @@ def test_the_result_does_not_depend_on_the_number_of_threads() -> None:
         assert all(torch.equal(first, other[name]) for other in results[1:]), name
 
 
-@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize(("name", "device"), BACKENDS)
 @pytest.mark.parametrize("training", [True, False])
-def test_a_slot_is_written_and_differentiated(name: str, training: bool) -> None:
-    case = make_case(2, training=training)
-    buffer = torch.full((2, 12, 4, 3), float("nan")).contiguous(memory_format=torch.channels_last)
+def test_a_slot_is_written_and_differentiated(name: str, device: str, training: bool) -> None:
+    case = make_case(2, training=training, device=device)
+    buffer = torch.full((2, 12, 4, 3), float("nan"), device=device).contiguous(memory_format=torch.channels_last)
     expected, into = run(case, name), run(case, name, buffer[:, 4:9])
     assert all(torch.equal(expected[key], into[key]) for key in expected)
     assert torch.equal(buffer[:, 4:9], expected["z"])
@@ -113,11 +120,11 @@ def test_a_slot_is_written_and_differentiated(name: str, training: bool) -> None
     assert buffer[:, 9:].isnan().all()
 
 
-@needs_cpu
-def test_one_branch_of_the_same_input_twice_is_twice_its_normalisation() -> None:
-    x = torch.randn(2, 5, 4, 3)
+@pytest.mark.parametrize(("name", "device"), KERNELS)
+def test_one_branch_of_the_same_input_twice_is_twice_its_normalisation(name: str, device: str) -> None:
+    x = torch.randn(2, 5, 4, 3, device=device)
     norm = Norm(None, None)
-    with yf.backend("cpu"):
+    with yf.backend(name):
         both = yf.ops.rep_bn_silu(x, norm, x, norm, **OPTIONS, activation=False)
         one = yf.ops.bn_silu(x, *norm, **OPTIONS, activation=False)
     torch.testing.assert_close(both, 2 * one)
@@ -136,21 +143,26 @@ def test_gradcheck() -> None:
         assert torch.autograd.gradcheck(function, [t.detach().clone().requires_grad_() for t in leaves])
 
 
-@needs_cpu
-def test_a_second_derivative_is_refused() -> None:
-    x = torch.randn(2, 5, 4, 3, requires_grad=True)
+@pytest.mark.parametrize(("name", "device"), KERNELS)
+def test_a_second_derivative_is_refused(name: str, device: str) -> None:
+    x = torch.randn(2, 5, 4, 3, requires_grad=True, device=device)
     norm = Norm(None, None)
-    with yf.backend("cpu"):
+    with yf.backend(name):
         z = yf.ops.rep_bn_silu(x, norm, x, norm, **OPTIONS)
         (grad,) = torch.autograd.grad(z.square().sum(), x, create_graph=True)
         with pytest.raises(RuntimeError, match="differentiate twice"):
             grad.sum().backward()
 
 
-@pytest.mark.parametrize("name", BACKENDS)
-def test_an_empty_batch_and_one_value_a_channel(name: str) -> None:
-    norm = Norm(torch.ones(3, requires_grad=True), None, torch.zeros(3), torch.ones(3))
-    empty, single = torch.zeros(0, 3, 2, 2, requires_grad=True), torch.zeros(1, 3, 1, 1)
+@pytest.mark.parametrize(("name", "device"), BACKENDS)
+def test_an_empty_batch_and_one_value_a_channel(name: str, device: str) -> None:
+    norm = Norm(
+        torch.ones(3, requires_grad=True, device=device),
+        None,
+        torch.zeros(3, device=device),
+        torch.ones(3, device=device),
+    )
+    empty, single = torch.zeros(0, 3, 2, 2, requires_grad=True, device=device), torch.zeros(1, 3, 1, 1, device=device)
     with yf.backend(name):
         z = yf.ops.rep_bn_silu(empty, norm, empty, norm, **OPTIONS)
         z.sum().backward()
@@ -212,12 +224,17 @@ def test_a_wrong_argument_is_named() -> None:
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_gradients_that_accumulate_stay_apart(training: bool) -> None:
+def test_gradients_that_accumulate_stay_apart(training: bool, device: str) -> None:
     """The biases' gradients are equal, and must not be one tensor: the second backward adds to each."""
     torch.manual_seed(0)
-    maps = [torch.randn(2, 5, 4, 3) for _ in range(2)]
+    maps = [torch.randn(2, 5, 4, 3, device=device) for _ in range(2)]
     norms = [
-        Norm(torch.rand(5).requires_grad_(), torch.rand(5).requires_grad_(), torch.zeros(5), torch.ones(5))
+        Norm(
+            torch.rand(5, device=device).requires_grad_(),
+            torch.rand(5, device=device).requires_grad_(),
+            torch.zeros(5, device=device),
+            torch.ones(5, device=device),
+        )
         for _ in range(2)
     ]
 

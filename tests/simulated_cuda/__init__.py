@@ -4,8 +4,9 @@
 
 gives the CPU build of torch a device "cuda" with two indices. Its tensors lie in the host's memory and every operation
 of torch runs as the CPU's (tests/fake_cuda/simulated.cpp); Triton kernels are interpreted; the operators of csrc/cuda
-are those of `csrc.on_host`, without sanitizers. So the tests' own code for CUDA runs: where their tensors are, which backends they
-choose, what waits for the device, captures and replays. It says nothing about speed, rounding or compiled kernels.
+are those of `csrc.on_host`, without sanitizers. So the tests' own code for CUDA runs: where their tensors are, which
+backends they choose, what waits for the device, captures and replays. It says nothing about speed, rounding or compiled
+kernels.
 """
 
 from __future__ import annotations

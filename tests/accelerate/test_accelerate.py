@@ -91,7 +91,7 @@ def test_evaluation_and_inference_agree(name: str, device: str) -> None:
     expected = model(image().to(device))
     yf.accelerate(model)
     for context in (torch.no_grad, torch.inference_mode, torch.enable_grad):
-        with context(), yf.backend(BN_SILU.first(device), op="bn_silu"):
+        with context(), yf.backend(BN_SILU.first(torch.device(device)), op="bn_silu"):
             for fast, own in zip(model(image().to(device)), expected, strict=True):
                 torch.testing.assert_close(fast, own, rtol=1e-4, atol=1e-5)
 

@@ -342,7 +342,7 @@ def test_folding_and_synchronised_norms_make_new_plans(device: str) -> None:
     expected = model(x)
     folded = fuse(model)
     torch.testing.assert_close(folded(x), expected, rtol=1e-3, atol=1e-3)
-    with torch.no_grad(), yf.backend(OPERATOR.first(device), op="bn_silu"):
+    with torch.no_grad(), yf.backend(OPERATOR.first(torch.device(device)), op="bn_silu"):
         torch.testing.assert_close(folded(x), expected, rtol=1e-3, atol=1e-3)
 
 

@@ -102,7 +102,7 @@ def test_evaluation_equals_the_definition(name: str, device: str) -> None:
         with yf.backend("eager"):
             expected = block(x)
         with yf.backend(
-            OPERATOR.first(device), op="bn_silu"
+            OPERATOR.first(torch.device(device)), op="bn_silu"
         ):  # "auto" leaves it to eager, which is faster without gradients
             torch.testing.assert_close(block(x), expected, rtol=1e-4, atol=1e-5)
 

@@ -72,9 +72,9 @@ case "$*" in
     words="$*"
     file="${words#*--junit-xml }"
     file="${file%% *}"
-    one='<testcase classname="tests.ops.test_a" time="1" name='
-    echo "<testsuites><testsuite>$one\"test_b\"/>" > "$file"
-    echo "$one\"test_c\"><failure message=\"0 != 1\"/></testcase></testsuite></testsuites>" >> "$file"
+    one="<testcase classname='tests.ops.test_a' time='1' name="
+    echo "<testsuites><testsuite>$one'test_b'/>" > "$file"
+    echo "$one'test_c'><failure message='0 != 1'/></testcase></testsuite></testsuites>" >> "$file"
     exit 1 ;;
   *) exec "$REAL_PYTHON" "$@" ;;
 esac

@@ -14,9 +14,13 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import yolov9_fast as yf
-from tests.ops.batch_norm_cases import EPS, MOMENTUM, skip_without_triton
+from tests.devices import backends
+from tests.ops.batch_norm_cases import EPS, MOMENTUM
 from yolov9_fast.ops._batch_norm import statistics
+from yolov9_fast.ops._bn_silu import OPERATOR
 from yolov9_fast.ops._sync_statistics import combined
+
+FORMS = [each for each in backends(OPERATOR) if each.values[0] in ("eager", "triton")]
 
 
 @pytest.fixture
@@ -46,20 +50,21 @@ def copies(calls: Calls) -> list[str]:
 def _combine(backend: str, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     if backend == "eager":
         return combined(*arguments)
-    skip_without_triton()
     from yolov9_fast.kernels.sync_statistics import bn_combine
 
     return bn_combine(*arguments)
 
 
-@pytest.mark.parametrize("backend", ["eager", "triton"])
+@pytest.mark.parametrize(("backend", "device"), FORMS)
 @pytest.mark.parametrize("mean", [0.0, 1e3])
 @pytest.mark.parametrize("sizes", [(3, 0, 2), (0, 4), (1,) * 9])
-def test_combined_statistics_are_those_of_all_values(backend: str, mean: float, sizes: tuple[int, ...]) -> None:
+def test_combined_statistics_are_those_of_all_values(
+    backend: str, device: str, mean: float, sizes: tuple[int, ...]
+) -> None:
     """A process without images counts for nothing; the mean may lie far above the deviation."""
-    x = mean + torch.randn(sum(sizes), 20, 3, 2, generator=torch.Generator().manual_seed(0))
-    rows = [torch.cat((*statistics(part), torch.tensor([6.0 * len(part)]))) for part in x.split(sizes)]
-    running = [torch.zeros(20), torch.ones(20)]
+    x = mean + torch.randn(sum(sizes), 20, 3, 2, generator=torch.Generator().manual_seed(0)).to(device)
+    rows = [torch.cat((*statistics(part), torch.tensor([6.0 * len(part)], device=device))) for part in x.split(sizes)]
+    running = [torch.zeros(20, device=device), torch.ones(20, device=device)]
     found = _combine(backend, torch.stack(rows), *running, MOMENTUM, EPS)
     exact = x.double()
     torch.testing.assert_close(found[0].double(), exact.mean((0, 2, 3)), rtol=2e-7, atol=3e-7)
@@ -70,19 +75,19 @@ def test_combined_statistics_are_those_of_all_values(backend: str, mean: float, 
     torch.testing.assert_close(running[1].double(), expected, rtol=2e-6, atol=0)
 
 
-@pytest.mark.parametrize("backend", ["eager", "triton"])
-def test_processes_without_a_value_give_finite_statistics(backend: str) -> None:
-    found = _combine(backend, torch.zeros(2, 9), None, None, MOMENTUM, EPS)
+@pytest.mark.parametrize(("backend", "device"), FORMS)
+def test_processes_without_a_value_give_finite_statistics(backend: str, device: str) -> None:
+    found = _combine(backend, torch.zeros(2, 9, device=device), None, None, MOMENTUM, EPS)
     assert [value.isfinite().all() for value in found] == [True] * 3
 
 
-def test_a_value_that_is_not_finite_spoils_its_channel_alone() -> None:
-    for backend in ("eager", "triton"):
-        table = torch.ones(3, 9)
-        table[1, 2] = table[2, 7] = float("nan")
-        mean, rstd, _ = _combine(backend, table, None, None, MOMENTUM, EPS)
-        assert mean.isnan().tolist() == [False, False, True, False], backend
-        assert rstd.isnan().tolist() == [False, False, True, True], backend
+@pytest.mark.parametrize(("backend", "device"), FORMS)
+def test_a_value_that_is_not_finite_spoils_its_channel_alone(backend: str, device: str) -> None:
+    table = torch.ones(3, 9, device=device)
+    table[1, 2] = table[2, 7] = float("nan")
+    mean, rstd, _ = _combine(backend, table, None, None, MOMENTUM, EPS)
+    assert mean.isnan().tolist() == [False, False, True, False]
+    assert rstd.isnan().tolist() == [False, False, True, True]
 
 
 def test_a_synchronised_unit_communicates_once_each_way_and_copies_nothing_from_the_host(eight_processes: Any) -> None:

@@ -6,6 +6,7 @@ import triton.language as tl
 from torch import Tensor
 from yolov9_fast.kernels.batch_norm import FINISH_CHANNELS, store_statistics
 from yolov9_fast.kernels.launch import kernel
+from yolov9_fast.kernels.replay import replayed
 
 _BLOCK_PROCESSES = 8
 
@@ -66,6 +67,7 @@ def bn_combine_kernel(
     )
 
 
+@replayed()
 def bn_combine(
     table: Tensor, running_mean: Tensor | None, running_var: Tensor | None, momentum: float, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
 from typing import Any
 
 import pytest
@@ -202,3 +204,15 @@ def test_forms_are_not_remembered_without_end(monkeypatch: pytest.MonkeyPatch) -
     for size in (1, 2, 3, 3, 4, 4, 1):
         assert launcher(torch.zeros(size)).tolist() == [1.0] * size
     assert [shape[0] for shape in calls] == [1, 2, 3, 4, 1]
+
+
+def test_every_launcher_of_an_operator_is_replayed() -> None:
+    from yolov9_fast import ops
+
+    found = 0
+    for entry in pkgutil.iter_modules(ops.__path__, "yolov9_fast.ops."):
+        load = getattr(importlib.import_module(entry.name), "_triton", None)
+        for launcher in load() if load else ():
+            assert launcher.__wrapped__.__module__.startswith("yolov9_fast.kernels."), launcher
+            found += 1
+    assert found > 15

@@ -211,8 +211,8 @@ def test_lengthened_sides_by_another_rule_are_left_alone() -> None:
 
 
 @pytest.mark.parametrize(("seed", "low"), [(0, 16.0), (1, 16.0), (2, 16.0), (3, 0.5), (4, 2.0)])
-def test_a_matcher_inside_a_loss_gives_the_published_targets(seed: int, low: float, device: str) -> None:
-    scores, boxes, _, labels, objects, mask = scene(seed, low=low, device=device)
+def test_a_matcher_inside_a_loss_gives_the_published_targets(seed: int, low: float) -> None:
+    scores, boxes, _, labels, objects, mask = scene(seed, low=low)
     target = torch.cat((torch.where(mask > 0, labels, -1.0), objects), -1)
     plain = SimpleNamespace(loss=SimpleNamespace(matcher=BoxMatcher()))
     fast = SimpleNamespace(loss=SimpleNamespace(matcher=BoxMatcher()))

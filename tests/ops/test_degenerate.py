@@ -22,11 +22,11 @@ def laid_out(values: Tensor) -> dict[str, Tensor]:
     batch, channels, height, width = values.shape
     found = {"contiguous": values.clone(), "channels_last": values.to(memory_format=torch.channels_last)}
     for name in ("contiguous", "channels_last"):
-        wide = torch.full((batch, channels + 4, height, width), float("nan"))
+        wide = torch.full((batch, channels + 4, height, width), float("nan"), device=values.device)
         wide = wide.to(memory_format=getattr(torch, f"{name}_format" if name == "contiguous" else name))
         wide[:, 2 : 2 + channels] = values
         found[f"slice of {name}"] = wide[:, 2 : 2 + channels]
-    wide = torch.zeros(batch, channels, height + 1, width + 2)
+    wide = torch.zeros(batch, channels, height + 1, width + 2, device=values.device)
     wide[:, :, 1:, 2:] = values
     found["crop"] = wide[:, :, 1:, 2:]
     return found

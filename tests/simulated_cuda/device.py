@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import functools
 import importlib
 import os
@@ -42,32 +43,41 @@ def start() -> None:
     for name in ("get_rng_state", "set_rng_state", "get_rng_state_all", "set_rng_state_all"):
         setattr(torch.cuda.random, name, _TORCH_CUDA[name])
     torch.storage._StorageBase.clone = _clone
-    os.environ["YOLOV9_FAST_LIBRARY_FOLDER"] = str(operators())
+    os.environ["YOLOV9_FAST_LIBRARY_FOLDER"] = str(operators())  # read when the package is imported
     interpret()
+    del os.environ["YOLOV9_FAST_LIBRARY_FOLDER"]
 
 
 def interpret() -> None:
     """Interpret Triton kernels on tensors of the device only: on a GPU machine none runs on tensors of the host."""
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton and the kernels are imported
     import triton
-    from yolov9_fast.kernels import launch
 
     from yolov9_fast import kernels
 
     for module in pkgutil.iter_modules(kernels.__path__):
         importlib.import_module(f"yolov9_fast.kernels.{module.name}")
+    importlib.import_module("yolov9_fast.ops")
+    # An interpreted launch on the device gives nothing that could be launched again.
+    tape = importlib.import_module("yolov9_fast.kernels.replay").Tape
+    tape.note_launch = lambda self, *_: setattr(self, "_foreign", True)
     del os.environ["TRITON_INTERPRET"]
     triton.knobs.runtime.__dict__["interpret"] = True
-    launch.INTERPRETED = False
 
 
 def operators() -> Path:
     """A folder with the package's compiled operators, those for CUDA run by the host."""
-    folder = on_host.build_on_host(folder=fake_cuda.ROOT / "build" / "simulated_cuda", key="CUDA", sanitizers="")
-    for name in ("_C_cpu.so", "_build_info.json"):
-        own = fake_cuda.ROOT / "yolov9_fast" / name
-        if own.exists():
-            shutil.copy2(own, folder / name)
+    folder = fake_cuda.ROOT / "build" / "simulated_cuda"
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as lock:  # other processes may build too
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        on_host.build_on_host(folder=folder, key="CUDA", sanitizers="")
+        for name in ("_C_cpu.so", "_build_info.json"):
+            own = fake_cuda.ROOT / "yolov9_fast" / name
+            if own.exists():
+                partial = folder / f"{name}.part"
+                shutil.copy2(own, partial)
+                partial.replace(folder / name)
     return folder
 
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from yolov9_fast._untrusted import read_json
 from yolov9_fast.atomic import atomic_write
 from yolov9_fast.errors import UserError
 
@@ -34,6 +35,20 @@ ceilings measured in the same run. Error: root mean square against float64, rela
 The time of a wrong result is not reported.
 """
 
+PREDICTED = Path("predicted") / "networks.json"
+_PREDICTED_HEAD = """## Predicted on GPUs, not measured
+
+Written by `yolov9-fast bench predict` without a GPU: a step is traced on a device that runs nothing, and each kernel
+takes the longest of its bytes over the bandwidth, its products over the arithmetic ceiling, and the shortest time of a
+kernel. Ceilings are those of data sheets (`bench/roofline.py`). {size} px. Captured: as a CUDA graph. {falsified}
+
+A GPU that is not in the table is a JSON file for `--device`, as
+`{{"name": "B200", "bandwidth_gb_per_s": 8000, "tflop_per_s": {{"float32": 75, "tf32": 1100, "bfloat16": 2250}}}}`, or
+`yolov9_fast.bench.roofline.register_device(Device(...))`.
+
+Assumed:
+"""
+
 
 def write_report(results: Path, document: Path, files: Sequence[Path] = ()) -> list[Path]:
     """Write the document and its plots, in the folder `benchmarks` next to it; returns the files written.
@@ -54,12 +69,44 @@ def write_report(results: Path, document: Path, files: Sequence[Path] = ()) -> l
     parts = [_HEAD.format(nothing=NOTHING), _devices(runs)]
     if not any(run.device.startswith("nvidia") for run in runs):
         parts.append(f"On a GPU: {NOTHING}; `bench/gpu.sh` measures everything there is in one command.\n")
+    if (results / PREDICTED).is_file():
+        parts.append(predicted(read_json(results / PREDICTED, "predicted times", UserError)))
     for run in runs:
         drawn = plots.draw(run, folder) if importlib.util.find_spec("matplotlib") else []
         written += drawn
         parts.append(_section(run, drawn, document.parent))
     written.append(atomic_write(document, "\n".join(parts)))
     return written
+
+
+def predicted(records: Sequence[Record]) -> str:
+    """The section of the times that `yolov9-fast bench predict` wrote."""
+    times, work = [], []
+    for record in records:
+        case = [record["network"], record["what"], str(record["batch"]), record["amp"]]
+        eager, fused = (record["forms"][form] for form in ("eager", "fused"))
+        for name in record["devices"]:
+            pair = [form["predicted"][name] for form in (eager, fused)]
+            cells = [_time(one[key]) for key in ("seconds", "captured_seconds") for one in pair]
+            bounds = ", ".join(dict.fromkeys(one["bound"] for one in pair))
+            rate = f"{pair[0]['captured_seconds'] / pair[1]['captured_seconds']:.2f}"
+            times.append([*case, name, *cells, rate, bounds])
+        pairs = [(f"{one['launches']:,}", _bytes(one["bytes"]), _bytes(one["saved_bytes"])) for one in (eager, fused)]
+        work.append([*case, *(cell for both in zip(*pairs, strict=True) for cell in both)])
+    case_head = ("network", "what", "batch", "precision")
+    forms = ("eager", "fused", "eager, captured", "fused, captured")
+    head = (
+        *case_head,
+        "GPU",
+        *(f"predicted {form}" for form in forms),
+        "predicted ×, captured",
+        "uncaptured, bound by",
+    )
+    counts = [f"{what}, {form}" for what in ("launches", "moved", "saved for backward") for form in ("eager", "fused")]
+    text = _PREDICTED_HEAD.format(size=records[0]["image_size"], falsified=records[0]["falsified_by"])
+    assumed = "".join(f"- {line}\n" for line in records[0]["assumptions"])
+    tables = [table(head, times), table((*case_head, *(f"predicted {name}" for name in counts)), work)]
+    return "\n".join([text, assumed, *tables])
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -168,13 +215,15 @@ def _networks(run: Run, family: str, phases: Mapping[str, str]) -> str:
             _speedup(r),
             f"{r['per_second']:.1f}",
             *(_time(r["phases"][name]) if name in r["phases"] else NOTHING for name in phases),
+            *_apart(r, apart),
             _or_nothing(r, "peak_bytes", _bytes),
             _or_nothing(r, "launches", str),
             f"{r['error']:.0e}",
         ]
 
+    apart = _on_gpu(run)
     call = "step" if family == "step" else "batch"
-    head = ("network", "form", call, "×", "images/s", *phases.values(), "peak memory", "launches", "error")
+    head = ("network", "form", call, "×", "images/s", *phases.values(), *apart, "peak memory", "launches", "error")
     return table(head, [row(case, record) for case, records in run.of(family).items() for record in records])
 
 
@@ -207,8 +256,10 @@ def _operators(run: Run) -> str:
         for mode in ("forward", "both"):
             summary += _means(subject, mode, [rs for rs in cases.values() if rs[0]["mode"] == mode])
         longest = sorted(cases.values(), key=lambda rs: -rs[0]["median"] * rs[0]["count"])[:6]
-        rows = [_row(record, record["case"].removeprefix(f"{subject}/")) for records in longest for record in records]
-        parts.append(f"#### {subject}: the layers that take longest\n\n{table(_ROW_HEAD, rows)}")
+        rows = [
+            _row(run, record, record["case"].removeprefix(f"{subject}/")) for records in longest for record in records
+        ]
+        parts.append(f"#### {subject}: the layers that take longest\n\n{table(_row_head(run), rows)}")
     head = (
         "operator",
         "mode",
@@ -241,16 +292,28 @@ def _means(subject: str, mode: str, cases: Sequence[Sequence[Record]]) -> list[l
     return rows
 
 
-_ROW_HEAD = ("case", "form", "time", "×", "share of limit", "peak memory", "launches", "error")
+def _on_gpu(run: Run) -> dict[str, str]:
+    """Where a GPU was measured: the columns of the host's time and of the kernels', by their keys in records."""
+    found = any("host_seconds" in record for record in run.measures)
+    return {"host": "host_seconds", "kernels": "kernel_seconds"} if found else {}
 
 
-def _row(record: Record, name: str) -> list[str]:
+def _apart(record: Record, columns: Mapping[str, str]) -> list[str]:
+    return [_or_nothing(record, key, _time) for key in columns.values()]
+
+
+def _row_head(run: Run) -> tuple[str, ...]:
+    return ("case", "form", "time", "×", "share of limit", *_on_gpu(run), "peak memory", "launches", "error")
+
+
+def _row(run: Run, record: Record, name: str) -> list[str]:
     return [
         name,
         _provider(record),
         _spread(record),
         _speedup(record),
         _share(record),
+        *_apart(record, _on_gpu(run)),
         _or_nothing(record, "peak_bytes", _bytes),
         _or_nothing(record, "launches", str),
         f"{record['error']:.0e}",
@@ -260,9 +323,9 @@ def _row(record: Record, name: str) -> list[str]:
 def _plain(run: Run, family: str) -> str:
     measured = [(case, record) for case, records in run.of(family).items() for record in records]
     if family == "data":
-        rows = [[*_row(record, case)[:3], f"{record['per_second']:.0f} images/s"] for case, record in measured]
+        rows = [[*_row(run, record, case)[:3], f"{record['per_second']:.0f} images/s"] for case, record in measured]
         return table(("case", "form", "batch", "rate"), rows)
-    return table(_ROW_HEAD, [_row(record, case) for case, record in measured])
+    return table(_row_head(run), [_row(run, record, case) for case, record in measured])
 
 
 def _absent(run: Run) -> str:

@@ -21,6 +21,8 @@ _EPILOG = """examples:
   yolov9-fast bench report                                      docs/benchmarks.md and its plots from the records
   yolov9-fast bench guard                                       kernels, copies, bytes of a step against the file
   yolov9-fast bench guard --update                              rewrite the file
+  yolov9-fast bench predict --network yolov9-t yolov9-c         predicted times on GPUs, traced without one
+  yolov9-fast bench predict --device H100 mine.json             for some, of them one that a file describes
 
 exit codes: 0 done, 1 results differ, something is slower, or the guard found a difference"""
 
@@ -43,6 +45,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     report.add_argument("--out", default="docs/benchmarks.md", metavar="FILE.md", help="default %(default)s")
     guard = _sub(commands, "guard", "counts of a training step against the file in the repository")
     guard.add_argument("--update", action="store_true", help="rewrite the file")
+    _configure_predict(_sub(commands, "predict", "predicted times of a step or of inference on GPUs, without a GPU"))
 
 
 def _sub(commands: Any, name: str, text: str) -> argparse.ArgumentParser:
@@ -82,8 +85,27 @@ def _configure_compare(parser: argparse.ArgumentParser) -> None:
     add("--device", default=argparse.SUPPRESS, help="cpu or a GPU's number (default: a GPU where there is one)")
 
 
+def _configure_predict(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = "A device's file: see docs/benchmarks.md. Needs a source checkout, a C++ compiler, no GPU."
+    add = parser.add_argument
+    add("--network", nargs="+", default=["yolov9-t"], metavar="NAME", help="networks (default yolov9-t)")
+    add("--what", nargs="+", choices=("step", "inference"), default=["step"], help="default step")
+    add("--amp", choices=("bf16", "fp16", "off"), default="bf16", help="mixed precision (default %(default)s)")
+    add("--batch", type=int, default=16, metavar="N", help="images per batch (default %(default)s)")
+    add("--imgsz", type=int, default=640, metavar="N", help="image size in pixels (default %(default)s)")
+    add("--device", nargs="+", default=[], metavar="NAME", help="GPUs by name, or JSON files of others (default all)")
+    add("--json", metavar="FILE", help="write the records to this file too")
+
+
 def run(arguments: argparse.Namespace) -> int:
-    actions = {"suite": _suite, "compare": _compare, "report": _report, "guard": _guard, None: _first}
+    actions = {
+        "suite": _suite,
+        "compare": _compare,
+        "report": _report,
+        "guard": _guard,
+        "predict": _predict,
+        None: _first,
+    }
     return actions[arguments.action](arguments)
 
 
@@ -176,3 +198,27 @@ def _guard(arguments: argparse.Namespace) -> int:
         print(finding.text())
     print(f"{len(found)} differences" if found else "all counts as in the file")
     return 1 if found else 0
+
+
+def _predict(arguments: argparse.Namespace) -> int:
+    from yolov9_fast.bench import predict
+
+    target = user_path(arguments.json, "--json", UserError) if arguments.json else None
+    chosen = [predict.device_of(name) for name in arguments.device]
+    records = []
+    for network in arguments.network:
+        for what in arguments.what:
+            records.append(
+                predict.predict(
+                    network,
+                    what=what,
+                    batch=arguments.batch,
+                    image_size=arguments.imgsz,
+                    amp=arguments.amp,
+                    chosen=chosen or None,
+                )
+            )
+            print(predict.text(records[-1]), end="\n\n")
+    if target is not None:
+        print(f"wrote {predict.write(records, target)}")
+    return 0

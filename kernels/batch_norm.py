@@ -30,7 +30,8 @@ from yolov9_fast.kernels.replay import replayed
 
 PROGRAMS = 1024
 """Programs of a first stage: about eight for each of 132 multiprocessors; fixed: every GPU gives the same bits."""
-FINISH_BLOCKS, FINISH_CHANNELS = 64, 16
+FINISH_BLOCKS, FINISH_CHANNELS = (64, 256, PROGRAMS), 16
+"""Partials that a program of a second stage loads at once, and its channels."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +90,16 @@ def plan(name: str, view: View, vector: int) -> Plan:
     tiles = min(per_image, max(1, triton.cdiv(view.images * per_image, wanted)))
     blocks = triton.cdiv(per_image, max(tiles, 1))
     return Plan(shape, blocks, tiles, view.images * blocks, columns)
+
+
+def finishing(partials: int) -> dict[str, int]:
+    """Tile and warps of a second stage: all `partials` (up to PROGRAMS) at once, 16 values a thread, added as a tree.
+
+    A loop over them would wait for the memory once a turn. Rows in 32 bytes: what the memory moves at least.
+    """
+    rows = next((block for block in FINISH_BLOCKS if partials <= block), FINISH_BLOCKS[-1])
+    channels = min(FINISH_CHANNELS, 8192 // rows)
+    return {"BLOCK_G": rows, "BLOCK_C": channels, "warps": max(4, rows * channels // (32 * 16))}
 
 
 def per_tile(name: str, view: View, vector: int) -> tuple[Plan, tuple[int, int]]:
@@ -210,7 +221,8 @@ def bn_statistics_kernel(
     tl.store(partial_ptr + tl.num_programs(0) * channels_i64 + place, block_m2, mask=first + c < channels)
 
 
-# Reads 8 bytes per channel and block, twice; writes 8 (16 with running statistics) per channel. Grid: channels.
+# Reads 8 bytes per channel and block, the means twice (the L1 has them).
+# Writes 8 bytes (16 with running statistics) per channel. Grid: channels.
 @kernel(streams=False)
 def bn_finish_kernel(
     partial_ptr: tl.tensor,
@@ -329,11 +341,9 @@ def column_sums_kernel(
 def column_sums(partial: Tensor, *out: Tensor) -> None:
     """`partial` [K, G, C] float32 summed over G in a fixed order, into K tensors of C elements of one dtype."""
     sums, partials, columns = partial.shape
-    grid = (triton.cdiv(columns, FINISH_CHANNELS), sums)
-    targets = [*out, None, None][:3]
-    column_sums_kernel(
-        grid, partial, *targets, partials, columns, warps=4, BLOCK_G=FINISH_BLOCKS, BLOCK_C=FINISH_CHANNELS
-    )
+    last = finishing(partials)
+    grid = (triton.cdiv(columns, last["BLOCK_C"]), sums)
+    column_sums_kernel(grid, partial, *[*out, None, None][:3], partials, columns, **last)
 
 
 def statistics(
@@ -362,8 +372,9 @@ def statistics(
         **shared.constants(x, vector),
     )
     mean, spread = channel_vectors(x, 2)
+    last = finishing(shared.partials)
     bn_finish_kernel(
-        (triton.cdiv(x.channels, FINISH_CHANNELS),),
+        (triton.cdiv(x.channels, last["BLOCK_C"]),),
         workspace,
         mean,
         spread,
@@ -377,10 +388,8 @@ def statistics(
         shared.tiles * shared.shape.pixels,
         x.pixels,
         x.images * x.pixels,
-        warps=4,
         RSTD=rstd,
-        BLOCK_G=FINISH_BLOCKS,
-        BLOCK_C=FINISH_CHANNELS,
+        **last,
     )
     return mean, spread
 

@@ -3,6 +3,9 @@
 A kernel that is not called here is not in the ahead-of-time list: add a call to `call_all` with the kernel.
 """
 
+from collections.abc import Callable, Iterator
+from typing import Any
+
 import torch
 from torch import Tensor
 from yolov9_fast.kernels import adown_pool, bn_silu, cbfuse, conv1x1, rep_bn_silu, spp, sync_statistics
@@ -74,6 +77,26 @@ def call_all(shape: tuple[int, int, int, int], dtype: torch.dtype, layout: torch
     for count in range(1, cbfuse.MOST + 1):
         cbfuse.cbfuse_forward([new(n, channels, h // 2, w // 2)] * count, x)
     cbfuse.cbfuse_backward(x, [h // 2], [w // 2])
+    for _ in _precisions(dtype):
+        _call_conv1x1(shape, dtype, x, new)
+
+
+def _precisions(dtype: torch.dtype) -> Iterator[str]:
+    """Both settings of torch's convolutions of float32; within an iteration it is set."""
+    setting: Any = torch.backends.cudnn.conv  # type: ignore[attr-defined]
+    before = setting.fp32_precision
+    try:
+        for precision in ("ieee", "tf32") if dtype == torch.float32 else (before,):
+            if setting.fp32_precision != precision:
+                setting.fp32_precision = precision
+            yield precision
+    finally:
+        if setting.fp32_precision != before:
+            setting.fp32_precision = before
+
+
+def _call_conv1x1(shape: tuple[int, int, int, int], dtype: torch.dtype, x: Tensor, new: Callable[..., Tensor]) -> None:
+    n, channels, h, w = shape
     for count in range(1, conv1x1.MOST + 1):
         for outputs in (32, 64, 256) if channels % 8 == 0 else (7, 33, 65):
             weight = torch.empty((outputs, channels * count, 1, 1), dtype=dtype, device="meta")

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from yolov9_fast.kernels.batch_norm import column_sums
-from yolov9_fast.kernels.config import Product, product
+from yolov9_fast.kernels.config import WARPS, Product, product
 from yolov9_fast.kernels.launch import (
     View,
     as_stored,
@@ -39,6 +39,11 @@ def _precision() -> str:
     """What cuDNN's convolutions of float32 maps may round their inputs to: "tf32", or "ieee" for nothing."""
     found: str = torch.backends.cudnn.conv.fp32_precision  # type: ignore[attr-defined]
     return found
+
+
+def _in_tf32(view: View) -> bool:
+    """As torch's convolutions of float32: those of a GPU as they are set to, those of the CPU never."""
+    return view.data.device.type != "cpu" and _precision() == "tf32"
 
 
 @jit
@@ -496,14 +501,15 @@ def _pixels(view: View, vector: int) -> int:
 
 
 def _constants(view: View, vector: int, block: Product) -> dict[str, Any]:
-    tf32 = _precision() == "tf32"
+    exact = view.data.dtype == torch.float32 and not _in_tf32(view)
     return {
-        "PRECISION": "tf32" if tf32 or view.data.dtype != torch.float32 else "ieee",
+        "PRECISION": "ieee" if exact else "tf32",
         "LAST": view.last,
         "VEC": vector,
         "BLOCK_P": block.pixels,
         "BLOCK_K": block.k,
         "BLOCK_O": block.outputs,
-        "warps": block.warps,
+        # Without tensor cores a thread holds the factors too: half as many sums, or it spills.
+        "warps": WARPS[-1] if exact else block.warps,
         "stages": block.stages,
     }

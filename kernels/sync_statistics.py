@@ -50,7 +50,7 @@ def bn_combine_kernel(
         n = tl.load(table_ptr + row * width + 2 * channels, mask=row < processes, other=0.0)[:, None]
         mean = tl.load(table_ptr + row[:, None] * width + c[None, :], mask=valid, other=0.0)
         acc += tl.where((n > 0) & valid, n * (mean - anchor[None, :]), 0.0)
-    combined = anchor + tl.sum(acc, axis=0) / count
+    combined = anchor + tl.div_rn(tl.sum(acc, axis=0), count)
     acc = tl.zeros([BLOCK_G, BLOCK_C], tl.float32)
     for start in range(0, processes, BLOCK_G):
         row = start + g

@@ -36,7 +36,8 @@ struct Levels {
 inline MapStrides map_strides(const Tensor& map, const char* op) {
   const int64_t height = map.size(2), width = map.size(3);
   const int64_t pixel = width > 1 ? map.stride(3) : height > 1 ? map.stride(2) : 1;
-  STD_TORCH_CHECK(height <= 1 || width <= 1 || map.stride(2) == width * pixel, op,
+  // An empty tensor is contiguous whatever its strides: no copy mends them.
+  STD_TORCH_CHECK(map.numel() == 0 || height <= 1 || width <= 1 || map.stride(2) == width * pixel, op,
                   ": maps: expected adjacent rows of pixels, got a gap between rows");
   return {map.stride(0), map.stride(1), pixel};
 }

@@ -159,6 +159,11 @@ class Invocation:
     """`skip(backend, output, expected)`: the elements that are not compared."""
 
 
+def finite(*made: Made | None) -> bool:
+    """Whether the tensors have a gradient that is the same for every order of the sums."""
+    return not any(each is not None and each.special for each in made)
+
+
 def spoil(case: Case, arguments: list[Any]) -> list[Any]:
     """Now and then one argument that no backend can take."""
     if case.draw(st.integers(0, 9), "spoil") or not arguments:
@@ -263,6 +268,8 @@ def _compare(
     assert found.shape == expected.shape, f"{what}: {found.shape}, {expected.shape}"
     assert found.dtype == expected.dtype, f"{what}: {found.dtype}, {expected.dtype}"
     assert found.device == expected.device, what
+    if found.is_meta:
+        return
     if invocation.exact or not found.is_floating_point():
         same = torch.equal(found.nan_to_num(nan=1.25e9), expected.nan_to_num(nan=1.25e9))
         assert same, f"{what}: {found} instead of {expected}"

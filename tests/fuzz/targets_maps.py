@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.fuzz.frame import Case, target
-from tests.fuzz.operators import DTYPES, RELATIVE, SPECIAL, Invocation, Made, check, side, spoil, tensor
+from tests.fuzz.operators import DTYPES, RELATIVE, SPECIAL, Invocation, Made, check, finite, side, spoil, tensor
 from yolov9_fast import ops
 from yolov9_fast.ops import Norm
 
@@ -52,11 +52,6 @@ def adown_pool(case: Case) -> None:
         return call(x.double().abs())
 
     check(Invocation("adown_pool", call, arguments, magnitude=magnitude, gradients=finite(x)))
-
-
-def finite(*made: Made | None) -> bool:
-    """Whether the tensors have a gradient that is the same for every order of the sums."""
-    return not any(each is not None and each.special for each in made)
 
 
 @target("spp", memory_mib=MEMORY_MIB, case_seconds=SECONDS)

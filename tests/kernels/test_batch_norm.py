@@ -13,6 +13,7 @@ pytest.importorskip("triton")
 
 from yolov9_fast.kernels import batch_norm, bn_silu, bn_silu_single_pass, rep_bn_silu
 from yolov9_fast.kernels.config import Tile
+from yolov9_fast.kernels.launch import recording, views
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -172,3 +173,44 @@ def test_two_runs_give_the_same_bits() -> None:
     x = new((2, 24, 19, 17), torch.float32, LAYOUTS[0])
     first, second = batch_norm.bn_stats(x), batch_norm.bn_stats(x)
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_a_second_stage_loads_all_partials_at_once() -> None:
+    """One turn of its loop where the first stage has as many programs as it may; more images than that take more."""
+    x = torch.empty((32, 64, 80, 80), dtype=torch.bfloat16, device="meta", memory_format=torch.channels_last)
+    vector = torch.empty(64, device="meta")
+    partials = batch_norm.plan("bn_statistics_kernel", views(x)[0], 8).partials
+    with recording(90) as seen:
+        batch_norm.bn_stats(x)
+        bn_silu.bn_silu_backward_sums(x, x, vector, vector, vector, vector, True)
+    last = [dict(launch.constants) for launch in seen if launch.kernel in ("bn_finish_kernel", "column_sums_kernel")]
+    assert 64 < partials <= batch_norm.PROGRAMS
+    assert [-(-partials // constants["BLOCK_G"]) for constants in last] == [1, 1]
+    for count in range(1, batch_norm.PROGRAMS + 1):
+        tile = batch_norm.finishing(count)
+        assert count <= tile["BLOCK_G"]
+        assert tile["BLOCK_G"] * tile["BLOCK_C"] <= 16 * 32 * tile["warps"]
+
+
+@pytest.mark.parametrize("partials", [1, 63, 1000, 1024, 1500])
+def test_second_stages_add_as_exactly_as_float64(partials: int) -> None:
+    """Blocks of 8 pixels, the last of 5, about a mean of 1000."""
+    torch.manual_seed(6)
+    channels, span = 3, 8
+    pixels = partials * span - 3
+    partial = torch.stack((torch.randn(partials, channels) + 1000.0, torch.rand(partials, channels) * span)).to(DEVICE)
+    mean, m2 = (torch.empty(channels, device=DEVICE) for _ in range(2))
+    tile = batch_norm.finishing(partials)
+    arguments = (partial, mean, m2, None, None, 0.0, 0.0, partials, channels, partials, span, pixels, pixels)
+    batch_norm.bn_finish_kernel((1,), *arguments, RSTD=False, **tile)
+    means, spreads = partial.double()
+    count = torch.full((partials, 1), float(span), dtype=torch.float64, device=DEVICE)
+    count[-1] = span - 3
+    exact = (means * count).sum(0) / pixels
+    torch.testing.assert_close(mean.double(), exact, rtol=1.2e-7, atol=0)
+    expected = (spreads + count * (means - exact).square()).sum(0)
+    torch.testing.assert_close(m2.double(), expected, rtol=2e-6 if partials > 1 else 1e-6, atol=1e-6)
+    sums = torch.empty(channels, device=DEVICE)
+    batch_norm.column_sums(partial[1:], sums)
+    # Interpreted, numpy adds the rows one after the other; a GPU adds them as a tree.
+    torch.testing.assert_close(sums.double(), spreads.sum(0), rtol=3e-6, atol=0)

@@ -13,6 +13,8 @@ pytest.importorskip("triton")
 
 from yolov9_fast.kernels import adown_pool, cbfuse, conv1x1, spp
 
+from tests.ops.feature_maps import float32_precision
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LAYOUTS = (torch.channels_last, torch.contiguous_format)
@@ -63,19 +65,22 @@ def test_conv1x1_reads_and_writes_slices(
     weight = weight if turned else weight.contiguous()
     bias, dy = new((1, outputs, 1, 1), dtype, LAYOUTS[1]).flatten(), new((2, outputs, *size), dtype, layout)
     out, untouched = slot((2, outputs, *size), dtype, layout)
-    conv1x1.conv1x1_forward(inputs, weight, bias, out)
+    with float32_precision("ieee"):
+        conv1x1.conv1x1_forward(inputs, weight, bias, out)
+        input_gradients = conv1x1.conv1x1_input_grad(dy, weight, channels)
+        weight_gradient = conv1x1.conv1x1_weight_grad(dy, inputs)
     leaves = [x.double().requires_grad_() for x in inputs]
     matrix = weight.double().requires_grad_()
     exact = F.conv2d(torch.cat(leaves, 1), matrix, bias.double())
     exact.backward(dy.double())
     assert_close(out, exact.detach())
     assert untouched.isnan().all()
-    for gradient, leaf in zip(conv1x1.conv1x1_input_grad(dy, weight, channels), leaves, strict=True):
+    for gradient, leaf in zip(input_gradients, leaves, strict=True):
         assert leaf.grad is not None
         assert_close(gradient, leaf.grad)
         assert gradient.is_contiguous(memory_format=layout) or outputs == 1  # one channel is both layouts
     assert matrix.grad is not None
-    assert_close(conv1x1.conv1x1_weight_grad(dy, inputs), matrix.grad)
+    assert_close(weight_gradient, matrix.grad)
 
 
 @pytest.mark.parametrize(("dtype", "layout"), CASES[:4])

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import yolov9_fast as yf
 from tests.devices import backends
@@ -16,6 +17,7 @@ from tests.ops.feature_maps import (
     LAYOUTS,
     assert_as_exact_as_eager,
     feature_map,
+    float32_precision,
     outputs_and_gradients,
     threads,
 )
@@ -222,6 +224,26 @@ def test_the_graph_can_be_used_twice_and_saved_tensors_are_untouched(name: str, 
     once = torch.autograd.grad(out.sum(), (x, weight), retain_graph=True)
     twice = torch.autograd.grad(out.sum(), (x, weight))
     assert all(torch.equal(a, b) for a, b in zip(once, twice, strict=True))
+
+
+@pytest.mark.parametrize("convolutions", ["tf32", "ieee"])
+@pytest.mark.parametrize("products", ["tf32", "ieee"])
+def test_on_a_gpu_float32_rounds_as_convolutions_are_set_to(convolutions: str, products: str) -> None:
+    """By the library's matrix products only where those have the same setting; Triton's launcher reads it itself."""
+    with FakeTensorMode(), float32_precision(convolutions, products):
+        for dtype in (torch.float32, torch.bfloat16):
+            weight = torch.empty(4, 8, 1, 1, device="cuda", dtype=dtype)
+            dense = torch.empty(1, 8, 4, 4, device="cuda", dtype=dtype, memory_format=torch.channels_last)
+            sliced = torch.empty_strided((1, 8, 4, 4), (256, 1, 64, 16), device="cuda", dtype=dtype)
+            same = dtype == torch.bfloat16 or convolutions == products
+            for x in (dense, sliced):
+                reason = OPERATOR.implementations["cuda"].supports([x], weight, None, None)
+                assert ("fp32_precision" in str(reason)) is not same
+                reason = PAIR.implementations["cuda"].supports(x, weight, weight)
+                assert ("fp32_precision" in str(reason)) is not same
+            for x, left in ((dense, True), (sliced, same)):
+                reason = OPERATOR.implementations["triton"].supports([x], weight, None, None)
+                assert ("one map" in str(reason)) is left
 
 
 def test_auto_leaves_dense_maps_and_large_weights_to_the_framework() -> None:

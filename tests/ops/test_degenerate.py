@@ -102,6 +102,18 @@ def test_an_empty_batch_has_anchor_points(device: str) -> None:
         assert points.tolist() == [[4, 4], [12, 4], [20, 4], [4, 12], [12, 12], [20, 12], [8, 8]]
 
 
+def test_an_empty_crop_of_a_map(device: str) -> None:
+    """No pixel, so no copy either, which would join the rows."""
+    level = torch.zeros(0, 70, 3, 3, device=device)[..., :2, :2].requires_grad_()
+    indices, boxes = torch.zeros(0, 4, dtype=torch.int64, device=device), torch.zeros(0, 0, 4, device=device)
+    assignment = ops.Assignment(indices, torch.zeros(0, 4, device=device))
+    labels = torch.zeros(0, 0, dtype=torch.int64, device=device)
+    assert_as_eager(lambda: (ops.decode([level.detach()], (8,)),))
+    assert_as_eager(lambda: tuple(ops.decode_for_assignment([level], labels, (8,))[1:3]))
+    one = torch.ones((), device=device)
+    assert_as_eager(lambda: (ops.detection_loss([level], assignment, labels, boxes, one, strides=(8,)).detach(),))
+
+
 def test_a_label_of_no_class_has_score_zero_in_the_assignment(device: str) -> None:
     maps = [torch.randn(1, 68, 4, 4, device=device)]
     labels, gt = (

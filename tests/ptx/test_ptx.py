@@ -15,7 +15,8 @@ import torch
 
 pytest.importorskip("triton")
 
-from yolov9_fast.kernels import conv1x1
+from yolov9_fast.kernels import conv1x1, replay
+from yolov9_fast.kernels.launch import recording, views
 
 from tests import ptx
 from tests.ops.feature_maps import float32_precision
@@ -78,17 +79,28 @@ def product_of(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 @interpreted
 @pytest.mark.parametrize("answer", ptx.ANSWERS)
 @pytest.mark.parametrize("setting", ["tf32", "ieee"])
-def test_a_product_errs_as_its_setting_allows(setting: str, answer: str) -> None:
+def test_a_product_errs_as_its_setting_allows(setting: str, answer: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Against the convolution of inputs that are rounded to TF32: twice its error at most, and no drift to zero."""
+    monkeypatch.setattr(conv1x1, "_in_tf32", lambda view: setting == "tf32")  # as on a GPU
     generator = torch.Generator().manual_seed(0)
     x, weight = torch.rand(1, 96, 5, 5, generator=generator) + 1, torch.rand(8, 96, 1, 1, generator=generator) + 1
     exact = torch.nn.functional.conv2d(x.double(), weight.double())
     rounded = [torch.from_numpy(ptx.rounded_to_tf32(t.numpy())).double() for t in (x, weight)]
     theirs = (torch.nn.functional.conv2d(*rounded) - exact).square().mean().sqrt()
-    with ptx.arithmetic(answer), float32_precision(setting):
+    with ptx.arithmetic(answer), replay.paused():
         ours = product_of(x, weight).double() - exact
     allowed = 2 * theirs + 4e-6 * exact.abs().max() if setting == "tf32" else 4e-6 * exact.abs().max()
     assert ours.square().mean().sqrt() <= allowed
+
+
+@pytest.mark.parametrize("setting", ["tf32", "ieee"])
+def test_a_gpu_rounds_factors_as_torch_is_set_to_and_the_cpu_never(setting: str) -> None:
+    weight = torch.empty(8, 16, 1, 1, device="meta")
+    x = torch.empty(1, 16, 4, 4, device="meta").contiguous(memory_format=torch.channels_last)
+    with float32_precision(setting), recording(90) as seen:
+        conv1x1.conv1x1_forward([x], weight, None, torch.empty(1, 8, 4, 4, device="meta"))
+        assert not conv1x1._in_tf32(views(torch.empty(1, 16, 4, 4))[0])
+    assert [dict(launch.constants)["PRECISION"] for launch in seen] == [setting]
 
 
 @interpreted

@@ -319,16 +319,31 @@ def _supports_cpu(inputs: Sequence[Tensor], weight: Tensor, bias: Tensor | None,
     return _too_large(weight.shape[0] * weight.shape[1])
 
 
+def _products_round_otherwise(weight: Tensor) -> bool:
+    """Whether torch is set to use TF32 in one of its convolutions and matrix products of float32, not in both.
+
+    The operator stands for a convolution, so it rounds as convolutions are set to. The compiler cannot read settings.
+    """
+    if weight.dtype != torch.float32 or torch.compiler.is_compiling():
+        return weight.dtype == torch.float32
+    settings: Any = torch.backends
+    return bool((settings.cudnn.conv.fp32_precision == "tf32") != (settings.cuda.matmul.fp32_precision == "tf32"))
+
+
 def _supports_cuda(inputs: Sequence[Tensor], weight: Tensor, bias: Tensor | None, out: Tensor | None) -> str | None:
     for x in inputs if out is None else (*inputs, out):
         if row_stride(x) is None:
             return "its matrix products read channels_last maps"
+    if weight.is_cuda and _products_round_otherwise(weight):
+        return "matrix products of float32 are set (torch.backends) to another fp32_precision than convolutions"
     return not_on("cuda", *inputs, weight)
 
 
 def _supports_triton(inputs: Sequence[Tensor], weight: Tensor, bias: Tensor | None, out: Tensor | None) -> str | None:
     if len(inputs) == 1 and get_backend("conv1x1") == "auto":
-        return "one map is a matrix product of cuBLAS"
+        dense = row_stride(inputs[0]) in (None, weight.shape[1])
+        if dense or not (weight.is_cuda and _products_round_otherwise(weight)):
+            return "one map is a matrix product of cuBLAS, or torch's convolution"
     if out is not None and layout_of(out) is None:
         return "out must be channels_last or contiguous"
     return not_for_triton("conv1x1", *inputs, weight)

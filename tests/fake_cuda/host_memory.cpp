@@ -1,6 +1,6 @@
 // Tensors on the fake CUDA device (device.cpp) with memory of the host, as a Python module: the operators of PyTorch
-// compute on the CPU, convolutions and in-place operators of lists of tensors do nothing. What is left of a step is the
-// host's part of it: Python, dispatcher, autograd, allocation, and the launches of Triton.
+// compute on the CPU; convolutions, copies of maps and weights, and in-place operators of lists of tensors do nothing.
+// What is left of a step is the host's part of it: Python, dispatcher, autograd, allocation, and Triton's launches.
 #include <ATen/ATen.h>
 #include <ATen/EmptyTensor.h>
 #include <ATen/native/ConvUtils.h>
@@ -169,6 +169,14 @@ at::Tensor& set_storage(at::Tensor& self, c10::Storage source, int64_t offset, c
   return self;
 }
 
+// Copies of maps and weights are the device's work. Others, such as of targets, have values that are used as indices.
+at::Tensor& copy(at::Tensor& self, const at::Tensor& from, bool non_blocking) {
+  if (self.is_cuda() && from.is_cuda() && self.dim() == 4 && self.is_floating_point()) return self;
+  const auto host = [](const at::Tensor& tensor) { return tensor.is_cuda() ? alias(tensor, c10::kCPU) : tensor; };
+  host(self).copy_(host(from), non_blocking);
+  return self;
+}
+
 TORCH_LIBRARY_IMPL(_, CUDA, m) { m.fallback(torch::CppFunction::makeFromBoxedFunction<&on_host>()); }
 
 TORCH_LIBRARY_IMPL(aten, CUDA, m) {
@@ -183,7 +191,7 @@ TORCH_LIBRARY_IMPL(aten, CUDA, m) {
   m.impl("convolution", TORCH_FN(convolution));
   m.impl("convolution_backward", TORCH_FN(convolution_backward));
   m.impl("_foreach_norm.Scalar", TORCH_FN(norms));
-  m.impl("copy_", torch::CppFunction::makeFromBoxedFunction<&on_host>());
+  m.impl("copy_", TORCH_FN(copy));
 }
 
 PyObject* exchange_device(PyObject*, PyObject* index) {

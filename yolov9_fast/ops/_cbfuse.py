@@ -76,9 +76,10 @@ def forward_reference(inputs: list[Tensor], target: Tensor) -> Tensor:
 def backward_reference(dz: Tensor, heights: list[int], widths: list[int]) -> list[Tensor]:
     """Kernel `cbfuse_backward`: the gradient of each input [B, C, heights[i], widths[i]]."""
     batch, channels, height, width = dz.shape
+    # Copied, not `contiguous`: of one pixel that would keep any strides.
     return [
-        torch.ops.aten.upsample_nearest2d_backward(dz, [height, width], [batch, channels, h, w]).contiguous(
-            memory_format=memory_format_of(dz)
+        empty_map(dz, size=(h, w)).copy_(
+            torch.ops.aten.upsample_nearest2d_backward(dz, [height, width], [batch, channels, h, w])
         )
         for h, w in zip(heights, widths, strict=True)
     ]

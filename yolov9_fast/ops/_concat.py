@@ -358,7 +358,8 @@ def tap_backward_reference(whole: Tensor, part: Tensor, start: int) -> Tensor:
     stop = start + part.shape[1]
     pieces = (whole[:, :start], whole[:, start:stop] + part, whole[:, stop:])
     # A piece without channels has no layout: with it `cat` would return a contiguous map.
-    return torch.cat([piece for piece in pieces if piece.shape[1]] or [whole], 1)
+    joined = torch.cat([piece for piece in pieces if piece.shape[1]] or [whole], 1)
+    return joined.contiguous(memory_format=memory_format_of(whole))
 
 
 def _fake(whole: Tensor, part: Tensor, start: int) -> Tensor:

@@ -83,6 +83,7 @@ _NO_WORK = frozenset(
         "resolve_conj",
         "resolve_neg",
         "new_empty",
+        "new_empty_strided",
         "movedim",
         "conj",
         "diagonal",

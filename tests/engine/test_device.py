@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 from yolov9_fast.engine.device import (
     autocast,
@@ -100,3 +102,16 @@ def test_the_inference_model_is_a_copy_of_a_fused_model_too() -> None:
     assert copy is not fused
     assert not copy.training
     assert fused.training
+
+
+def test_weights_in_the_dtype_of_autocast_give_the_same_maps(tiny_graph: Path) -> None:
+    torch.manual_seed(0)
+    model = create_model(tiny_graph, 3, class_tower=8)
+    plain, converted = inference_model(model, CPU), inference_model(model, CPU, "bf16")
+    images = torch.rand(2, 3, 64, 64)
+    with torch.inference_mode(), autocast(CPU, "bf16"):
+        maps = [each.raw(images, auxiliary=False).main for each in (plain, converted)]
+    assert all(torch.equal(own, other) for own, other in zip(*maps, strict=True))
+    weights = [module.weight.dtype for module in converted.modules() if isinstance(module, nn.Conv2d)]
+    assert set(weights) == {torch.bfloat16}
+    assert {module.weight.dtype for module in model.modules() if isinstance(module, nn.Conv2d)} == {torch.float32}

@@ -1,10 +1,9 @@
 """A CUDA device that runs nothing: the CPU build of torch traces, with fake tensors, what it would do on a GPU.
 
-    python -m tests.fake_cuda.trace NETWORK [--what step|inference] [--amp off|bf16|fp16]
+    python -m tests.fake_cuda.trace "yolov9-t step bf16" "yolov9-c predict off"
 
-prints as JSON what one training step or one prediction does: kernel launches, operations that depend on data, copies
-between host and device, strides at the operators' boundaries. `start()` has to run before torch is imported, so that
-tests do it in a process of their own.
+prints as JSON what a training step or a prediction does: where the host waits and what it copies, layouts, casts, and
+launches. `start()` has to run before torch is imported, so that tests do it in a process of their own.
 """
 
 from __future__ import annotations

@@ -7,237 +7,252 @@ from tests import fake_cuda
 fake_cuda.start()
 
 import argparse  # noqa: E402
+import contextlib  # noqa: E402
 import json  # noqa: E402
-from collections import Counter  # noqa: E402
+import os  # noqa: E402
 from collections.abc import Callable, Iterator  # noqa: E402
-from contextlib import contextmanager, nullcontext  # noqa: E402
+from dataclasses import dataclass, fields  # noqa: E402
+from pathlib import Path  # noqa: E402
+from types import SimpleNamespace  # noqa: E402
 from typing import Any  # noqa: E402
 
+import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
-from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor, FakeTensorMode  # noqa: E402
-from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
+from torch._subclasses.fake_tensor import DynamicOutputShapeException  # noqa: E402
 
-from bench.counting import works  # noqa: E402
-from yolov9_fast.engine.device import prepare_images  # noqa: E402
+import yolov9_fast as yf  # noqa: E402
+from tests.accelerate import mit_shaped, official_shaped, ultralytics_shaped  # noqa: E402
+from tests.fake_cuda import planted  # noqa: E402
+from tests.fake_cuda.pretend import traced  # noqa: E402
+from tests.fake_cuda.record import Record, same_layout  # noqa: E402
+from yolov9_fast.data import ImageRecord, LabelReport  # noqa: E402
+from yolov9_fast.data.sample import Batch  # noqa: E402
+from yolov9_fast.engine.clock import PhaseClock  # noqa: E402
+from yolov9_fast.engine.device import autocast, prepare_images, to_channels_last  # noqa: E402
 from yolov9_fast.engine.ema import ModelEMA  # noqa: E402
 from yolov9_fast.engine.optimizer import build_optimizer  # noqa: E402
+from yolov9_fast.engine.predictor import Predictor  # noqa: E402
+from yolov9_fast.engine.step import PHASES, TrainStep  # noqa: E402
+from yolov9_fast.engine.training_state import TrainingState  # noqa: E402
+from yolov9_fast.engine.validator import EvaluationSet, validate  # noqa: E402
 from yolov9_fast.losses import DetectionLoss  # noqa: E402
-from yolov9_fast.losses.targets import PaddedTargets  # noqa: E402
-from yolov9_fast.models import create_model, fuse, to_deploy  # noqa: E402
-from yolov9_fast.nn import plan  # noqa: E402
-from yolov9_fast.ops import _batch_norm, _probe, nms  # noqa: E402
+from yolov9_fast.models import create_model  # noqa: E402
+from yolov9_fast.nn import Conv  # noqa: E402
 
-CLASSES = 80
-TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-class Record(TorchDispatchMode):
-    """Counts what the dispatcher is asked for, and the maps at operators that are not channels_last."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.launches: Counter[str] = Counter()
-        self.host_copies: Counter[str] = Counter()
-        self.data_dependent: Counter[str] = Counter()
-        self.not_channels_last: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func.name().split(".")[0]
-        try:
-            result = func(*args, **(kwargs or {}))
-        except DataDependentOutputException:
-            self.data_dependent[name] += 1
-            raise
-        inputs, outputs = list(_tensors((args, kwargs))), list(_tensors(result))
-        devices = {tensor.device.type for tensor in (*inputs, *outputs) if tensor.dim()}
-        if {"cpu", "cuda"} <= devices:
-            self.host_copies[name] += 1
-        elif (
-            works(name)
-            and not name.startswith("prim::")
-            and "cuda" in {tensor.device.type for tensor in (*inputs, *outputs)}
-        ):
-            self.launches[name] += 1
-        if name.startswith("yolov9_fast::") or "convolution" in name:
-            for tensor in (*inputs, *outputs):
-                if _is_map(tensor) and not tensor.is_contiguous(memory_format=torch.channels_last):
-                    self.not_channels_last.update([name] * (not _is_slice(tensor)))
-        return result
+DEVICE = torch.device("cuda", 0)
+os.environ.setdefault("YOLOV9_FAST_HOST_MICROSECONDS", "0")  # every block fused, as where a CUDA graph is captured
+FOREIGN = {
+    "official": official_shaped.DetectionModel,
+    "ultralytics": ultralytics_shaped.DetectionModel,
+    "mit": mit_shaped.YOLO,
+}
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, (list, tuple)):
-        for entry in value:
-            yield from _tensors(entry)
-    elif isinstance(value, dict):
-        yield from _tensors(list(value.values()))
+@dataclass(frozen=True)
+class Case:
+    """`NETWORK WHAT AMP`, then options as `batch=8`.
+
+    WHAT: step, accumulate, predict or validate; of a model of other code step or infer. Or `PLANT plant AMP`: forward
+    and backward of one unit with a fault.
+
+    `backend`: of the operators, as in `set_backend`; of foreign models "own" leaves them as they are.
+    """
+
+    network: str
+    what: str
+    amp: str
+    batch: int = 16
+    height: int = 640
+    width: int = 640
+    classes: int = 80
+    backend: str = "auto"
+    optimizer: str = "sgd"
+
+    @classmethod
+    def parse(cls, text: str) -> Case:
+        network, what, amp, *options = text.split()
+        types = {entry.name: type(entry.default) for entry in fields(cls)}
+        given = dict(option.split("=") for option in options)
+        return cls(network, what, amp, **{name: types[name](value) for name, value in given.items()})
 
 
-def _is_map(tensor: Tensor) -> bool:
-    """A map of features: more than one pixel and one channel, more than a weight's few."""
-    return tensor.dim() == 4 and tensor.shape[1] > 1 and tensor.shape[2] * tensor.shape[3] > 9
+class Clock(PhaseClock):
+    """Tells the record what runs next."""
+
+    def __init__(self, record: Record) -> None:
+        super().__init__(*PHASES)
+        self.record = record
+        record.phase = PHASES[0]
+
+    def end(self, phase: str) -> None:
+        super().end(phase)
+        self.record.phase = PHASES[PHASES.index(phase) + 1]
 
 
-def _is_slice(tensor: Tensor) -> bool:
-    """Channels of a larger channels_last map."""
-    return tensor.stride(1) == 1 and tensor.stride(3) >= tensor.shape[1]
+def trace_step(case: Case, record: Record) -> dict[str, Any]:
+    """`TrainStep` on a batch from the host, after an update that made the optimiser's state."""
+    model = to_channels_last(create_model(case.network, case.classes)).to(DEVICE).train()
+    optimizer = build_optimizer(model, case.optimizer, lr=0.01, momentum=0.9, weight_decay=5e-4)
+    scaler = torch.amp.GradScaler("cuda", enabled=case.amp == "fp16")
+    state = TrainingState(model, ModelEMA(model), optimizer, scaler)
+    step = TrainStep(model, state, DetectionLoss(case.classes), DEVICE, amp=case.amp)
+    for parameter in model.parameters():
+        parameter.grad = torch.empty_like(parameter)
+    scaler.scale(torch.zeros((), device=DEVICE))
+    step.update()
+    batch = host_batch(case)
+    step(batch.images, batch.targets, size=None, update=case.what == "step", clock=Clock(record))
+    record.phase = ""
+    return {"gradients_with_other_strides": _other_strides(model)}
 
 
-@contextmanager
-def pretended_gpu() -> Iterator[None]:
-    """What torch.cuda says of an H100, and cuDNN's choice of memory format, which the CPU build does not know."""
-    convolution = torch._C._conv_determine_backend_memory_format
-    plan._PLAIN = (*plan._PLAIN, FakeTensor)  # type: ignore[assignment]  # fused as tensors of a GPU are
+def host_batch(case: Case) -> Batch:
+    """As the loader gives it: uint8 images, and two objects of the last class in each."""
+    count, nothing = case.batch, [0] * case.batch
+    image = torch.arange(count).repeat(2).float()
+    others = torch.tensor([case.classes - 1, 0.5, 0.5, 0.25, 0.25]).expand(2 * count, 5)
+    targets = torch.cat((image[:, None], others), 1)
+    images = torch.zeros(count, 3, case.height, case.width, dtype=torch.uint8)
+    shape = (case.height, case.width)
+    return Batch(images, targets, list(range(count)), [shape] * count, [(1.0, 1.0)] * count, [(0, 0) for _ in nothing])
 
-    def memory_format(image: Tensor, weight: Tensor, backend: Any) -> torch.memory_format:
-        def last(tensor: Tensor) -> bool:
-            return tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last)
 
-        free = (last(image) and not image.is_contiguous()) or (last(weight) and not weight.is_contiguous())
-        return torch.channels_last if free or (image.dim() == 4 and image.stride(1) == 1) else torch.contiguous_format
+def _other_strides(model: nn.Module) -> int:
+    return sum(p.grad is not None and not same_layout(p.grad, p) for p in model.parameters())
 
-    torch._C._conv_determine_backend_memory_format = memory_format
-    replaced = {
-        "is_available": lambda: True,
-        "device_count": lambda: 2,
-        "current_device": lambda: 0,
-        "get_device_capability": lambda device=None: (9, 0),
-        "get_device_name": lambda device=None: "NVIDIA H100 80GB HBM3",
-        "is_bf16_supported": lambda *args, **kwargs: True,
+
+def trace_predict(case: Case, record: Record) -> dict[str, Any]:
+    """`Predictor.detect` on one image from the host, the second time."""
+    predictor = Predictor(create_model(case.network, case.classes), case.width, device=0, amp=case.amp)
+    image = np.zeros((case.height, case.width, 3), np.uint8)
+    predictor.detect(image)
+    record.phase = "predict"
+    predictor.detect(image)
+    record.phase = ""
+    return {}
+
+
+def trace_validate(case: Case, record: Record) -> dict[str, Any]:
+    """`validate` with the loss, as during training; counted is the second batch."""
+    model = to_channels_last(create_model(case.network, case.classes).to(DEVICE))
+    batch = host_batch(case)
+    boxes = np.array([[0, 0.5, 0.5, 0.25, 0.25]], np.float32)
+    records = [ImageRecord(Path(f"{i}.jpg"), case.width, case.height, i, boxes) for i in range(case.batch)]
+    names = dict(enumerate(f"class {i}" for i in range(case.classes)))
+    model.names = names
+
+    class Batches:
+        dataset = SimpleNamespace(rect=False)
+
+        def __iter__(self) -> Iterator[Batch]:
+            yield batch
+            record.phase = "validate"
+            yield batch
+            record.phase = ""
+
+    truth = {
+        "images": [{"id": i, "width": case.width, "height": case.height} for i in range(case.batch)],
+        "annotations": [],
+        "categories": [{"id": i, "name": name} for i, name in names.items()],
     }
-    before = {name: getattr(torch.cuda, name) for name in replaced}
-    usable = {(backend, index): None for backend in _probe.LAUNCHES for index in range(2)}
-    try:
-        _probe._known.update(usable)
-        for name, function in replaced.items():
-            setattr(torch.cuda, name, function)
-        yield
-    finally:
-        _probe._known.clear()
-        torch._C._conv_determine_backend_memory_format = convolution
-        for name, function in before.items():
-            setattr(torch.cuda, name, function)
+    loader: Any = Batches()
+    evaluation = EvaluationSet("val", names, records, LabelReport(), truth, list(names), loader)
+    criterion = DetectionLoss(case.classes)
+    validate(model, evaluation, amp=case.amp, criterion=criterion, channels_last=True, progress=False)
+    return {}
 
 
-def to_cuda(model: nn.Module) -> None:
-    """Replace parameters and buffers by fake ones on "cuda" with the same strides."""
-    for module in model.modules():
-        for name, parameter in list(module._parameters.items()):
-            if parameter is not None:
-                module._parameters[name] = nn.Parameter(_like(parameter), requires_grad=parameter.requires_grad)
-        for name, buffer in list(module._buffers.items()):
-            if buffer is not None:
-                module._buffers[name] = _like(buffer)
+def trace_foreign_step(case: Case, record: Record) -> dict[str, Any]:
+    """A loop of somebody else's around an accelerated model: forward, backward, SGD."""
+    model = _foreign(case)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+    images = torch.zeros(case.batch, 3, case.height, case.width, dtype=torch.uint8)
+    others = 0
+    for phase in ("", "step"):
+        record.phase = phase
+        given = prepare_images(images, DEVICE, channels_last=True)
+        with autocast(DEVICE, case.amp):
+            maps = model(given)
+        torch.autograd.backward(maps, [torch.empty_like(level) for level in maps])
+        others = _other_strides(model)
+        optimizer.step()
+        optimizer.zero_grad()
+    record.phase = ""
+    return {"gradients_with_other_strides": others}
 
 
-def _like(tensor: Tensor) -> Tensor:
-    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cuda")
+def trace_foreign_inference(case: Case, record: Record) -> dict[str, Any]:
+    """An accelerated model in evaluation mode, BatchNorm not folded."""
+    model = _foreign(case).eval()
+    images = torch.zeros(case.batch, 3, case.height, case.width, dtype=torch.uint8)
+    with torch.inference_mode():
+        for phase in ("", "infer"):
+            record.phase = phase
+            with autocast(DEVICE, case.amp):
+                model(prepare_images(images, DEVICE, channels_last=True))
+    record.phase = ""
+    return {}
 
 
-def autocast(amp: str) -> Any:
-    return nullcontext() if amp == "off" else torch.autocast("cuda", dtype=TYPES[amp])
+def trace_plant(case: Case, record: Record) -> dict[str, Any]:
+    """Forward and backward of one unit, with a fault in each."""
+
+    def plant(tensor: Tensor) -> None:
+        with contextlib.suppress(DynamicOutputShapeException):  # noted; nothing is computed with what has no size
+            planted.PLANTS[case.network](tensor)
+
+    unit = to_channels_last(Conv(8, 16, 3)).to(DEVICE)
+    x = torch.empty(2, 8, 32, 32, device=DEVICE).to(memory_format=torch.channels_last)
+    record.phase = "plant"
+    y = unit(x)
+    plant(y)
+    y.register_hook(plant)
+    y.backward(torch.empty_like(y))
+    record.phase = ""
+    return {}
 
 
-def trace_step(network: str, batch: int, size: int, amp: str) -> dict[str, Any]:
-    """One training step: image conversion, forward, loss, backward, clipping, optimiser, moving average."""
-    model = nn.Module.to(create_model(network, CLASSES), memory_format=torch.channels_last).train()
-    record = Record()
-    phases: dict[str, dict[str, int]] = {}
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        to_cuda(model)
-        average, optimizer = ModelEMA(model), build_optimizer(model, "sgd", lr=0.01, momentum=0.9, weight_decay=5e-4)
-        for group in optimizer.param_groups:
-            group["foreach"] = True  # as torch chooses for parameters on a GPU, but not for fake ones
-        criterion = DetectionLoss(CLASSES)
-        images = torch.empty(batch, 3, size, size, device="cuda", dtype=torch.uint8)
-        truth = PaddedTargets(
-            torch.zeros(batch, 40, dtype=torch.int64, device="cuda"),
-            torch.zeros(batch, 40, 4, device="cuda"),
-            torch.zeros(batch, 40, dtype=torch.bool, device="cuda"),
-        )
-        device = torch.device("cuda", 0)
-        state: dict[str, Any] = {}
-
-        def forward() -> None:
-            state["images"] = prepare_images(images, device, channels_last=True)
-            with autocast(amp):
-                state["output"] = model(state["images"])
-
-        def loss() -> None:
-            state["loss"] = criterion(state["output"], truth, (size, size)).total
-
-        def step() -> None:
-            parameters = [parameter for parameter in model.parameters() if parameter.grad is not None]
-            nn.utils.clip_grad_norm_(parameters, 10.0, foreach=True)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            average.update(model)
-
-        parts = {"forward": forward, "loss": loss, "backward": lambda: state["loss"].backward(), "step": step}
-        for phase in parts.values():  # the first step makes the optimiser's state
-            phase()
-        with record:
-            for name, phase in parts.items():
-                before = record.launches.copy()
-                phase()
-                phases[name] = dict(record.launches - before)
-    return _report(record, phases)
+def _foreign(case: Case) -> nn.Module:
+    model = FOREIGN[case.network](case.classes).to(DEVICE)
+    if case.backend == "own":
+        return to_channels_last(model)
+    report = yf.accelerate(model, memory_format=torch.channels_last)
+    assert not report.skipped, report.skipped
+    return model
 
 
-def trace_inference(network: str, batch: int, size: int, amp: str) -> dict[str, Any]:
-    """One prediction: image conversion, folded forward, decode, NMS."""
-    model = nn.Module.to(fuse(to_deploy(create_model(network, CLASSES))), memory_format=torch.channels_last).eval()
-    record = Record()
-    make = _batch_norm.unit_statistics
-
-    def unit_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
-        """Kept as those of real tensors are: there is one mode in this process."""
-        made = make(x)
-        return _batch_norm._units.setdefault((x.shape[1], made[0].dtype, x.device), made)
-
-    _batch_norm.unit_statistics = unit_statistics
-    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
-        to_cuda(model)
-        images = torch.empty(batch, 3, size, size, device="cuda", dtype=torch.uint8)
-
-        def predict() -> None:
-            prepared = prepare_images(images, torch.device("cuda", 0), channels_last=True)
-            with autocast(amp):
-                maps = model.raw(prepared, auxiliary=False).main
-            nms(model.decode([map_.float() for map_ in maps]), conf=0.001)
-
-        predict()  # the first call makes constants
-        with record:
-            predict()
-    return _report(record, {"inference": dict(record.launches)})
+TRACES: dict[str, Callable[[Case, Record], dict[str, Any]]] = {
+    "step": trace_step,
+    "accumulate": trace_step,
+    "predict": trace_predict,
+    "validate": trace_validate,
+    "plant": trace_plant,
+    "foreign step": trace_foreign_step,
+    "foreign infer": trace_foreign_inference,
+}
 
 
-def _report(record: Record, phases: dict[str, dict[str, int]]) -> dict[str, Any]:
-    return {
-        "launches": {name: sum(found.values()) for name, found in phases.items()},
-        "by_operator": {name: dict(sorted(found.items(), key=lambda item: -item[1])) for name, found in phases.items()},
-        "data_dependent": dict(record.data_dependent),
-        "host_copies": dict(record.host_copies),
-        "not_channels_last": dict(record.not_channels_last),
+def trace(case: Case) -> dict[str, Any]:
+    """What the record noted, as plain data."""
+    function = TRACES[f"foreign {case.what}" if case.network in FOREIGN else case.what]
+    backend = contextlib.nullcontext() if case.backend == "own" else yf.backend(case.backend)
+    with traced() as record, backend:
+        found = function(case, record)
+    return found | {
+        "launches": {phase: sum(one.values()) for phase, one in record.launches.items()},
+        "by_operator": {phase: dict(one.most_common()) for phase, one in record.launches.items()},
+        **{
+            name: dict(sorted((+getattr(record, name)).items()))
+            for name in ("waits", "copies", "layouts", "casts", "wide", "slow_lists")
+        },
     }
-
-
-TRACES: dict[str, Callable[[str, int, int, str], dict[str, Any]]] = {"step": trace_step, "inference": trace_inference}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("network")
-    parser.add_argument("--what", choices=TRACES, default="step")
-    parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--size", type=int, default=640)
-    parser.add_argument("--amp", choices=("off", *TYPES), default="bf16")
-    given = parser.parse_args()
-    with pretended_gpu():
-        print(json.dumps(TRACES[given.what](given.network, given.batch, given.size, given.amp)))
+    parser = argparse.ArgumentParser(description=Case.__doc__)
+    parser.add_argument("cases", nargs="+")
+    print(json.dumps({text: trace(Case.parse(text)) for text in parser.parse_args().cases}))
 
 
 if __name__ == "__main__":

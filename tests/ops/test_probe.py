@@ -330,10 +330,9 @@ def test_torch_for_amd_gets_no_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 SCRIPT = """
-import contextlib, json
-from tests.fake_cuda.trace import Record, pretended_gpu, to_cuda
+import json
+from tests.fake_cuda.trace import traced
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 import yolov9_fast as yf
 from yolov9_fast.ops import _probe
 
@@ -341,20 +340,17 @@ def fails(device):
     raise RuntimeError("CUDA error: no kernel image is available for execution on the device")
 
 def names(backend):
-    record = Record()
-    with FakeTensorMode(allow_non_fake_inputs=True), yf.backend(backend):
+    with yf.backend(backend):
         images, boxes = torch.empty(2, 3, 64, 64, device="cuda"), torch.empty(2, 4, device="cuda")
-        with record:
-            model(images)
-            yf.ops.box_iou(boxes, boxes)
-    return dict(record.launches)
+        record.phase = backend
+        record.launches.clear()
+        model(images)
+        yf.ops.box_iou(boxes, boxes)
+        record.phase = ""
+    return dict(record.launches[backend])
 
-model = yf.create_model("gelan-t", 2).train()
-with pretended_gpu():
-    torch.cuda.device = contextlib.nullcontext
-    torch.cuda.is_current_stream_capturing = lambda: False
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        to_cuda(model)
+with traced() as record:
+    model = yf.create_model("gelan-t", 2).train().to("cuda")
     fused = names("auto")
     _probe._known.clear()
     _probe.LAUNCHES.update(triton=fails, cuda=fails)

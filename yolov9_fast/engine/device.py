@@ -176,8 +176,17 @@ def to_channels_last(module: _Module) -> _Module:
     return module
 
 
-def inference_model(model: DetectionModel, device: torch.device) -> DetectionModel:
-    """A fused copy of `model` in float32 and evaluation mode, on `device`, in channels_last memory format."""
+def inference_model(model: DetectionModel, device: torch.device, amp: str = "off") -> DetectionModel:
+    """A fused copy of `model` in evaluation mode, on `device`, in channels_last memory format.
+
+    It is float32, but with an `amp` of bf16 or fp16 the weights of convolutions have that dtype: to run under
+    `autocast`, which would convert them in each call.
+    """
     if any(value.is_floating_point() and value.dtype != torch.float32 for value in model.state_dict().values()):
         model = copy.deepcopy(model).float()
-    return to_channels_last(fuse(model).to(device).eval())
+    fused = to_channels_last(fuse(model).to(device).eval())
+    if amp != "off":
+        for module in fused.modules():
+            if isinstance(module, nn.Conv2d):
+                module.weight.data = module.weight.data.to(_DTYPES[amp])
+    return fused

@@ -39,11 +39,13 @@ class ModelEMA:
         self.updates += 1
         averaged: list[Tensor] = []
         current: list[Tensor] = []
-        own = self.model.state_dict()
-        for key, value in source.state_dict().items():
-            if value.is_floating_point():
-                averaged.append(own[key])
-                current.append(value)
-            else:
-                own[key].copy_(value)
+        copies: list[Tensor] = []
+        counts: list[Tensor] = []
+        own = self.model.state_dict(keep_vars=True)
+        for key, value in source.state_dict(keep_vars=True).items():
+            floating = value.is_floating_point()
+            (averaged if floating else copies).append(own[key])
+            (current if floating else counts).append(value)
         torch._foreach_lerp_(averaged, current, 1 - self.current_decay())
+        if counts:
+            torch._foreach_copy_(copies, counts)

@@ -74,7 +74,7 @@ def _evaluate(options: EvaluationOptions, device: torch.device) -> tuple[Validat
     amp = resolve_amp(options.amp, device)
     size = round_image_size(options.imgsz)
     data = load_data_config(options.data)
-    model = inference_model(load_checkpoint(options.weights), device)
+    model = inference_model(load_checkpoint(options.weights), device, amp)
     if model.num_classes != data.num_classes:
         raise UserError(
             f"{options.weights}: expected {data.num_classes} classes as in {options.data}, got {model.num_classes}"

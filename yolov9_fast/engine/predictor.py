@@ -130,7 +130,7 @@ class Predictor:
         loaded = model if isinstance(model, DetectionModel) else load_checkpoint(Path(model))
         self.names = dict(loaded.names)
         self.classes = None if classes is None else class_indices(classes, self.names)
-        self.model = inference_model(loaded, self.device)
+        self.model = inference_model(loaded, self.device, self.amp)
 
     def __call__(self, images: Any) -> list[Prediction]:
         """One prediction per image or frame, in order.

@@ -21,6 +21,7 @@ from yolov9_fast.models.pgi import with_auxiliary
 from yolov9_fast.nn import Conv, DetectionOutput, Head, RepConv, Upsample
 from yolov9_fast.nn.convolution import Upsampled, joined
 from yolov9_fast.nn.plan import fused, hooked
+from yolov9_fast.nn.sync_batch_norm import counted_together
 from yolov9_fast.ops._boxes import STRIDES
 
 MAX_STRIDE = max(STRIDES)
@@ -146,6 +147,12 @@ class DetectionModel(nn.Module):
                 f"the next larger size is [{height}, {width}]"
             )
         auxiliary = self.has_auxiliary if auxiliary is None else auxiliary and self.has_auxiliary
+        if self.training and not torch.compiler.is_compiling():
+            with counted_together():
+                return self._raw(images, auxiliary)
+        return self._raw(images, auxiliary)
+
+    def _raw(self, images: Tensor, auxiliary: bool) -> DetectionOutput:
         outputs: list[Any] = []
         unjoined = self._unjoined if fused(images) and self._as_built() else ()
         for index, layer in enumerate(self.graph.layers[:-1]):

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from yolov9_fast.nn.weight_casts import casting
 from yolov9_fast.ops._cbfuse import cbfuse
 from yolov9_fast.ops._conv1x1 import conv1x1
 
@@ -66,6 +67,8 @@ def convolve(
         assert weight is not None
     else:  # plain attributes, as in the replicas of DataParallel
         weight, bias = conv.weight, conv.bias
+    if not torch.compiler.is_compiling() and casting.weights is not None:
+        weight = casting.weights.get(id(weight), weight)
     bias = bias if add_bias else None
     if memory_format is not None:
         weight = weight.contiguous(memory_format=memory_format)

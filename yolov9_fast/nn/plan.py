@@ -22,6 +22,8 @@ from torch.nn.modules import module as torch_module
 
 from yolov9_fast.nn.convolution import Upsampled, joined
 from yolov9_fast.nn.host_time import is_captured, least_bytes
+from yolov9_fast.nn.sync_batch_norm import counted_together, counting
+from yolov9_fast.nn.weight_casts import DEVICE_TYPE, cast_together
 from yolov9_fast.ops import _backend, _bn_silu
 from yolov9_fast.ops._recording import recorded
 
@@ -174,6 +176,8 @@ class Plan:
     """Name and value of what was read of the block itself: holding the block would make a reference cycle."""
     modules: tuple[nn.Module, ...]
     """Descendants that the step calls or replaces."""
+    convolutions: tuple[nn.Conv2d, ...]
+    """Of `modules`."""
     types: list[type]
     classes: tuple[type[nn.Module], ...]
     """Every class among them and the block's own, and what each derives from."""
@@ -200,6 +204,7 @@ class Plan:
             step,
             own,
             modules,
+            tuple(module for module in modules if type(module) is nn.Conv2d),
             [*map(type, modules)],
             classes,
             [*map(_FORWARD, classes)],
@@ -247,6 +252,13 @@ def run(block: nn.Module, planner: Planner, definition: Callable[..., Any], x: A
         if plan is None or not plan.holds(block):
             plan = block.__dict__[PLAN] = Plan.of(block, planner)
         step = plan.step
+        if step is not None:
+            if len(plan.convolutions) > 1 and torch.is_autocast_enabled(DEVICE_TYPE) and torch.is_grad_enabled():
+                with cast_together(plan.convolutions), counted_together():
+                    return step(x)
+            if block.training and counting.pending is None:
+                with counted_together():
+                    return step(x)
     return definition(block, x) if step is None else step(x)
 
 

@@ -18,6 +18,7 @@ from yolov9_fast.nn.convolution import Sources, convolve, is_pointwise
 from yolov9_fast.nn.parts import Parts, widths
 from yolov9_fast.nn.plan import KNOWN_FORWARDS, Planner, Planning, Slot, Step, own_forward
 from yolov9_fast.nn.sync_batch_norm import SyncBatchNorm2d, arguments, process_group
+from yolov9_fast.nn.weight_casts import weight_of
 from yolov9_fast.ops._adown_pool import adown_pool
 from yolov9_fast.ops._bn_silu import bias_silu, bn_silu
 from yolov9_fast.ops._cbfuse import cbfuse
@@ -276,7 +277,7 @@ class Csp:
         parts = Parts(self.channels)
         first, second = self.first, self.second
         if isinstance(x, Tensor) and _is_product(first) and _is_product(second):
-            y1, y2 = conv1x1_pair(x, first.conv.weight, second.conv.weight)
+            y1, y2 = conv1x1_pair(x, weight_of(first.conv), weight_of(second.conv))
             y, other = first.normalised(y1), second.normalised(y2, None, parts.slot(1))
         else:
             y, other = first(x), second(x, None, parts.slot(1))

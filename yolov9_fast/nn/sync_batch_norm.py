@@ -6,8 +6,12 @@ statistics are exchanged as (count, mean, M2) and combined by the pairwise formu
 
 from __future__ import annotations
 
+import contextlib
+import threading
+from collections.abc import Iterator
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -16,10 +20,39 @@ from yolov9_fast.ops._batch_norm import Norm
 from yolov9_fast.ops._bn_silu import bn_silu
 
 
+class _Counting(threading.local):
+    """Counters of batches that are added to when the outermost `counted_together` of this thread ends."""
+
+    pending: list[Tensor] | None = None
+
+
+counting = _Counting()
+
+
+@contextlib.contextmanager
+def counted_together() -> Iterator[None]:
+    """Within the block `arguments` counts batches at its end: on a GPU one launch counts for about a hundred norms."""
+    if counting.pending is not None:
+        yield
+        return
+    counts: list[Tensor] = []
+    counting.pending = counts
+    try:
+        yield
+    finally:
+        counting.pending = None
+        if len(set(map(id, counts))) == len(counts) > 1:
+            torch._foreach_add_(counts, 1)
+        else:  # a norm that ran twice: one kernel must not add to a counter from two places
+            for count in counts:
+                count.add_(1)
+
+
 def arguments(norm: _BatchNorm) -> tuple[Norm, bool, float]:
     """Parameters and statistics, whether to normalise by the batch, and momentum, as `norm` itself would choose them.
 
-    Counts the batch in `num_batches_tracked`, as BatchNorm2d does. A momentum of None is a cumulative average.
+    Counts the batch in `num_batches_tracked`, as BatchNorm2d does; within `counted_together` at its end. A momentum of
+    None is a cumulative average.
     """
     # `norm.weight` would run a Python function of nn.Module.
     parameters, buffers = norm._parameters, norm._buffers
@@ -36,8 +69,11 @@ def arguments(norm: _BatchNorm) -> tuple[Norm, bool, float]:
     else:
         count = buffers["num_batches_tracked"]
         if count is not None:
-            count.add_(1)
-            momentum = 1 / float(count) if momentum is None else momentum
+            if momentum is None or torch.compiler.is_compiling() or counting.pending is None:
+                count.add_(1)
+                momentum = 1 / float(count) if momentum is None else momentum
+            else:
+                counting.pending.append(count)
     return Norm(weight, bias, mean, var), training, momentum or 0.0
 
 

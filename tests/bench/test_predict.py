@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -193,6 +194,55 @@ def test_an_installation_says_that_it_has_no_tracer(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(predict, "_ROOT", tmp_path)
     with pytest.raises(UserError, match="expected a source checkout"):
         predict.predict("yolov9-t")
+
+
+# ---- a whole step
+
+
+@functools.cache
+def step() -> dict[str, Any]:
+    try:
+        fake_cuda.library()
+    except RuntimeError as error:
+        pytest.skip(str(error))
+    return predict.predict("yolov9-t", batch=8)
+
+
+NEEDS_TRACER = [
+    pytest.mark.slow,
+    pytest.mark.skipif(torch.version.cuda is not None, reason="this torch has a CUDA device of its own"),
+    pytest.mark.skipif(sys.platform != "linux", reason="the tracer runs on Linux"),
+]
+
+
+class TestAStep:
+    pytestmark = NEEDS_TRACER
+
+    def test_both_forms_are_predicted_on_every_device(self) -> None:
+        found = step()
+        assert set(found["forms"]) == {"eager", "fused"}
+        for form in found["forms"].values():
+            assert set(form["predicted"]) == set(found["devices"]) == set(roofline.devices)
+            for one in form["predicted"].values():
+                assert one["device_seconds"] < one["captured_seconds"] <= one["seconds"]
+                assert one["seconds"] >= max(one["host_seconds"], one["device_seconds"])
+                assert len(one["operators"]) == 10
+
+    def test_the_fused_form_moves_less_and_keeps_less(self) -> None:
+        eager, fused = step()["forms"]["eager"], step()["forms"]["fused"]
+        for key in ("bytes", "saved_bytes", "launches"):
+            assert fused[key] < eager[key]
+        assert fused["operations"] == pytest.approx(eager["operations"], rel=0.05)
+        for name in roofline.devices:
+            assert fused["predicted"][name]["device_seconds"] < eager["predicted"][name]["device_seconds"]
+
+    def test_every_table_says_that_it_is_predicted(self) -> None:
+        lines = predict.text(step()).splitlines()
+        heads = [lines[index - 1] for index, line in enumerate(lines) if line and set(line) == {"-"}]
+        assert len(heads) == 3
+        assert all("predicted" in head for head in heads)
+        assert "measured" not in " ".join(heads)
+        assert "falsifies" in lines[-1]
 
 
 # ---- the committed records

@@ -6,6 +6,7 @@ that are added in a fixed order.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -437,6 +438,8 @@ def conv1x1_weight_grad(dy: Tensor, inputs: Sequence[Tensor]) -> Tensor:
     columns = sum(view.channels for view in sources)
     vector = _vector([gradient, *sources], None, [view.channels for view in (gradient, *sources)])
     block = product(dy.element_size(), outputs, dy.device, vector)
+    if vector == 1 and dy.dtype == torch.float32 and not _in_tf32(gradient):
+        block = replace(block, pixels=block.pixels // 2)  # it sums over pixels, and without tensor cores spills
     per_image = triton.cdiv(gradient.pixels, block.pixels)
     wide = triton.cdiv(outputs, block.outputs)
     programs = wide * sum(triton.cdiv(view.channels, block.k) for view in sources)

@@ -26,7 +26,7 @@ PLANTS: dict[str, Callable[[Tensor], Any]] = {
     "tolist": lambda x: x.sum((1, 2, 3)).tolist(),
     "cpu": lambda x: x.detach().cpu(),
     "cpu_without_waiting": lambda x: x.detach().to("cpu", non_blocking=True),
-    "numpy": lambda x: x.detach().cpu().numpy(),
+    "numpy": lambda x: x.detach().cpu().float().numpy(),
     "tensor": lambda x: torch.tensor([1.0, 2.0], device=x.device),
     "new_tensor": lambda x: x.new_tensor([1.0, 2.0]),
     "to_device": lambda x: torch.zeros(3).to(x.device),

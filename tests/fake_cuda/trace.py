@@ -205,7 +205,8 @@ def trace_plant(case: Case, record: Record) -> dict[str, Any]:
     unit = to_channels_last(Conv(8, 16, 3)).to(DEVICE)
     x = torch.empty(2, 8, 32, 32, device=DEVICE).to(memory_format=torch.channels_last)
     record.phase = "plant"
-    y = unit(x)
+    with autocast(DEVICE, case.amp):
+        y = unit(x)
     plant(y)
     y.register_hook(plant)
     y.backward(torch.empty_like(y))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 
 import pytest
@@ -35,11 +36,15 @@ def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
     return str(request.param)
 
 
+ULPS = 2 if torch.device(DEVICE).type == "cpu" and "tests.ptx.plugin" not in sys.modules else 4
+"""A GPU's `ex2`, or the emulated one, errs by two itself."""
+
+
 def assert_no_worse(got: Sequence[Tensor], eager: Sequence[Tensor], exact: Sequence[Tensor]) -> None:
-    """err(got) ≤ 2 × err(eager), both against float64, with four ulp of the scale for tiny cases: `ex2` errs by two."""
+    """err(got) ≤ 2 × err(eager), both against float64, with a few ulp of the scale for tiny cases."""
     for index, (a, b, c) in enumerate(zip(got, eager, exact, strict=True)):
         assert a.isfinite().all(), index
-        floor = 4 * torch.finfo(a.dtype).eps * float(c.abs().max())
+        floor = ULPS * torch.finfo(a.dtype).eps * float(c.abs().max())
         error, allowed = float((a.double() - c).abs().max()), 2 * float((b.double() - c).abs().max()) + floor
         assert error <= allowed, f"result {index}: error {error:.3g}, allowed {allowed:.3g}"
 

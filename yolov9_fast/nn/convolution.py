@@ -67,7 +67,7 @@ def convolve(
         assert weight is not None
     else:  # plain attributes, as in the replicas of DataParallel
         weight, bias = conv.weight, conv.bias
-    if not torch.compiler.is_compiling() and casting.weights is not None:
+    if casting.weights is not None:
         weight = casting.weights.get(id(weight), weight)
     bias = bias if add_bias else None
     if memory_format is not None:

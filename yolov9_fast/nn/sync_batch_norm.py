@@ -69,7 +69,7 @@ def arguments(norm: _BatchNorm) -> tuple[Norm, bool, float]:
     else:
         count = buffers["num_batches_tracked"]
         if count is not None:
-            if momentum is None or torch.compiler.is_compiling() or counting.pending is None:
+            if momentum is None or counting.pending is None:
                 count.add_(1)
                 momentum = 1 / float(count) if momentum is None else momentum
             else:

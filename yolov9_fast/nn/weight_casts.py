@@ -51,7 +51,7 @@ def cast_together(convolutions: Sequence[nn.Conv2d]) -> Iterator[None]:
 def weight_of(conv: nn.Conv2d) -> Tensor:
     """The weight that a convolution computes with."""
     weight: Tensor = conv.weight
-    if torch.compiler.is_compiling() or casting.weights is None:
+    if casting.weights is None:
         return weight
     return casting.weights.get(id(weight), weight)
 

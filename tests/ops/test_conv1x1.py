@@ -160,6 +160,23 @@ def test_library_products_on_views_are_the_convolution(channels: tuple[int, ...]
     torch.testing.assert_close(matrix_weight_grad(dy, maps), copy.grad)
 
 
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("outputs", [1, 2])
+@pytest.mark.parametrize("size", [(0, 2, 2), (2, 1, 1), (2, 1, 2), (2, 2, 1), (1, 2, 2)])
+def test_library_products_beside_maps_of_one_channel_or_pixel(
+    channels: int, outputs: int, size: tuple[int, ...]
+) -> None:
+    """Such maps have both layouts, so what is made like them may be contiguous."""
+    batch, height, width = size
+    x, dy = torch.randn(batch, channels, height, width), torch.randn(batch, outputs, height, width)
+    weight, out = torch.randn(outputs, channels, 1, 1), torch.empty_like(dy)
+    matrix_forward([x], weight, None, out)
+    torch.testing.assert_close(out, F.conv2d(x, weight))
+    torch.testing.assert_close(matrix_input_grad(dy, weight, [channels])[0], F.conv2d(dy, weight.transpose(0, 1)))
+    expected = torch.einsum("bohw,bchw->oc", dy, x)[:, :, None, None]
+    torch.testing.assert_close(matrix_weight_grad(dy, [x]), expected)
+
+
 @needs_cpu
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_the_bits_do_not_depend_on_the_number_of_threads(layout: str) -> None:

@@ -118,16 +118,29 @@ def _autocast(maps: list[Tensor], weight: Tensor, other: Tensor | None) -> tuple
 # ---- kernels
 
 
-def _rows(x: Tensor) -> Tensor:
-    """A view of a channels_last map, dense or a slice, as a matrix [B·H·W, C]."""
-    stride = row_stride(x)
-    assert stride is not None
-    return x.as_strided((x.shape[0] * x.shape[2] * x.shape[3], x.shape[1]), (stride, 1))
+def _rows(x: Tensor, *, written: bool = False) -> Tensor:
+    """A map as a matrix [B·H·W, C]: a view where it is channels_last, dense or a slice, else a copy.
+
+    Only next to maps of one channel or pixel, which have both layouts, can one be contiguous. `written`: the copy is
+    uninitialised.
+    """
+    stride, shape = row_stride(x), (x.shape[0] * x.shape[2] * x.shape[3], x.shape[1])
+    if stride is not None:
+        return x.as_strided(shape, (stride, 1))
+    return x.new_empty(shape) if written else x.permute(0, 2, 3, 1).reshape(shape)
+
+
+def _written(rows: Tensor, out: Tensor) -> Tensor:
+    """`out`, after the rows of `_rows(out, written=True)` have been written."""
+    if row_stride(out) is None:
+        batch, channels, height, width = out.shape
+        out.copy_(rows.view(batch, height, width, channels).permute(0, 3, 1, 2))
+    return out
 
 
 def matrix_forward(inputs: list[Tensor], weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
     """`conv1x1_forward` by one library matrix product per input, on views: cuBLAS reads any row stride."""
-    matrix, columns = weight.flatten(1), _rows(out)
+    matrix, columns = weight.flatten(1), _rows(out, written=True)
     start = 0
     for number, x in enumerate(inputs):
         part = matrix.narrow(1, start, x.shape[1]).t()
@@ -138,12 +151,16 @@ def matrix_forward(inputs: list[Tensor], weight: Tensor, bias: Tensor | None, ou
         else:
             torch.mm(_rows(x), part, out=columns)
         start += x.shape[1]
+    _written(columns, out)
 
 
 def matrix_input_grad(dy: Tensor, weight: Tensor, channels: list[int]) -> list[Tensor]:
     gradients = [empty_map(dy, count) for count in channels]
+    source = _rows(dy)
     for gradient, part in zip(gradients, weight.flatten(1).split_with_sizes(channels, 1), strict=True):
-        torch.mm(_rows(dy), part, out=_rows(gradient))
+        rows = _rows(gradient, written=True)
+        torch.mm(source, part, out=rows)
+        _written(rows, gradient)
     return gradients
 
 

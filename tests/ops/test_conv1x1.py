@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -148,7 +149,7 @@ def test_library_products_on_views_are_the_convolution(channels: tuple[int, ...]
     weight, bias = weight_of(7, sum(channels)).detach(), torch.linspace(-1, 1, 7)
     whole = torch.cat(maps, 1).requires_grad_()
     copy = weight.clone().requires_grad_()
-    expected = torch.nn.functional.conv2d(whole, copy, bias)
+    expected = F.conv2d(whole, copy, bias)
     out = torch.empty_like(expected)
     matrix_forward(maps, weight, bias, out)
     torch.testing.assert_close(out, expected)
@@ -278,7 +279,7 @@ def test_autocast_casts_as_conv2d_does(call: Callable[..., Tensor]) -> None:
     x, weight, bias = feature_map(1, 4, 3, 3, sliced=True), weight_of(5, 4), torch.zeros(5, requires_grad=True)
     with torch.autocast("cpu", torch.bfloat16):
         out = call(weight, bias, x)
-        expected = torch.nn.functional.conv2d(x, weight)
+        expected = F.conv2d(x, weight)
     assert out.dtype == torch.bfloat16
     assert torch.equal(out, expected)
     out.float().sum().backward()

@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 import yolov9_fast as yf
+from tests import fake_cuda
 from tests.fake_cuda import pretend
 from tests.fake_cuda.record import Record
 from yolov9_fast.engine.device import autocast, prepare_images, to_channels_last
@@ -109,6 +110,7 @@ def main() -> None:
     parser.add_argument("cases", nargs="+")
     trace.TRACES["inference"] = trace_inference
     print(json.dumps([traced(trace.Case.parse(text)) for text in parser.parse_args().cases]))
+    fake_cuda.end()
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import sys
 
+from tests import fake_cuda
 from tests.fake_cuda import triton_driver
 
 if __name__ == "__main__":
@@ -281,7 +282,7 @@ def main() -> None:
     report["seconds of compilation"] = {name: round(value / 1e6, 2) for name, value in stages.items()}
     if arguments.json:
         print(json.dumps(report))
-        return
+        fake_cuda.end()
     for name, value in report.items():
         if isinstance(value, dict) and name != "variants":
             print(name)
@@ -292,6 +293,7 @@ def main() -> None:
                 )
         else:
             print(f"{name}: {value}")
+    fake_cuda.end()
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ PyTorch's operators compute on the CPU, convolutions and Triton's kernels comput
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import importlib.machinery
 import importlib.util
@@ -163,9 +164,8 @@ def _cpu_alone() -> Path:
     folder = fake_cuda.FOLDER / "cpu"
     folder.mkdir(parents=True, exist_ok=True)
     for name in ("_C_cpu.so", "_build_info.json"):
-        link = folder / name
-        if not link.is_symlink():
-            link.symlink_to(fake_cuda.ROOT / "yolov9_fast" / name)
+        with contextlib.suppress(FileExistsError):  # by this process or another that begins now
+            (folder / name).symlink_to(fake_cuda.ROOT / "yolov9_fast" / name)
     return folder
 
 

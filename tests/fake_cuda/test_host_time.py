@@ -116,8 +116,9 @@ for device in (1, 0, 1):
     assert len(launches) == 6, launches
     assert {(launch.device, launch.stream) for launch in launches} == {(device, 7 + device)}, launches
 
-foreign = AConv(8, 8).to("cuda")
-assert yf.accelerate(foreign).accelerated
+foreign = AConv(8, 8)
+assert yf.accelerate(foreign).accelerated  # on the CPU, whose convolutions have results
+foreign.to("cuda")
 small = torch.randn(2, 8, 16, 16, device="cuda")
 large = torch.randn(2, 8, 64, 64, device="cuda")
 print(f"{small.nbytes} {large.nbytes}")

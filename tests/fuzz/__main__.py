@@ -16,7 +16,7 @@ def main() -> int:
     parser.add_argument("--list", action="store_true", help="print the names of the targets")
     parser.add_argument("--seconds", type=float, default=60.0, help="time of each target (default 60)")
     parser.add_argument("--seed", type=int, default=0, help="the same seed draws the same cases (default 0)")
-    parser.add_argument("--output", type=Path, help="write the report to this file too")
+    parser.add_argument("--output", type=Path, help="write the report to this file too, after each target")
     parser.add_argument("--child", nargs=2, metavar=("MODULE", "FOLDER"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
@@ -34,15 +34,14 @@ def main() -> int:
     for name in names:
         report = frame.run(known[name], options.seconds, options.seed)
         reports.append(report)
+        if options.output:
+            options.output.write_text(frame.to_json(reports) + "\n")
         print(
             f"{name}: {report.cases} cases, {len(report.crashes)} crashes, {len(report.failures)} failures",
             file=sys.stderr,
             flush=True,
         )
-    text = frame.to_json(reports)
-    print(text)
-    if options.output:
-        options.output.write_text(text + "\n")
+    print(frame.to_json(reports))
     return 0 if all(report.clean for report in reports) else 1
 
 

@@ -62,12 +62,14 @@ class Target:
 
     `memory_mib`: address space that its process may take in addition to what it has after its imports.
     `case_seconds`: what one case may take.
+    `prepare()` runs before the first case, in each child, and once before them: what it compiles is compiled then.
     """
 
     name: str
     function: Callable[[Case], None]
     memory_mib: int
     case_seconds: float
+    prepare: Callable[[], None]
 
 
 TARGETS: dict[str, Target] = {}
@@ -75,14 +77,14 @@ TARGETS: dict[str, Target] = {}
 
 
 def target(
-    name: str, *, memory_mib: int = 1024, case_seconds: float = 10.0
+    name: str, *, memory_mib: int = 1024, case_seconds: float = 10.0, prepare: Callable[[], None] = lambda: None
 ) -> Callable[[Callable[[Case], None]], Callable[[Case], None]]:
     """Register the decorated function as target `name`, see `Target`."""
 
     def register(function: Callable[[Case], None]) -> Callable[[Case], None]:
         if name in TARGETS:
             raise ValueError(f"name: expected a new target, got {name!r}")
-        TARGETS[name] = Target(name, function, memory_mib, case_seconds)
+        TARGETS[name] = Target(name, function, memory_mib, case_seconds, prepare)
         return function
 
     return register
@@ -124,6 +126,7 @@ class Report:
 
 def run(wanted: Target, seconds: float, seed: int = 0) -> Report:
     """Run a target for `seconds` in child processes; after a crash another one goes on with another seed."""
+    wanted.prepare()
     report = Report(wanted.name, seed, memory_mib=wanted.memory_mib, case_seconds=wanted.case_seconds)
     end = time.monotonic() + seconds
     begun = False
@@ -154,7 +157,12 @@ def _run_child(wanted: Target, seconds: float, seed: int, report: Report) -> Non
                 cwd=ROOT,
                 stdout=stderr,
                 stderr=stderr,
-                env={**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "2")},
+                env={
+                    **os.environ,
+                    "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "2"),
+                    "TMPDIR": folder,  # the child removes nothing: it may end at any moment
+                    "OPENCV_TEMP_PATH": folder,
+                },
             )
             try:
                 code = child.wait(seconds + wanted.case_seconds + START_SECONDS)
@@ -266,6 +274,7 @@ def child(module: str, name: str, folder: str, seconds: float, seed: int) -> NoR
     faulthandler.enable()
     importlib.import_module(module)
     wanted = TARGETS[name]
+    wanted.prepare()
     runner = _Runner(wanted, seconds, Path(folder))
     limit = _status("VmSize") + wanted.memory_mib * _MIB
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))

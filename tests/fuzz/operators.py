@@ -187,7 +187,6 @@ class Outcome:
 
 def check(invocation: Invocation) -> None:
     """Run `invocation` on every backend; raises AssertionError where one differs from eager."""
-    register_backends()
     expected = _run("eager", invocation)
     if expected.error is not None:
         _check_error(expected.error)
@@ -364,7 +363,11 @@ def _register_matrix() -> None:
 
 
 @functools.cache
-def register_backends() -> None:
+def prepare() -> None:
     """Add both to the operators of this process: only a process that runs a target does."""
     _register_emulated()
     _register_matrix()
+
+
+LIMITS: dict[str, Any] = {"memory_mib": 1024, "case_seconds": 30.0, "prepare": prepare}
+"""Of a target. Interpreted Triton kernels take up to a few seconds on a busy machine."""

@@ -8,11 +8,10 @@ import torch
 from hypothesis import strategies as st
 
 from tests.fuzz.frame import Case, target
-from tests.fuzz.operators import DTYPES, SPECIAL, Invocation, Made, check, finite, side, spoil, tensor
+from tests.fuzz.operators import DTYPES, LIMITS, SPECIAL, Invocation, Made, check, finite, side, spoil, tensor
 from yolov9_fast import ops
 from yolov9_fast.ops import Assignment
 
-MEMORY_MIB, SECONDS = 1024, 30.0
 ODD_COUNTS = [-1, 0, 10**9, 2**31, 2**40]
 """Counts that must be refused, or must not be allocated."""
 
@@ -26,7 +25,7 @@ def float_dtype(case: Case, name: str = "dtype") -> torch.dtype:
     return case.draw(st.sampled_from(DTYPES), name)
 
 
-@target("box_iou", memory_mib=MEMORY_MIB, case_seconds=SECONDS)
+@target("box_iou", **LIMITS)
 def box_iou(case: Case) -> None:
     a, b = (
         boxes(case, name, (side(case, "n", 20), 4), float_dtype(case), gradient=True)
@@ -35,7 +34,7 @@ def box_iou(case: Case) -> None:
     check(Invocation("box_iou", ops.box_iou, spoil(case, [a, b]), gradients=False))
 
 
-@target("nms", memory_mib=MEMORY_MIB, case_seconds=SECONDS)
+@target("nms", **LIMITS)
 def nms(case: Case) -> None:
     batch, classes, anchors = side(case, "batch", 3), side(case, "classes", 6), side(case, "anchors", 60)
     prediction = tensor(
@@ -55,7 +54,7 @@ def nms(case: Case) -> None:
     check(Invocation("nms", lambda prediction: ops.nms(prediction, **options), arguments, exact=True))
 
 
-@target("nms_boxes", memory_mib=MEMORY_MIB, case_seconds=SECONDS)
+@target("nms_boxes", **LIMITS)
 def nms_boxes(case: Case) -> None:
     count = side(case, "count", 80)
     given = boxes(case, "boxes", (count, 4), float_dtype(case))
@@ -73,7 +72,7 @@ def nms_boxes(case: Case) -> None:
     check(Invocation("nms_boxes", call, spoil(case, [given, scores, labels]), exact=True))
 
 
-@target("assign", memory_mib=MEMORY_MIB, case_seconds=SECONDS)
+@target("assign", **LIMITS)
 def assign(case: Case) -> None:
     batch, anchors = side(case, "batch", 3), side(case, "anchors", 50)
     classes, count = side(case, "classes", 5), side(case, "count", 8)
@@ -115,13 +114,13 @@ def head_maps(case: Case, *, gradient: bool = False, specials: Any = SPECIAL) ->
     return maps, [8, 16, 32][:levels], classes
 
 
-@target("decode", memory_mib=MEMORY_MIB, case_seconds=SECONDS)
+@target("decode", **LIMITS)
 def decode(case: Case) -> None:
     maps, strides, _ = head_maps(case, gradient=True)
     check(Invocation("decode", ops.decode, spoil(case, [maps, strides]), gradients=False))
 
 
-@target("decode_for_assignment", memory_mib=MEMORY_MIB, case_seconds=SECONDS)
+@target("decode_for_assignment", **LIMITS)
 def decode_for_assignment(case: Case) -> None:
     maps, strides, classes = head_maps(case)
     batch = maps[0].shape[0] if maps else 1
@@ -141,7 +140,7 @@ def decode_for_assignment(case: Case) -> None:
     check(Invocation("decode_for_assignment", call, arguments))
 
 
-@target("detection_loss", memory_mib=MEMORY_MIB, case_seconds=SECONDS)
+@target("detection_loss", **LIMITS)
 def detection_loss(case: Case) -> None:
     """Classes and ground truths of the assignment may be out of range, boxes anything, the maps too."""
     maps, strides, classes = head_maps(case, gradient=True, specials=SPECIAL[:3])

@@ -9,12 +9,22 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.fuzz.frame import Case, target
-from tests.fuzz.operators import DTYPES, RELATIVE, SPECIAL, Invocation, Made, check, finite, side, spoil, tensor
+from tests.fuzz.operators import (
+    DTYPES,
+    LIMITS,
+    RELATIVE,
+    SPECIAL,
+    Invocation,
+    Made,
+    check,
+    finite,
+    side,
+    spoil,
+    tensor,
+)
 from yolov9_fast import ops
 from yolov9_fast.ops import Norm
 
-MEMORY_MIB, SECONDS = 1024, 30.0
-"""Interpreted Triton kernels take up to a few seconds on a busy machine."""
 _LARGE = 1e18
 """Squares of larger values leave the range of float32."""
 
@@ -39,7 +49,7 @@ def vector(case: Case, name: str, count: int, dtype: torch.dtype, **fixed: Any) 
     return tensor(case, name, (count,), wide, gradient=True, specials=(), **fixed)
 
 
-@target("adown_pool", memory_mib=MEMORY_MIB, case_seconds=SECONDS)
+@target("adown_pool", **LIMITS)
 def adown_pool(case: Case) -> None:
     split = case.draw(st.booleans(), "split")
     x = tensor(case, "x", size(case), dtype_of(case), gradient=True)
@@ -54,7 +64,7 @@ def adown_pool(case: Case) -> None:
     check(Invocation("adown_pool", call, arguments, magnitude=magnitude, gradients=finite(x)))
 
 
-@target("spp", memory_mib=MEMORY_MIB, case_seconds=SECONDS)
+@target("spp", **LIMITS)
 def spp(case: Case) -> None:
     shape, dtype = size(case), dtype_of(case)
     x = tensor(case, "x", shape, dtype, gradient=True)
@@ -69,7 +79,7 @@ def spp(case: Case) -> None:
     check(Invocation("spp", call, arguments, gradients=finite(x)))
 
 
-@target("cbfuse", memory_mib=MEMORY_MIB, case_seconds=SECONDS)
+@target("cbfuse", **LIMITS)
 def cbfuse(case: Case) -> None:
     batch, channels, height, width = size(case)
     dtype = dtype_of(case)
@@ -85,7 +95,17 @@ def cbfuse(case: Case) -> None:
     check(Invocation("cbfuse", ops.cbfuse, arguments, magnitude=magnitude, gradients=finite(*maps, goal)))
 
 
-@target("conv1x1", memory_mib=MEMORY_MIB, case_seconds=SECONDS)
+def next_pixel(expected: Tensor, maps: list[Made], weight: Made) -> Tensor | None:
+    """Not compared: with an odd number of channels, PyTorch's bfloat16 convolution on a CPU adds a channel of the next
+    pixel times zero, which is NaN where that is not finite."""
+    if expected.dtype != torch.bfloat16:
+        return None
+    x = torch.cat([each() for each in maps], 1)
+    product = torch.nn.functional.conv2d(x.float(), weight().float()).to(expected.dtype)
+    return product.isfinite() & expected.isnan()
+
+
+@target("conv1x1", **LIMITS)
 def conv1x1(case: Case) -> None:
     batch, channels, height, width = size(case)
     dtype, outputs = dtype_of(case), side(case, "outputs", 12)
@@ -103,11 +123,19 @@ def conv1x1(case: Case) -> None:
         y = torch.einsum("bchw,oc->bohw", x, w)
         return y if bias is None else y + bias.double().abs()[:, None, None]
 
-    gradients = finite(*maps, weight)
-    check(Invocation("conv1x1", ops.conv1x1, arguments, magnitude=magnitude, gradients=gradients))
+    check(
+        Invocation(
+            "conv1x1",
+            ops.conv1x1,
+            arguments,
+            magnitude=magnitude,
+            gradients=finite(*maps, weight),
+            skip=lambda name, number, expected: next_pixel(expected, maps, weight),
+        )
+    )
 
 
-@target("conv1x1_pair", memory_mib=MEMORY_MIB, case_seconds=SECONDS)
+@target("conv1x1_pair", **LIMITS)
 def conv1x1_pair(case: Case) -> None:
     shape, dtype = size(case), dtype_of(case)
     x = tensor(case, "x", shape, dtype, gradient=True)
@@ -122,11 +150,19 @@ def conv1x1_pair(case: Case) -> None:
         wide = [each.double().abs().nan_to_num(0, 0, 0) for each in (x, *weights)]
         return [torch.einsum("bchw,oc->bohw", wide[0], w[:, :, 0, 0]) for w in wide[1:]]
 
-    gradients = finite(x, *weights)
-    check(Invocation("conv1x1_pair", ops.conv1x1_pair, arguments, magnitude=magnitude, gradients=gradients))
+    check(
+        Invocation(
+            "conv1x1_pair",
+            ops.conv1x1_pair,
+            arguments,
+            magnitude=magnitude,
+            gradients=finite(x, *weights),
+            skip=lambda name, number, expected: next_pixel(expected, [x], weights[number]),
+        )
+    )
 
 
-@target("tap_backward", memory_mib=MEMORY_MIB, case_seconds=SECONDS)
+@target("tap_backward", **LIMITS)
 def tap_backward(case: Case) -> None:
     """`tap`, `split_view` and `concat`, whose gradients the operator assembles."""
     shape = size(case)
@@ -169,7 +205,7 @@ def by_channel(name: str, number: int, expected: Tensor, channels: Tensor) -> Te
     return channels.view(shape).expand_as(expected)
 
 
-@target("bn_silu", memory_mib=MEMORY_MIB, case_seconds=SECONDS)
+@target("bn_silu", **LIMITS)
 def bn_silu(case: Case) -> None:
     shape, dtype = size(case), dtype_of(case)
     training = case.draw(st.booleans(), "training")
@@ -198,7 +234,7 @@ def bn_silu(case: Case) -> None:
     )
 
 
-@target("rep_bn_silu", memory_mib=MEMORY_MIB, case_seconds=SECONDS)
+@target("rep_bn_silu", **LIMITS)
 def rep_bn_silu(case: Case) -> None:
     shape, dtype = size(case), dtype_of(case)
     training = case.draw(st.booleans(), "training")

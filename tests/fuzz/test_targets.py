@@ -9,15 +9,8 @@ from dataclasses import asdict
 import pytest
 
 from tests.fuzz import frame
-from tests.ops import emulated
 
 SECONDS = float(os.environ.get("YOLOV9_FAST_FUZZ_SECONDS", "60"))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def emulated_operators() -> None:
-    """Compiled before the first target, whose cases have a limit of time."""
-    emulated.library()
 
 
 @pytest.mark.slow

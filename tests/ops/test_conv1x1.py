@@ -210,6 +210,18 @@ def test_mixed_layouts_and_odd_strides_are_read(name: str, device: str) -> None:
     assert_as_exact_as_eager(name, conv, [weight_of(5, 9, device=device), bias, *maps])
 
 
+@pytest.mark.parametrize(("name", "device"), backends(OPERATOR, eager=False))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_pixel_that_is_not_finite_stays_alone(name: str, device: str, dtype: torch.dtype) -> None:
+    """With an odd number of channels: PyTorch's bfloat16 convolution on a CPU spoils the pixel before it."""
+    skip_what_cannot_be(name, dtype)
+    x = feature_map(1, 13, 1, 4, device=device).detach().to(dtype)
+    x[0, :, 0, 3] = torch.nan
+    with yf.backend(name):
+        out = yf.ops.conv1x1([x[:, :1], x[:, 1:]], weight_of(7, 13, dtype, device=device).detach())
+    assert out.isnan().nonzero()[:, 3].unique().tolist() == [3]
+
+
 @pytest.mark.parametrize(("name", "device"), KERNELS)
 @pytest.mark.parametrize("shape", [(0, 3, 4, 4), (0, 3, 1, 4)])
 def test_empty_maps(name: str, device: str, shape: tuple[int, ...]) -> None:

@@ -1,34 +1,58 @@
 """The CUDA wrappers and kernels of csrc/cuda, run by the host, in place of the CPU operators of the same names.
 
-    python -m csrc.on_host [pytest arguments; default: the operators' tests that are not slow]
+    python -m csrc.on_host [pytest arguments; default: the operators' tests]
 
 Each `.cu` file is translated (launches become calls, shared memory is registered) and compiled by the host's compiler
-with the headers of csrc/cuda_on_host, AddressSanitizer and UndefinedBehaviorSanitizer; the first finding fails. The
-tests run once with threads and blocks in ascending order and once shuffled (`YOLOV9_FAST_CUDA_SEED`).
+with the headers of csrc/cuda_on_host, twice; the first finding fails:
+
+    address    AddressSanitizer and UndefinedBehaviorSanitizer
+    accesses   every read and write of a kernel is looked at: races, shared memory that nobody has written, memory of
+               no checked tensor (csrc/cuda_on_host/accesses.cpp), and UndefinedBehaviorSanitizer
+
+Threads and blocks run in shuffled orders. `YOLOV9_FAST_CUDA_SEEDS` (such as "0,1,2,3"; 0: ascending) runs the tests in
+both builds with each of these orders; by default each build has one of its own.
 """
 
 from __future__ import annotations
 
+import ctypes
+import fcntl
 import hashlib
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 from csrc import build, sanitize
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "build" / "cuda_on_host"
-HEADERS = "cuda_on_host"
+HEADERS = ROOT / "csrc" / "cuda_on_host"
+SANITIZERS = {"address": sanitize.SANITIZERS, "accesses": "undefined", "simulated": ""}
+SEEDS = {"address": "1", "accesses": "2"}
 
 
 def translate(text: str, key: str = "CPU") -> str:
-    """A `.cu` or `.cuh` file as C++ for the headers of csrc/cuda_on_host, for tensors of that dispatch key."""
+    """A `.cu` or `.cuh` file as C++ for the headers of csrc/cuda_on_host, for tensors of that dispatch key.
+
+    Raises `ValueError` for what the headers do not know.
+    """
     text = _with_calls(text)
     text = re.sub(
-        r"__shared__ ([\w<>, ]+) (\w+);", r"static \1 \2_storage;\n  \1& \2 = cuda_on_host::shared(\2_storage);", text
+        r"extern __shared__ ([\w: ]+?) (\w+)\[\];",
+        r"\1* \2 = static_cast<\1*>(cuda_on_host::dynamic_shared_memory());",
+        text,
     )
+    text = re.sub(
+        r"__shared__ (\w[\w: ]*?(?:<[^<>;]*>)?) (\w+)((?:\[[^\]]*\])*);",
+        r"static \1 \2_storage\3;\n  auto& \2 = cuda_on_host::shared(\2_storage);",
+        text,
+    )
+    if "__shared__" in text:
+        raise ValueError(f"shared memory in a form that is not known: {text[text.index('__shared__') :][:80]!r}")
+    text = re.sub(r"cudaFuncSetAttribute\(\s*(\w+)(?:<[^;]*>)?,", r'cuda_on_host::set_attribute("\1",', text)
     text = text.replace("#pragma once\n", "")
     text = text.replace("torch::stable::accelerator::DeviceGuard", "cuda_on_host::DeviceGuard")
     if key == "CUDA":
@@ -40,6 +64,8 @@ def translate(text: str, key: str = "CPU") -> str:
 
 def _with_calls(text: str) -> str:
     """`name<types><<<grid, threads, bytes, stream>>>(arguments)` as a call of `cuda_on_host::launch`."""
+    bounds = re.findall(r"__launch_bounds__\(([^(),]+)[^()]*\)\s+(\w+)\(", text)
+    most_threads = {kernel: threads for threads, kernel in bounds}
     written, start = [], 0
     for match in re.finditer(r"(\w+)(<[^<>;()]*>)?<<<", text):
         if match.start() < start:
@@ -47,12 +73,13 @@ def _with_calls(text: str) -> str:
         end = text.index(">>>", match.end())
         opening = text.index("(", end)
         closing = _closing(text, opening)
-        grid, threads, size, stream = _parts(text[match.end() : end])
-        kernel, arguments = match[1] + (match[2] or ""), text[opening + 1 : closing]
+        how = ", ".join(_parts(text[match.end() : end]))
+        kernel = match[1] + (match[2] or "")
+        arguments = f", {text[opening + 1 : closing]}" if text[opening + 1 : closing].strip() else ""
         written += [
             text[start : match.start()],
-            f'cuda_on_host::launch("{match[1]}", {grid}, {threads}, {size}, {stream}, '
-            f"[&] {{ {kernel}({arguments}); }})",
+            f'cuda_on_host::launch({{"{match[1]}", {most_threads.get(match[1], "1024")}, {how}}}, '
+            f"[](auto... given) {{ {kernel}(given...); }}{arguments})",
         ]
         start = closing + 1
     return "".join([*written, text[start:]])
@@ -81,44 +108,63 @@ def _parts(text: str) -> list[str]:
     return [part.strip() for part in parts]
 
 
-def build_on_host(
-    source: Path = ROOT / "csrc", folder: Path = FOLDER, key: str = "CPU", sanitizers: str = sanitize.SANITIZERS
-) -> Path:
-    """`_C_cpu.so` with the CUDA operators, for CPU tensors, under sanitizers; `RuntimeError` says why there is none.
+def build_on_host(kind: str = "address", source: Path = ROOT / "csrc", folder: Path = FOLDER) -> Path:
+    """`_C_cpu.so` with the CUDA operators, for CPU tensors; `kind` is "address" or "accesses", as above.
 
-    With `key="CUDA"` it is `_C_cuda.so`, for tensors of a simulated device.
+    With "simulated" it is `_C_cuda.so` in `folder`, for tensors of a simulated device, without sanitizers.
+
+    Returns the folder in which it is; `RuntimeError` says why there is none. Compiles only what changed.
     """
-    scratch = folder / "objects"
-    (folder / "source").mkdir(parents=True, exist_ok=True)
+    simulated = kind == "simulated"
+    key, output = ("CUDA", folder) if simulated else ("CPU", folder / kind)
+    for path in (folder / "source", output, FOLDER / kind):
+        path.mkdir(parents=True, exist_ok=True)
     shared = (source / "cuda" / "stream.cuh").read_text()
     translated = []
     for path in sorted((source / "cuda").glob("*.cu")):
         translated.append(folder / "source" / f"{path.stem}.cpp")
         _write(translated[-1], translate(path.read_text().replace('#include "cuda/stream.cuh"\n', shared), key))
-    before = os.environ.get("YOLOV9_FAST_SANITIZE")
-    os.environ["YOLOV9_FAST_SANITIZE"] = sanitizers
+    with (FOLDER / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        try:
+            torch = build.find_torch()
+            runtime, plain, sanitizers = _build_runtime(kind, torch)
+            calls = ["-fsanitize=thread", "--param=tsan-instrument-func-entry-exit=0"] if kind == "accesses" else []
+            content = b"".join(path.read_bytes() for path in sorted(HEADERS.glob("*.h")))
+            version = f"-DYF_HEADERS={hashlib.sha256(content).hexdigest()[:16]}"
+            flags = [f"-I{HEADERS}", "-include", "tensors.h", "-Wno-unknown-pragmas", version]
+            kernels = build.Recipe(
+                plain.compiler,
+                [*flags, *plain.compile_flags, *sanitizers, *calls],
+                [*sanitizers[:1], *plain.link_flags, str(runtime), f"-Wl,-rpath,{runtime.parent}"],
+            )
+            objects = folder / "objects" / kind
+            build.compile_and_link(kernels, translated, source, output / f"_C_{key.lower()}.so", objects, torch)
+        except build.Unbuildable as error:
+            raise RuntimeError(f"no operators of CUDA on the host: {error}") from error
+    return output
+
+
+def _build_runtime(kind: str, torch: build.Torch) -> tuple[Path, build.Recipe, list[str]]:
+    """The library of fibres and launches, the flags without sanitizers, and those of the sanitizers."""
+    sanitizers = build.sanitizer_flags(SANITIZERS[kind])
+    plain = _plain_recipe(torch)
+    flags = [*plain.compile_flags, *sanitizers, f"-I{HEADERS}", "-fvisibility=default"]
+    recipe = build.Recipe(plain.compiler, flags, [*sanitizers[:1], *plain.link_flags, "-ldl"])
+    files = [HEADERS / "runtime.cpp", *([HEADERS / "accesses.cpp"] if kind == "accesses" else [])]
+    library = FOLDER / kind / "libcuda_on_host.so"
+    build.compile_and_link(recipe, files, HEADERS, library, FOLDER / "objects" / kind, torch)
+    return library, plain, sanitizers
+
+
+def _plain_recipe(torch: build.Torch) -> build.Recipe:
+    """That of the CPU operators, without sanitizers."""
+    asked = os.environ.pop("YOLOV9_FAST_SANITIZE", None)
     try:
-        torch = build.find_torch()
-        recipe = build.cpu_recipe(torch)
-    except build.Unbuildable as error:
-        raise RuntimeError(f"no operators of CUDA on the host: {error}") from error
+        return build.cpu_recipe(torch)
     finally:
-        if before is None:
-            del os.environ["YOLOV9_FAST_SANITIZE"]
-        else:
-            os.environ["YOLOV9_FAST_SANITIZE"] = before
-    headers = sorted((source / HEADERS).rglob("*.h"))
-    version = hashlib.sha256(b"".join(path.read_bytes() for path in headers)).hexdigest()[:16]
-    flags = [f"-I{source / HEADERS}", "-include", "new_empty.h", "-Wno-unknown-pragmas", f"-DYF_HEADERS={version}"]
-    on_host = build.Recipe(recipe.compiler, [*flags, *recipe.compile_flags], recipe.link_flags)
-    library = folder / f"_C_{key.lower()}.so"
-    try:
-        build.compile_and_link(
-            on_host, [*translated, source / HEADERS / "runtime.cpp"], source, library, scratch, torch
-        )
-    except build.Unbuildable as error:
-        raise RuntimeError(f"no operators of CUDA on the host: {error}") from error
-    return folder
+        if asked is not None:
+            os.environ["YOLOV9_FAST_SANITIZE"] = asked
 
 
 def _write(path: Path, text: str) -> None:
@@ -126,15 +172,37 @@ def _write(path: Path, text: str) -> None:
         path.write_text(text)
 
 
+def environment(kind: str, folder: Path, seed: str) -> dict[str, str]:
+    """For a process that uses the library of `build_on_host(kind)`."""
+    found = sanitize.environment(folder)
+    if kind == "accesses":
+        found.pop("LD_PRELOAD")
+    return {**found, "YOLOV9_FAST_CUDA_SEED": seed}
+
+
 def main(arguments: list[str]) -> int:
-    folder = build_on_host()
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *(arguments or default_tests())]
-    environment = sanitize.environment(folder)
-    codes = [
-        subprocess.run(command, cwd=ROOT, env={**environment, "YOLOV9_FAST_CUDA_SEED": seed}).returncode
-        for seed in ("0", "1")
-    ]
+    seeds = os.environ.get("YOLOV9_FAST_CUDA_SEEDS")
+    runs = [(kind, seed) for kind in SEEDS for seed in seeds.split(",")] if seeds else list(SEEDS.items())
+    plugins = ["-p", "no:cacheprovider", *(() if arguments else ("-p", "csrc.on_host"))]
+    command = [sys.executable, "-m", "pytest", "-q", *plugins, *(arguments or default_tests())]
+    codes = []
+    for kind, seed in runs:
+        print(f"{kind}, order {seed}", flush=True)
+        codes.append(subprocess.run(command, cwd=ROOT, env=environment(kind, build_on_host(kind), seed)).returncode)
     return max(codes)
+
+
+def pytest_sessionfinish(session: Any) -> None:
+    """As a plugin of the tests: every kernel has to have been launched; how many launches there were is printed."""
+    runtime = ctypes.CDLL(str(Path(os.environ["YOLOV9_FAST_LIBRARY_FOLDER"], "libcuda_on_host.so")))
+    runtime.cuda_on_host_take_launches.restype = ctypes.c_char_p
+    launched = [line.split()[0] for line in runtime.cuda_on_host_take_launches().decode().splitlines()]
+    texts = [path.read_text() for path in (ROOT / "csrc" / "cuda").glob("*.cu")]
+    kernels = {name for text in texts for name in re.findall(r"(\w+)(?:<[^<>;()]*>)?<<<", text)}
+    print(f"\n{len(launched)} launches of {len(set(launched))} kernels of {len(kernels)}")
+    if kernels - set(launched):
+        print(f"never launched: {', '.join(sorted(kernels - set(launched)))}")
+        session.exitstatus = 1
 
 
 def default_tests() -> list[str]:

@@ -128,6 +128,9 @@ void detection_loss_unless_ones(const Tensor& upstream, const std::vector<Tensor
                                 double label_smoothing, double focal_gamma, const std::vector<double>& gains,
                                 const std::vector<Tensor>& gradients) {
   STD_TORCH_CHECK(!maps.empty() && gradients.size() == maps.size(), kOp, ": expected one gradient per map");
+  for (const Tensor& each : gradients) {
+    yolov9_fast::check_device(each, maps[0].get_device_index(), kOp, "gradients");
+  }
   const Arguments given{maps,    gt_index,   weight,          gt_labels,   gt_boxes, normaliser,
                         strides, pos_weight, label_smoothing, focal_gamma, gains};
   write_gradients(given, gradients, upstream, true);

@@ -7,6 +7,7 @@
 #include <torch/headeronly/util/Exception.h>
 
 #include <cstdint>
+#include <string>
 
 // Defined in libtorch_cuda. Declared as in the shim, but weak, so that the library also loads with a torch for CPUs.
 extern "C" AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** ret_stream);
@@ -23,8 +24,9 @@ inline cudaStream_t current_stream(int32_t device) {
 }
 
 inline void check_device(const torch::stable::Tensor& tensor, int32_t device, const char* op, const char* name) {
-  STD_TORCH_CHECK(tensor.is_cuda() && tensor.get_device_index() == device, op, ": ", name,
-                  ": expected a tensor on CUDA device ", device);
+  const int32_t found = tensor.is_cuda() ? tensor.get_device_index() : -1;
+  STD_TORCH_CHECK(found == device, op, ": ", name, ": expected a tensor on CUDA device ", device, ", got one on ",
+                  found < 0 ? "the CPU" : "CUDA device " + std::to_string(found));
 }
 
 inline void check_launch(const char* what) {

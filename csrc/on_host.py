@@ -1,6 +1,6 @@
 """The CUDA wrappers and kernels of csrc/cuda, run by the host, in place of the CPU operators of the same names.
 
-    python -m csrc.on_host [pytest arguments; default: the operators' tests]
+    python -m csrc.on_host [--quick] [pytest arguments; default: every operator's tests]
 
 Each `.cu` file is translated (launches become calls, shared memory is registered) and compiled by the host's compiler
 with the headers of csrc/cuda_on_host, twice; the first finding fails:
@@ -8,6 +8,9 @@ with the headers of csrc/cuda_on_host, twice; the first finding fails:
     address    AddressSanitizer and UndefinedBehaviorSanitizer
     accesses   every read and write of a kernel is looked at: races, shared memory that nobody has written, memory of
                no checked tensor (csrc/cuda_on_host/accesses.cpp), and UndefinedBehaviorSanitizer
+
+`--quick` runs one case of each test, without those that launch for long. At the end there is the number of tests that
+launched kernels; in a run without pytest's arguments a kernel that nothing launched fails.
 
 Threads and blocks run in shuffled orders. `YOLOV9_FAST_CUDA_SEEDS` (such as "0,1,2,3"; 0: ascending) runs the tests in
 both builds with each of these orders; by default each build has one of its own.
@@ -18,6 +21,7 @@ from __future__ import annotations
 import ctypes
 import fcntl
 import hashlib
+import inspect
 import os
 import re
 import subprocess
@@ -32,6 +36,11 @@ FOLDER = ROOT / "build" / "cuda_on_host"
 HEADERS = ROOT / "csrc" / "cuda_on_host"
 SANITIZERS = {"address": sanitize.SANITIZERS, "accesses": "undefined", "simulated": ""}
 SEEDS = {"address": "1", "accesses": "2"}
+OTHER_BACKENDS = {"eager", "emulated", "triton", "cuda"}
+LONG = (
+    "gradcheck|finite_differences|five_thousand|full_size|number_of_threads|random_cases|float64|one_graph"
+    "|compiled_files|environment_variable"
+)
 
 
 def translate(text: str, key: str = "CPU") -> str:
@@ -120,22 +129,20 @@ def build_on_host(kind: str = "address", source: Path = ROOT / "csrc", folder: P
     for path in (folder / "source", output, FOLDER / kind):
         path.mkdir(parents=True, exist_ok=True)
     shared = (source / "cuda" / "stream.cuh").read_text()
-    translated = []
-    for path in sorted((source / "cuda").glob("*.cu")):
-        translated.append(folder / "source" / f"{path.stem}.cpp")
-        _write(translated[-1], translate(path.read_text().replace('#include "cuda/stream.cuh"\n', shared), key))
-    with (FOLDER / "lock").open("w") as lock:
+    with (FOLDER / "lock").open("w") as lock:  # other processes may build too
         fcntl.flock(lock, fcntl.LOCK_EX)
+        translated = []
+        for path in sorted((source / "cuda").glob("*.cu")):
+            translated.append(folder / "source" / f"{path.stem}.cpp")
+            _write(translated[-1], translate(path.read_text().replace('#include "cuda/stream.cuh"\n', shared), key))
         try:
             torch = build.find_torch()
             runtime, plain, sanitizers = _build_runtime(kind, torch)
             calls = ["-fsanitize=thread", "--param=tsan-instrument-func-entry-exit=0"] if kind == "accesses" else []
-            content = b"".join(path.read_bytes() for path in sorted(HEADERS.glob("*.h")))
-            version = f"-DYF_HEADERS={hashlib.sha256(content).hexdigest()[:16]}"
-            flags = [f"-I{HEADERS}", "-include", "tensors.h", "-Wno-unknown-pragmas", version]
+            flags = ["-include", "tensors.h", "-Wno-unknown-pragmas", *plain.compile_flags, *sanitizers, *calls]
             kernels = build.Recipe(
                 plain.compiler,
-                [*flags, *plain.compile_flags, *sanitizers, *calls],
+                [*_headers(), *flags],
                 [*sanitizers[:1], *plain.link_flags, str(runtime), f"-Wl,-rpath,{runtime.parent}"],
             )
             objects = folder / "objects" / kind
@@ -145,11 +152,17 @@ def build_on_host(kind: str = "address", source: Path = ROOT / "csrc", folder: P
     return output
 
 
+def _headers() -> list[str]:
+    """The folder of headers; with what is in them, so that everything is compiled again when one has changed."""
+    content = b"".join(path.read_bytes() for path in sorted(HEADERS.glob("*.h")))
+    return [f"-I{HEADERS}", f"-DYF_HEADERS={hashlib.sha256(content).hexdigest()[:16]}"]
+
+
 def _build_runtime(kind: str, torch: build.Torch) -> tuple[Path, build.Recipe, list[str]]:
     """The library of fibres and launches, the flags without sanitizers, and those of the sanitizers."""
     sanitizers = build.sanitizer_flags(SANITIZERS[kind])
     plain = _plain_recipe(torch)
-    flags = [*plain.compile_flags, *sanitizers, f"-I{HEADERS}", "-fvisibility=default"]
+    flags = [*_headers(), *plain.compile_flags, *sanitizers, "-fvisibility=default"]
     recipe = build.Recipe(plain.compiler, flags, [*sanitizers[:1], *plain.link_flags, "-ldl"])
     files = [HEADERS / "runtime.cpp", *([HEADERS / "accesses.cpp"] if kind == "accesses" else [])]
     library = FOLDER / kind / "libcuda_on_host.so"
@@ -180,11 +193,22 @@ def environment(kind: str, folder: Path, seed: str) -> dict[str, str]:
     return {**found, "YOLOV9_FAST_CUDA_SEED": seed}
 
 
+def take_launches() -> list[str]:
+    """The kernels launched since the last call; none in a process that does not use the library of `build_on_host`."""
+    path = Path(os.environ.get("YOLOV9_FAST_LIBRARY_FOLDER", ""), "libcuda_on_host.so")
+    if not path.exists():
+        return []
+    library = ctypes.CDLL(str(path))
+    library.cuda_on_host_take_launches.restype = ctypes.c_char_p
+    return [line.split()[0] for line in library.cuda_on_host_take_launches().decode().splitlines()]
+
+
 def main(arguments: list[str]) -> int:
+    given = [each for each in arguments if each != "--quick"]
     seeds = os.environ.get("YOLOV9_FAST_CUDA_SEEDS")
     runs = [(kind, seed) for kind in SEEDS for seed in seeds.split(",")] if seeds else list(SEEDS.items())
-    plugins = ["-p", "no:cacheprovider", *(() if arguments else ("-p", "csrc.on_host"))]
-    command = [sys.executable, "-m", "pytest", "-q", *plugins, *(arguments or default_tests())]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "csrc.on_host", *arguments]
+    command += [] if given else ["--every-kernel", *default_tests()]
     codes = []
     for kind, seed in runs:
         print(f"{kind}, order {seed}", flush=True)
@@ -192,27 +216,68 @@ def main(arguments: list[str]) -> int:
     return max(codes)
 
 
-def pytest_sessionfinish(session: Any) -> None:
-    """As a plugin of the tests: every kernel has to have been launched; how many launches there were is printed."""
-    runtime = ctypes.CDLL(str(Path(os.environ["YOLOV9_FAST_LIBRARY_FOLDER"], "libcuda_on_host.so")))
-    runtime.cuda_on_host_take_launches.restype = ctypes.c_char_p
-    launched = [line.split()[0] for line in runtime.cuda_on_host_take_launches().decode().splitlines()]
-    texts = [path.read_text() for path in (ROOT / "csrc" / "cuda").glob("*.cu")]
-    kernels = {name for text in texts for name in re.findall(r"(\w+)(?:<[^<>;()]*>)?<<<", text)}
-    print(f"\n{len(launched)} launches of {len(set(launched))} kernels of {len(kernels)}")
-    if kernels - set(launched):
-        print(f"never launched: {', '.join(sorted(kernels - set(launched)))}")
-        session.exitstatus = 1
-
-
 def default_tests() -> list[str]:
-    """The tests of every operator that has a CUDA file, as `sanitize.default_tests`."""
-    names = {path.stem for path in (ROOT / "csrc" / "cuda").glob("*.cu")}
-    files = [
-        path for path in sorted((ROOT / "tests" / "ops").glob("test_*.py")) if sanitize.of_operator(path.stem, names)
-    ]
-    # An index out of range is an error of the CPU's operator; a GPU would have to wait for it.
-    return [*map(str, files), "-m", "not slow and not gpu", "-k", "not opcheck and not is_an_error_on_the_cpu"]
+    """The files with tests of an operator that has a CUDA file."""
+    files = sorted((ROOT / "tests" / "ops").glob("test_*.py"))
+    found = [path for path in files if _is_of_an_operator(path) or _calls_an_operator(path.read_text())]
+    return [*map(str, found), "-m", "not gpu"]
+
+
+def _operators() -> set[str]:
+    return {path.stem for path in (ROOT / "csrc" / "cuda").glob("*.cu")}
+
+
+def _is_of_an_operator(path: Path) -> bool:
+    return sanitize.of_operator(path.stem, _operators())
+
+
+def _calls_an_operator(text: str) -> bool:
+    return re.search(rf"\bops\.({'|'.join(_operators())})\w*\(", text) is not None
+
+
+# ---- as a plugin of pytest
+
+
+def pytest_addoption(parser: Any) -> None:
+    group = parser.getgroup("CUDA on the host")
+    group.addoption("--quick", action="store_true", help="one case of each test, without long ones")
+    group.addoption("--every-kernel", action="store_true", help="fail if a kernel is never launched")
+
+
+def pytest_collection_modifyitems(config: Any, items: list[Any]) -> None:
+    """Without cases of other backends, and of files that are not an operator's without tests that call none."""
+    kept, seen = [], set()
+    for item in items:
+        function = (item.path, item.function.__qualname__)
+        values = item.callspec.params.values() if hasattr(item, "callspec") else ()
+        other = any(isinstance(value, str) and value in OTHER_BACKENDS for value in values)
+        calls = _is_of_an_operator(item.path) or _calls_an_operator(inspect.getsource(item.function))
+        left_out = config.getoption("quick") and (function in seen or re.search(LONG, function[1]))
+        if not other and calls and not left_out:
+            seen.add(function)
+            kept.append(item)
+    config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+    items[:] = kept
+
+
+_launched: dict[str, list[str]] = {}
+"""The kernels that each test launched."""
+
+
+def pytest_runtest_teardown(item: Any) -> None:
+    _launched[item.nodeid] = take_launches()
+
+
+def pytest_sessionfinish(session: Any) -> None:
+    kernels = [kernel for of_test in _launched.values() for kernel in of_test]
+    texts = [path.read_text() for path in (ROOT / "csrc" / "cuda").glob("*.cu")]
+    every = {name for text in texts for name in re.findall(r"(\w+)(?:<[^<>;()]*>)?<<<", text)}
+    tests = sum(map(bool, _launched.values()))
+    print(f"\n{tests} tests: {len(kernels)} launches of {len(set(kernels))} kernels of {len(every)}")
+    missing = sorted(every - set(kernels))
+    if missing and session.config.getoption("every_kernel"):
+        print(f"never launched: {', '.join(missing)}")
+        session.exitstatus = 1
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import yolov9_fast as yf
-from tests.ops import emulated
+from tests.ops import CASES, emulated
 from yolov9_fast.ops import Assignment, assign
 from yolov9_fast.ops import _library as library
 from yolov9_fast.ops._boxes import anchor_points
@@ -132,9 +132,9 @@ def dense_case(objects: int, batch: int = 1, size: int = 640, classes: int = 80,
 
 @pytest.mark.slow
 @needs_cpu
-def test_two_thousand_cases_are_bitwise_identical() -> None:
+def test_random_cases_are_bitwise_identical() -> None:
     assigned = several = 0
-    for seed in range(2000):
+    for seed in range(CASES):
         case = varied_case(seed)
         eager = by("eager", case)
         assert_same(eager, by("cpu", case), f"seed {seed}, compiled")
@@ -143,8 +143,8 @@ def test_two_thousand_cases_are_bitwise_identical() -> None:
         assigned += int((eager.gt_index >= 0).sum() > 0)
         several += int(eager.gt_index.unique().numel() > 2)
     # Enough cases assign anchors, and enough of them to several ground truths.
-    assert assigned > 800
-    assert several > 400
+    assert assigned > 0.4 * CASES
+    assert several > 0.2 * CASES
 
 
 @needs_cpu

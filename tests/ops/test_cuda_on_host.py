@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -224,6 +225,19 @@ def test_launches_go_to_the_tensors_device_and_its_stream(kind: str) -> None:
 @pytest.mark.slow
 @needs_sanitizers
 def test_the_operators_tests_pass_through_the_cuda_wrappers() -> None:
-    done = subprocess.run([sys.executable, "-m", "csrc.on_host"], cwd=ROOT, capture_output=True, text=True, check=False)
+    done = run_module("csrc.on_host", "--quick")
     assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
-    assert done.stdout.count(" passed") >= len(on_host.SEEDS)
+    assert len(re.findall(r"^\d+ tests: \d+ launches of (\d+) kernels of \1$", done.stdout, re.M)) == len(on_host.SEEDS)
+
+
+@pytest.mark.slow
+@needs_sanitizers
+def test_fuzz_targets_run_through_the_cuda_wrappers() -> None:
+    done = run_module("tests.fuzz", "--cuda", "accesses", "box_iou", "--seconds", "2")
+    assert done.returncode == 0, done.stdout[-6000:]
+    assert json.loads(done.stdout)[0]["launches"] > 0
+    assert run_module("tests.fuzz", "--cuda", "accesses", "spp").returncode == 2
+
+
+def run_module(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -13,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import yolov9_fast as yf
-from tests.ops import emulated
+from tests.ops import CASES, emulated
 from tests.ops.nms_cases import nms_boxes_case, nms_case
 from yolov9_fast.ops import _library as library
 from yolov9_fast.ops import nms, nms_boxes
@@ -21,7 +20,6 @@ from yolov9_fast.ops._nms import OPERATOR, nms_reference
 from yolov9_fast.ops._nms_boxes import OPERATOR as BOXES_OPERATOR
 from yolov9_fast.ops._nms_boxes import nms_boxes_reference
 
-CASES = int(os.environ.get("YOLOV9_FAST_TEST_CASES", 2000))
 raw = torch.ops.yolov9_fast
 CPU_REASON = OPERATOR.why_not("cpu")
 needs_cpu = pytest.mark.skipif(CPU_REASON is not None, reason=f"no compiled nms: {CPU_REASON}")

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
+from csrc import on_host
 from tests.fuzz import frame
 
 
@@ -16,6 +18,11 @@ def main() -> int:
     parser.add_argument("--list", action="store_true", help="print the names of the targets")
     parser.add_argument("--seconds", type=float, default=60.0, help="time of each target (default 60)")
     parser.add_argument("--seed", type=int, default=0, help="the same seed draws the same cases (default 0)")
+    parser.add_argument(
+        "--cuda",
+        choices=on_host.SEEDS,
+        help="run the operators of csrc/cuda in place of the CPU's, by the host, in this build of csrc/on_host.py",
+    )
     parser.add_argument("--output", type=Path, help="write the report to this file too, after each target")
     parser.add_argument("--child", nargs=2, metavar=("MODULE", "FOLDER"), help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -23,6 +30,10 @@ def main() -> int:
         module, folder = options.child
         frame.child(module, options.targets[0], folder, options.seconds, options.seed)
     known = frame.load_all()
+    if options.cuda:
+        known = {name: one for name, one in known.items() if one.function.__module__ == "tests.fuzz.targets_boxes"}
+        folder = on_host.build_on_host(options.cuda)
+        os.environ.update(on_host.environment(options.cuda, folder, on_host.SEEDS[options.cuda]))  # of the children
     if options.list:
         print("\n".join(sorted(known)))
         return 0

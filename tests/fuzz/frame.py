@@ -35,6 +35,8 @@ from typing import IO, Any, NoReturn, TypeVar
 import hypothesis
 from hypothesis import strategies as st
 
+from csrc import on_host
+
 ROOT = Path(__file__).resolve().parents[2]
 START_SECONDS = 120.0
 """How long the imports of a child may take, and the last case after the end of its time."""
@@ -104,7 +106,7 @@ class Report:
 
     `crashes`: ends of the process (signals, a case over its time or memory); `failures`: exceptions of cases. Each with
     what was drawn. `memory_mib`: the limit. `peak_rss_mib`: the most that a process had resident; after its imports
-    it had `start_rss_mib`.
+    it had `start_rss_mib`. `launches`: of CUDA kernels that the host ran.
     """
 
     target: str
@@ -116,6 +118,7 @@ class Report:
     start_rss_mib: int = 0
     memory_mib: int = 0
     case_seconds: float = 0.0
+    launches: int = 0
     crashes: list[dict[str, Any]] = field(default_factory=list)
     failures: list[dict[str, Any]] = field(default_factory=list)
 
@@ -180,6 +183,7 @@ def _add(report: Report, folder: Path, code: int, seed: int) -> None:
         report.slowest_case_s = max(report.slowest_case_s, found["slowest_case_s"])
         report.peak_rss_mib = max(report.peak_rss_mib, found["peak_rss_mib"])
         report.start_rss_mib = found["start_rss_mib"]
+        report.launches += found["launches"]
         report.failures += found["failures"]
     if code == 0 and done.exists():
         return
@@ -248,6 +252,7 @@ class _Runner:
             "slowest_case_s": round(self.slowest, 3),
             "peak_rss_mib": _status("VmHWM") // _MIB,
             "start_rss_mib": self.start_rss,
+            "launches": len(on_host.take_launches()),
             "failures": list(self.fails.values()),
         }
         (self.folder / "report.json").write_text(json.dumps(report))

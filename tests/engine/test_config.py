@@ -11,6 +11,7 @@ import pytest
 
 from yolov9_fast.data import AugmentConfig
 from yolov9_fast.engine.config import TrainConfig, config_from_dict, read_config, write_config
+from yolov9_fast.engine.device import parse_device
 from yolov9_fast.errors import UserError
 
 
@@ -121,6 +122,19 @@ def test_a_hostile_recipe_is_one_short_error(tmp_path: Path, text: str, message:
         read_config(tmp_path / "recipe.yaml")
     assert str(caught.value).startswith(str(tmp_path / "recipe.yaml"))
     assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 1500
+
+
+FREE_TEXT = {
+    *("augmentations", "auxiliary", "callbacks", "data", "loss_terms", "model", "name", "project", "weights"),
+}
+
+
+@pytest.mark.parametrize("name", sorted({field.name for field in dataclasses.fields(TrainConfig)} - FREE_TEXT))
+def test_a_long_value_is_not_repeated(tmp_path: Path, name: str) -> None:
+    (tmp_path / "recipe.yaml").write_text(f"{name}: {'x' * 5000}")
+    with pytest.raises(UserError) as caught:
+        parse_device(read_config(tmp_path / "recipe.yaml").device)
     assert len(str(caught.value)) < 1500
 
 

@@ -143,6 +143,27 @@ def test_an_encrypted_entry_is_one_line(tmp_path: Path) -> None:
         refused(path, "is encrypted")
 
 
+@pytest.mark.parametrize("suffix", [".pt", ".npz"])
+@pytest.mark.parametrize(
+    ("place", "value", "message"),
+    [
+        (10, 12, "has a compression that cannot be read"),  # bzip2
+        (10, 0x100, "has a compression that cannot be read"),
+        (8, 0x20, "has a compression that cannot be read"),  # patches
+        (6, 99, "zip file version 9.9"),
+    ],
+)
+def test_an_archive_of_another_kind_is_one_line(
+    suffix: str, place: int, value: int, message: str, tmp_path: Path
+) -> None:
+    path = pickled(tmp_path, b"N.").rename(tmp_path / f"y{suffix}")
+    data = bytearray(path.read_bytes())
+    place += data.find(b"PK\x01\x02")
+    data[place : place + 2] = value.to_bytes(2, "little")
+    path.write_bytes(data)
+    refused(path, message)
+
+
 def test_a_list_of_a_million_entries_is_not_read(tmp_path: Path) -> None:
     entry = struct.pack("<4s6H3I5H2I", b"PK\1\2", 20, 20, 0, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0) + b"x"
     count = 600_000

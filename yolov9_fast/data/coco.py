@@ -40,7 +40,7 @@ def category_ids(config: DataConfig, split: str, *, coco: CocoFile | None = None
     for name in names:
         if len(ids.get(name, ())) > 1:
             known = " and ".join(map(str, ids[name]))
-            raise DataError(f"{coco.file}: categories: expected each name once, got {name!r} with the ids {known}")
+            raise DataError(f"{coco.file}: categories: expected each name once, got {shown(name)} with the ids {known}")
     missing = classes_without_category(coco, config)
     repeated = [name for name, count in Counter(names).items() if count > 1]
     if repeated or (missing and not _is_part(coco, config)):

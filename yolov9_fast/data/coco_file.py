@@ -99,7 +99,7 @@ def _categories(entries: list[Any], file: Path) -> dict[int, str]:
                 f"{file}: categories[{number}]: expected an integer 'id' and a text 'name', got {shown(entry)}"
             )
         if categories.setdefault(category, entry["name"]) != entry["name"]:
-            names = f"{categories[category]!r} and {entry['name']!r}"
+            names = f"{shown(categories[category])} and {shown(entry['name'])}"
             raise DataError(f"{file}: categories: expected each id once, got {category} for {names}")
     return categories
 

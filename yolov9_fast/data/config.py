@@ -96,7 +96,7 @@ def _name(value: Any, place: str) -> str:
         kind = "no value" if value is None else f"{shown(value)} ({type(value).__name__})"
         raise DataError(f"{place}: expected text, got {kind}; put the name in quotes")
     if not value.strip():
-        raise DataError(f"{place}: expected a name, got {value!r}")
+        raise DataError(f"{place}: expected a name, got {shown(value)}")
     if len(value) > limit("CLASS_NAME"):
         raise DataError(f"{place}: {above_limit('CLASS_NAME', len(value))}")
     return value

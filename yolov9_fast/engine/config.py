@@ -140,7 +140,7 @@ class TrainConfig:
             choices = f.metadata.get("choices")
             value = getattr(self, f.name)
             if choices and value is not None and value not in choices:
-                raise UserError(f"{f.name}: expected one of {', '.join(choices)}, got {value!r}")
+                raise UserError(f"{f.name}: expected one of {', '.join(choices)}, got {shown(value)}")
 
     def require_data(self) -> None:
         """Raise `UserError` if no data file is named, as in a recipe for any data."""

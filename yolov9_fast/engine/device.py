@@ -37,9 +37,11 @@ def parse_device(device: str | None, local_rank: int = 0) -> torch.device:
         return torch.device("cpu")
     numbers = [str(local_rank)] if device == "cuda" else device_numbers(device)
     if not numbers or not all(part.isdigit() for part in numbers):
-        raise UserError(f"device: expected cpu, or CUDA indices such as 0 or 0,1, got {device!r}")
+        raise UserError(f"device: expected cpu, or CUDA indices such as 0 or 0,1, got {shown(device)}")
     if not torch.cuda.is_available():
-        raise UserError(f"device: expected cpu because this PyTorch sees no CUDA GPU, got {device!r}; use --device cpu")
+        raise UserError(
+            f"device: expected cpu because this PyTorch sees no CUDA GPU, got {shown(device)}; use --device cpu"
+        )
     index = int(numbers[local_rank] if len(numbers) > 1 else numbers[0])
     if len(numbers) == 1 and local_rank:
         index = local_rank
@@ -59,7 +61,7 @@ def single_device(device: str | int | torch.device | None) -> torch.device:
         raise UserError(f"device: expected cpu or a CUDA index, got {type(device).__name__}")
     device = None if device is None else str(device)
     if device and "," in device:
-        raise UserError(f"device: expected one device (this command runs in one process), got {device!r}")
+        raise UserError(f"device: expected one device (this command runs in one process), got {shown(device)}")
     return parse_device(device)
 
 

@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
+from yolov9_fast._untrusted import shown
 from yolov9_fast.data import DataConfig
 from yolov9_fast.engine.config import TrainConfig
 from yolov9_fast.engine.report import evaluation_files
@@ -49,7 +50,8 @@ def check_classes(data: DataConfig, saved: dict[str, Any]) -> None:
     for index, (expected, got) in enumerate(zip(old, new, strict=True)):
         if expected != got:
             raise UserError(
-                f"{data.file}: names: expected class {index} to be {expected!r} as in the run to resume, got {got!r}"
+                f"{data.file}: names: expected class {index} to be {shown(expected)} as in the run to resume, "
+                f"got {shown(got)}"
             )
 
 

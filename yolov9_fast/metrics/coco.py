@@ -295,7 +295,9 @@ def _choose_images(dataset: _Dataset, image_ids: Iterable[int | str] | None) -> 
     chosen = {_normalise_id(image) for image in image_ids}
     unknown = sorted((image for image in chosen if image not in dataset.images), key=str)
     if unknown:
-        raise DataError(f"image_ids: expected ids of the ground truth, got {len(unknown)} others, first {unknown[0]!r}")
+        raise DataError(
+            f"image_ids: expected ids of the ground truth, got {len(unknown)} others, first {shown(unknown[0])}"
+        )
     if not chosen:
         raise DataError("image_ids: expected at least one image to evaluate, got none")
     return sorted(dataset.images[image] for image in chosen)
@@ -390,7 +392,7 @@ def _rank(ids: Iterable[int | str]) -> dict[int | str, int]:
 def _rank_of(ranks: dict[int | str, int], entry: dict[str, Any], key: str, what: str) -> int:
     value = _id(entry, key, what)
     if value not in ranks:
-        raise DataError(f"{what}: {key}: expected one of the ground truth, got {value!r}")
+        raise DataError(f"{what}: {key}: expected one of the ground truth, got {shown(value)}")
     return ranks[value]
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from yolov9_fast._untrusted import shown
+
 
 def class_order(own: Mapping[int, str] | None, wanted: Mapping[int, str]) -> list[int] | None:
     """For each class of `wanted`, the index of the same class in `own`.
@@ -27,6 +29,6 @@ def name_differences(own: Mapping[int, str], wanted: Mapping[int, str]) -> str:
     differing = [index for index in wanted if own[index] != wanted[index]]
     first = differing[0]
     return (
-        f"class {first} is {own[first]!r} in the weights and {wanted[first]!r} in the data "
+        f"class {first} is {shown(own[first])} in the weights and {shown(wanted[first])} in the data "
         f"({len(differing)} of {len(wanted)} names differ)"
     )

@@ -85,15 +85,25 @@ class _Directory:
         return getattr(self.file, name)
 
 
+_ENCRYPTED, _PATCHED = 0x41, 0x20
+_COMPRESSIONS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
+
+
 @contextmanager
 def open_zip(file: IO[bytes]) -> Iterator[zipfile.ZipFile]:
-    """The archive in a file; raises `zipfile.BadZipFile` if it is none, or has encrypted or very many entries."""
+    """The archive in a file; `zipfile.BadZipFile` if it is none, has very many entries, or one that cannot be read."""
     directory = _Directory(file)
-    with zipfile.ZipFile(directory) as archive:
+    try:
+        archive = zipfile.ZipFile(directory)
+    except NotImplementedError as error:  # a version above Python's
+        raise zipfile.BadZipFile(str(error)) from None
+    with archive:
         directory.limited = False
         for info in archive.infolist():
-            if info.flag_bits & 0x41:
+            if info.flag_bits & _ENCRYPTED:
                 raise zipfile.BadZipFile(f"entry {info.filename} is encrypted")
+            if info.flag_bits & _PATCHED or info.compress_type not in _COMPRESSIONS:
+                raise zipfile.BadZipFile(f"entry {info.filename} has a compression that cannot be read")
         yield archive
 
 

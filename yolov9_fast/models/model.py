@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from yolov9_fast._text import printable
-from yolov9_fast._untrusted import reason
+from yolov9_fast._untrusted import reason, shown
 from yolov9_fast.limits import above_limit, limit
 from yolov9_fast.models.build_limits import build_limits
 from yolov9_fast.models.graph import Graph, GraphError, build_layer, load_graph
@@ -215,9 +215,9 @@ def create_model(
         ValueError: a wrong argument.
     """
     if not isinstance(num_classes, int) or num_classes < 1:
-        raise ValueError(f"num_classes: expected an integer of at least 1, got {num_classes!r}")
+        raise ValueError(f"num_classes: expected an integer of at least 1, got {shown(num_classes)}")
     if class_tower is not None and class_tower < 1:
-        raise ValueError(f"class_tower: expected at least 1, got {class_tower!r}")
+        raise ValueError(f"class_tower: expected at least 1, got {shown(class_tower)}")
     graph = name if isinstance(name, Graph) else load_graph(name)
     if auxiliary != "default":
         graph = with_auxiliary(graph, auxiliary)

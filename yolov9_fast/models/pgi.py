@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from yolov9_fast._lazy import import_callable
+from yolov9_fast._untrusted import shown
 from yolov9_fast.models.graph import ATTACHED, Graph, GraphError, Layer, build_layer, graph_from_dict
 from yolov9_fast.nn import SPPELAN
 from yolov9_fast.nn.registry import channels_of
@@ -138,7 +139,7 @@ def find_branch(name: str) -> Branch:
         return import_callable(name)
     if name not in _branches:
         raise ValueError(
-            f"unknown auxiliary branch {name!r}; known are {', '.join(branch_names())}, or a path module:function"
+            f"unknown auxiliary branch {shown(name)}; known are {', '.join(branch_names())}, or a path module:function"
         )
     return _branches[name]
 

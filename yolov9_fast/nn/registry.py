@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from yolov9_fast._lazy import import_module
+from yolov9_fast._untrusted import shown
 
 Channels = int | list[int]
 """Channels of a layer's output: of one map, or of every map where a layer returns a list (CBLinear)."""
@@ -182,15 +183,15 @@ def find_block(name: str) -> BlockSpec:
         return _specs[name]
     if not is_import_path(name):
         raise ValueError(
-            f"unknown block {name!r}; known are {', '.join(block_names())}, or a path module:Class. Import the module "
-            f"that registers it first (--import MODULE)"
+            f"unknown block {shown(name)}; known are {', '.join(block_names())}, or a path module:Class. Import the "
+            f"module that registers it first (--import MODULE)"
         )
     module, _, attribute = name.partition(":")
     if module not in sys.modules:
-        raise ValueError(f"block {name!r}: its module is not loaded; import {module} first (--import {module})")
+        raise ValueError(f"block {shown(name)}: its module is not loaded; import {module} first (--import {module})")
     make = getattr(sys.modules[module], attribute, None)
     if not callable(make):
-        raise ValueError(f"block {name!r}: {module} has no class or function {attribute}")
+        raise ValueError(f"block {shown(name)}: {module} has no class or function {attribute}")
     if not _is_module_class(make):
         raise ValueError(f"block {name!r}: expected a class of modules; a function is registered with register_block")
     return next((spec for spec in _specs.values() if spec.make is make), BlockSpec(name, make))

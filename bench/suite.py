@@ -13,7 +13,7 @@ import torch
 from yolov9_fast.errors import UserError
 from yolov9_fast.ops._operator import operators
 
-from . import blocks, detection, machine, networks, places
+from . import blocks, detection, machine, networks, places, updates
 from . import operators as operator_table
 from .cases import FAMILIES, Case, Settings
 from .machine import Ceilings
@@ -44,7 +44,7 @@ def all_cases(settings: Settings, device: torch.device, only: Sequence[str]) -> 
     dtypes = ("float32", "bfloat16") if settings.full and device.type == "cuda" else ("float32",)
     amp = ("bfloat16", "float32") if device.type == "cuda" else ("float32",)
     makers: dict[str, Any] = {
-        "ops": lambda: operator_table.operator_cases(settings, dtypes),
+        "ops": lambda: [*operator_table.operator_cases(settings, dtypes), *updates.update_cases(settings)],
         "blocks": lambda: blocks.block_cases(settings, amp[:1]),
         "loss": lambda: [c for c in detection.detection_cases(settings, dtypes) if c.family == "loss"],
         "nms": lambda: [c for c in detection.detection_cases(settings, dtypes) if c.family == "nms"],

@@ -21,6 +21,7 @@ from yolov9_fast.ops._concat import ConcatBuffer, concat, split_view, tap
 from yolov9_fast.ops._conv1x1 import conv1x1, conv1x1_pair
 from yolov9_fast.ops._decode import AssignmentInputs, decode, decode_for_assignment
 from yolov9_fast.ops._detection_loss import detection_loss
+from yolov9_fast.ops._flat_update import adam_update, sgd_update
 from yolov9_fast.ops._nms import Detections, nms
 from yolov9_fast.ops._nms_boxes import KeptBoxes, nms_boxes
 from yolov9_fast.ops._operator import (
@@ -49,6 +50,7 @@ __all__ = [
     "Norm",
     "Operator",
     "UnknownBackend",
+    "adam_update",
     "adown_pool",
     "assign",
     "backend",
@@ -76,6 +78,7 @@ __all__ = [
     "register_operator",
     "rep_bn_silu",
     "set_backend",
+    "sgd_update",
     "split_view",
     "spp",
     "spp_with_input",

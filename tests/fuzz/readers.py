@@ -128,7 +128,7 @@ def refused_or_read(reader: Callable[[], Any], *files: Path) -> Any:
         cause: BaseException | None = error
         while cause is not None:
             assert not isinstance(cause, _UNEXPECTED), f"{type(cause).__name__}: {cause}"
-            cause = cause.__cause__ or cause.__context__
+            cause = cause.__cause__ or (None if cause.__suppress_context__ else cause.__context__)
         return None
 
 

@@ -8,17 +8,19 @@ launches. `start()` has to run before torch is imported, so that tests do it in 
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import fcntl
 import hashlib
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 import sysconfig
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "build" / "fake_cuda"
@@ -69,9 +71,42 @@ def start() -> None:
         raise RuntimeError("torch is imported already")
     os.environ.pop("TRITON_INTERPRET", None)
     os.environ.setdefault("YOLOV9_FAST_HOST_MICROSECONDS", "0")  # blocks run fused, however small, as where captured
+    os.environ["YOLOV9_FAST_LIBRARY_FOLDER"] = str(_cpu_alone())
     device = library()
     ctypes.CDLL(str(torch_folder() / "lib" / "libtorch_cpu.so"), mode=ctypes.RTLD_GLOBAL)
     ctypes.CDLL(str(device), mode=ctypes.RTLD_GLOBAL)
+
+
+def _cpu_alone() -> Path:
+    """A folder with the CPU's compiled operators, without those of a real GPU."""
+    folder = FOLDER / "cpu"
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in ("_C_cpu.so", "_build_info.json"):
+        with contextlib.suppress(FileExistsError):  # by this process or another that begins now
+            (folder / name).symlink_to(ROOT / "yolov9_fast" / name)
+    return folder
+
+
+def cuda_operators() -> list[str]:
+    """The operators with a kernel in `csrc/cuda`."""
+    text = "".join(path.read_text() for path in sorted((ROOT / "csrc" / "cuda").glob("*.cu")))
+    return re.findall(r'library\.impl\("(\w+)"', text)
+
+
+_kept: list[Any] = []
+
+
+def implement_cuda_operators() -> None:
+    """Before the package is imported: its compiled operators of a GPU are there, whether nvcc is or not.
+
+    None of them is called on fake tensors, whose results are those of the fakes.
+    """
+    import torch
+
+    library = torch.library.Library("yolov9_fast", "FRAGMENT")
+    for name in cuda_operators():
+        library.impl(name, lambda *args: None, "CUDA")
+    _kept.append(library)
 
 
 def end() -> NoReturn:

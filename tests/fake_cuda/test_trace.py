@@ -38,7 +38,6 @@ INFERENCE = [
     "yolov9-s predict bf16",
     "yolov9-m predict bf16",
     "yolov9-c predict bf16",
-    "yolov9-c predict off classes=3 height=320 width=416",
     "yolov9-e predict bf16",
     "yolov9-t validate bf16",
 ]

@@ -21,6 +21,8 @@ import torch  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 from torch._subclasses.fake_tensor import DynamicOutputShapeException  # noqa: E402
 
+fake_cuda.implement_cuda_operators()
+
 import yolov9_fast as yf  # noqa: E402
 from tests.accelerate import mit_shaped, official_shaped, ultralytics_shaped  # noqa: E402
 from tests.fake_cuda import planted  # noqa: E402

@@ -7,7 +7,6 @@ PyTorch's operators compute on the CPU, convolutions and Triton's kernels comput
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import importlib.machinery
 import importlib.util
@@ -73,7 +72,7 @@ class Driver:
         binding._cuda_getCurrentRawStream = self.streams.__getitem__  # as cheap as torch's own
         binding._cuda_getDevice = self.memory.current_device
         torch.UntypedStorage.clone = _clone  # type: ignore[method-assign]
-        for operator in _of_cuda_files():
+        for operator in fake_cuda.cuda_operators():
             self.memory.implement("yolov9_fast", operator, True)
         for name in torch._C._dispatch_get_all_op_names():
             if name.startswith("aten::_foreach_") and re.search(r"_(\.|$)", name):
@@ -119,7 +118,6 @@ def start(capability: int = 90) -> Driver:
         raise RuntimeError("unset TRITON_INTERPRET: kernels are compiled here")
     libraries()
     os.environ["TRITON_LIBCUDA_PATH"] = str(_libcuda().parent)
-    os.environ["YOLOV9_FAST_LIBRARY_FOLDER"] = str(_cpu_alone())
     os.environ.setdefault("TRITON_CACHE_DIR", str(fake_cuda.FOLDER / "triton_cache"))
     fake_cuda.start()
     return Driver(capability)
@@ -159,24 +157,8 @@ def _host_memory() -> Any:
     return module
 
 
-def _cpu_alone() -> Path:
-    """A folder with the CPU's compiled operators, without those of a real GPU."""
-    folder = fake_cuda.FOLDER / "cpu"
-    folder.mkdir(parents=True, exist_ok=True)
-    for name in ("_C_cpu.so", "_build_info.json"):
-        with contextlib.suppress(FileExistsError):  # by this process or another that begins now
-            (folder / name).symlink_to(fake_cuda.ROOT / "yolov9_fast" / name)
-    return folder
-
-
 def _clone(storage: Any) -> Any:
     import torch
 
     made = torch.empty(storage.nbytes(), dtype=torch.uint8, device=storage.device)
     return made.copy_(torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)).untyped_storage()
-
-
-def _of_cuda_files() -> list[str]:
-    """The operators with a kernel in `csrc/cuda`: here they run the CPU's."""
-    text = "".join(path.read_text() for path in sorted((fake_cuda.ROOT / "csrc" / "cuda").glob("*.cu")))
-    return re.findall(r'library\.impl\("(\w+)"', text)

@@ -207,7 +207,7 @@ def main(arguments: list[str]) -> int:
     given = [each for each in arguments if each != "--quick"]
     seeds = os.environ.get("YOLOV9_FAST_CUDA_SEEDS")
     runs = [(kind, seed) for kind in SEEDS for seed in seeds.split(",")] if seeds else list(SEEDS.items())
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "csrc.on_host", *arguments]
+    command = [*sanitize.PYTEST, "-p", "csrc.on_host", *arguments]
     command += [] if given else ["--every-kernel", *default_tests()]
     codes = []
     for kind, seed in runs:

@@ -19,6 +19,8 @@ from csrc import build
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "build" / "sanitized"
 SANITIZERS = "address,undefined"
+# A finding ends the process: what it says has to be on the terminal before.
+PYTEST = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--capture=sys"]
 
 
 def build_sanitized(source: Path = ROOT / "csrc", folder: Path = FOLDER) -> Path:
@@ -66,8 +68,7 @@ def environment(folder: Path = FOLDER) -> dict[str, str]:
 
 def main(arguments: list[str]) -> int:
     folder = build_sanitized()
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *(arguments or default_tests())]
-    return subprocess.run(command, cwd=ROOT, env=environment(folder)).returncode
+    return subprocess.run([*PYTEST, *(arguments or default_tests())], cwd=ROOT, env=environment(folder)).returncode
 
 
 def default_tests() -> list[str]:

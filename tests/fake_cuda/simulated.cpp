@@ -3,7 +3,8 @@
 //
 // As on a GPU: tensors of the host and of the device do not mix (numbers of no dimension and indices may), new memory holds
 // no zeros (0xFF: NaN, -1), and reading a number or a copy to or from pageable memory waits for the device, which
-// `simulated_cuda_sync_mode(2)` makes an error.
+// `simulated_cuda_sync_mode(2)` makes an error. host_memory.cpp is for the time of the host instead: it checks nothing and
+// computes as little as can be, which is why the two share no code.
 #include <ATen/ATen.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/native/CPUFallback.h>

@@ -185,11 +185,11 @@ def adown_pool_forward(x: Tensor, split: bool) -> tuple[Tensor, Tensor]:
     _n, channels, h, w = x.shape
     source = views(x)[0]
     if not split:
-        return _average(source).data, x.new_empty((0,))
+        return _average(source, source).data, x.new_empty((0,))
     first, second = views(*torch.split(source.data, [channels // 2, channels - channels // 2], 1))
-    pooled = dense(second, (h - 2) // 2 + 1, (w - 2) // 2 + 1)
+    pooled = dense_like(source, second.channels, (h // 2, w // 2))
     _maximum(second, pooled, pooled, None)
-    return _average(first).data, pooled.data
+    return _average(first, source).data, pooled.data
 
 
 @replayed()
@@ -222,9 +222,9 @@ def adown_pool_backward(d_first: Tensor | None, d_second: Tensor | None, x: Tens
     return dx.data
 
 
-def _average(source: View) -> View:
+def _average(source: View, like: View) -> View:
     n, c, h, w = source.data.shape
-    out = dense(source, h - 1, w - 1)
+    out = dense_like(like, c, (h - 1, w - 1))
     grid, vector, constants = spatial(source, (n, c, h - 1, w - 1), out)
     extent = (n, h, w, c // vector)
     adown_average_kernel(grid, source.data, out.data, *strides_of(vector, source, out), *extent, **constants)

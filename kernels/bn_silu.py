@@ -128,7 +128,7 @@ def apply(inputs: Sequence[Normalised], residual: Tensor | None, out: Tensor, si
 def backward(dz: Tensor, inputs: Sequence[Normalised], silu: bool) -> tuple[list[Tensor], list[Tensor]]:
     """dx of each input; float32 [C]: dbias, which all share, and dweight of each input."""
     gradient, one, two = _backward_norms(dz, inputs)
-    targets = dense_like(one.x), dense_like(two.x) if two else None
+    targets = dense_like(one.x), dense_like(one.x) if two else None
     sums = channel_vectors(one.x, 1 + len(inputs))
     tile = bn_silu_single_pass.tile_of(one.x, vector_of(gradient, one.x, two.x if two else None, *targets), len(sums))
     if tile is None:
@@ -150,7 +150,7 @@ def backward_sums(dz: Tensor, inputs: Sequence[Normalised], silu: bool) -> Tenso
 def backward_apply(dz: Tensor, inputs: Sequence[Normalised], means: Sequence[Tensor], silu: bool) -> list[Tensor]:
     """dx of each input from given means of dy and of its dy·x̂ (zeros where the statistics are constants)."""
     gradient, one, two = _backward_norms(dz, inputs)
-    targets = dense_like(one.x), dense_like(two.x) if two else None
+    targets = dense_like(one.x), dense_like(one.x) if two else None
     bn_silu_tiled.dx(gradient, one, two, targets, [vector_in_float(mean) for mean in means], 1.0, silu)
     return [target.data for target in targets if target]
 

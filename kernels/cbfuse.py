@@ -172,7 +172,7 @@ def cbfuse_forward(inputs: Sequence[Tensor], target: Tensor) -> Tensor:
     sizes: list[float | None] = []
     for view in slots:
         h, w = view.data.shape[2:] if view else (1, 1)
-        sizes += [h, w, h / height, w / width, *strides_of(vector, view)]
+        sizes += [h, w, h / max(height, 1), w / max(width, 1), *strides_of(vector, view)]
     cbfuse_kernel(
         grid,
         *data_of(*slots),
@@ -202,11 +202,11 @@ def cbfuse_backward(dz: Tensor, heights: Sequence[int], widths: Sequence[int]) -
             grid,
             gradient.data,
             dx.data,
-            h / height,
-            w / width,
+            h / max(height, 1),
+            w / max(width, 1),
             *strides_of(vector, gradient, dx),
-            height // h + 3,
-            width // w + 3,
+            height // max(h, 1) + 3,
+            width // max(w, 1) + 3,
             n,
             h,
             w,

@@ -69,10 +69,9 @@ def conv1x1_forward(inputs: Sequence[Tensor], weight: Tensor, bias: Tensor | Non
 def conv1x1_input_grad(dy: Tensor, weight: Tensor, channels: Sequence[int]) -> list[Tensor]:
     """Gradient of every input (`channels`: theirs), each dense in the layout of `dy`."""
     gradient = views(dy)[0]
-    n, _, h, w = dy.shape
     counts = list(channels)
     merged = counts if len(counts) <= MOST else [*counts[: MOST - 1], sum(counts[MOST - 1 :])]
-    targets = [dense_like(gradient, (n, count, h, w)) for count in merged]
+    targets = [dense_like(gradient, count) for count in merged]
     matrix, row_major = _matrix(weight)
     vector = _vector([gradient, *targets], matrix, [gradient.channels, *merged])
     block = product(dy.element_size(), max(merged, default=1), dy.device, vector)

@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 from yolov9_fast.kernels.replay import noting, paused
 
-from yolov9_fast._layout import image_stride, row_stride
+from yolov9_fast._layout import empty_map, image_stride, layout_of, memory_format_of, row_stride, telling
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 if TYPE_CHECKING:
@@ -227,9 +227,10 @@ def view_of(x: Tensor, last: bool) -> View | None:
 
 
 def views(*tensors: Tensor, written: Sequence[Tensor] = ()) -> list[View]:
-    """Views of all `tensors`, then of all `written`, in one layout: that of the first tensor where `written` allow it.
+    """Views of all `tensors`, then of all `written`, in one layout: that of the tensors where `written` allow it.
 
-    Of `tensors` those in another layout are copied. Raises `TypeError` for other dtypes than float32, bfloat16 and
+    It is the `memory_format_of` the first tensor, or where this has both layouts, of the first that has one only. Of
+    `tensors` those in another layout are copied. Raises `TypeError` for other dtypes than float32, bfloat16 and
     float16, and `ValueError` where `written` have no layout in common.
     """
     for tensor in (*tensors, *written):
@@ -239,26 +240,27 @@ def views(*tensors: Tensor, written: Sequence[Tensor] = ()) -> list[View]:
     if not possible:
         got = ", ".join(f"{list(tensor.shape)} with strides {list(tensor.stride())}" for tensor in written)
         raise ValueError(f"out: expected channels_last, contiguous, or channel slices of such tensors, got {got}")
-    last = next((last for last in possible if view_of(tensors[0], last)), possible[0])
+    like = tensors[0] if layout_of(tensors[0]) is None else telling(tensors)
+    last = memory_format_of(like) == torch.channels_last
+    if last not in possible:
+        last = possible[0]
     return [view_of(tensor, last) or _copied(tensor, last) for tensor in (*tensors, *written)]
 
 
 def _copied(tensor: Tensor, last: bool) -> View:
-    copy = _new(tensor.shape, last, tensor)
-    copy.data.copy_(tensor)
-    return copy
-
-
-def _new(shape: Sequence[int], last: bool, like: Tensor, dtype: torch.dtype | None = None) -> View:
     layout = torch.channels_last if last else torch.contiguous_format
-    found = view_of(torch.empty(shape, dtype=dtype or like.dtype, device=like.device, memory_format=layout), last)
+    found = view_of(tensor.clone(memory_format=layout), last)
     assert found is not None
     return found
 
 
-def dense_like(view: View, shape: Sequence[int] | None = None, dtype: torch.dtype | None = None) -> View:
-    """A view of an uninitialised dense tensor in the layout of `view`."""
-    return _new(view.data.shape if shape is None else shape, view.last, view.data, dtype)
+def dense_like(
+    view: View, channels: int | None = None, size: tuple[int, int] | None = None, dtype: torch.dtype | None = None
+) -> View:
+    """A view of an uninitialised map `empty_map(view.data, channels, size, dtype)`, in the layout of `view`."""
+    found = view_of(empty_map(view.data, channels, size, dtype), view.last)
+    assert found is not None
+    return found
 
 
 def vector_of(*all_views: View | None) -> int:

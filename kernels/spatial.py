@@ -23,7 +23,7 @@ def spatial(view: View, shape: tuple[int, ...], *others: View | None) -> tuple[t
 
 def dense(view: View, height: int, width: int, dtype: torch.dtype | None = None) -> View:
     """A new dense map of the batch and channels of `view`, in its layout."""
-    return dense_like(view, (view.data.shape[0], view.channels, height, width), dtype)
+    return dense_like(view, size=(height, width), dtype=dtype)
 
 
 @jit

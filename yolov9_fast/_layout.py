@@ -2,7 +2,11 @@
 
 "channels_last": each pixel is a row of C adjacent channels, with one stride from row to row (dense, or a channel slice
 of a channels_last tensor). "contiguous": each channel is a plane of H·W adjacent pixels, with any batch stride (dense,
-or a channel slice of a contiguous tensor).
+or a channel slice of a contiguous tensor). A map of one channel or of one pixel has both, and so has an empty one.
+
+Every new map of an operator is like one of its arguments: dense, in the `memory_format_of` that one. Fakes, references,
+Triton launchers (`empty_map`) and the C++ operators (`empty_map` in csrc/common/map_layout.h) all follow this rule, so
+that torch.compile sees the strides that the kernels give, also of sides of length 0 and 1.
 """
 
 from __future__ import annotations
@@ -14,10 +18,15 @@ from torch import Tensor
 
 
 def layout_of(x: Tensor) -> str | None:
-    """The layout of `x` [B, C, H, W]: "channels_last", "contiguous", or None for any other."""
+    """The layout of `x` [B, C, H, W]: "channels_last", "contiguous", or None for any other.
+
+    Of a map that has both, strides of sides that may have length 1 tell how it was made; one channel is contiguous.
+    """
+    dense = x.is_contiguous(memory_format=torch.channels_last), x.is_contiguous()
+    if dense[0] != dense[1] and x.numel() > 0:
+        return "channels_last" if dense[0] else "contiguous"
     channels_last, contiguous = row_stride(x) is not None, image_stride(x) is not None
     if channels_last and contiguous:
-        # C = 1 or one pixel: both hold; the strides of the sides of length 1 tell how the tensor was made.
         return "channels_last" if x.shape[1] > 1 and x.stride(1) == 1 and x.stride(3) != 1 else "contiguous"
     return "channels_last" if channels_last else "contiguous" if contiguous else None
 
@@ -30,6 +39,8 @@ def memory_format_of(x: Tensor) -> torch.memory_format:
 def row_stride(x: Tensor) -> int | None:
     """Elements from one pixel to the next if `x` [B, C, H, W] is channels_last, dense or a slice; else None."""
     batch, channels, height, width = x.shape
+    if x.numel() == 0:
+        return channels
     if channels > 1 and x.stride(1) != 1:
         return None
     if width > 1:
@@ -78,16 +89,25 @@ def in_layout_of(
     return [x if stride(x) is not None else x.contiguous(memory_format=memory_format) for x in maps]
 
 
-def empty_map(like: Tensor, channels: int | None = None, size: tuple[int, int] | None = None) -> Tensor:
-    """Uninitialised [B, channels, *size], by default of the shape of `like`; dense, in its dtype, device and layout."""
+def empty_map(
+    like: Tensor,
+    channels: int | None = None,
+    size: tuple[int, int] | None = None,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Uninitialised [B, channels, *size], by default of the shape and dtype of `like`; dense, in its layout, device."""
+    layout = memory_format_of(like)
     if channels is None and size is None:
-        if like.is_contiguous() or like.is_contiguous(memory_format=torch.channels_last):
-            return torch.empty_like(like)  # fewer Python calls than a look at all strides
-        return torch.empty_like(like, memory_format=memory_format_of(like))
+        return torch.empty_like(like, dtype=dtype, memory_format=layout)
     batch, own_channels, height, width = like.shape
     return torch.empty(
         (batch, own_channels if channels is None else channels, *(size or (height, width))),
-        dtype=like.dtype,
+        dtype=dtype or like.dtype,
         device=like.device,
-        memory_format=memory_format_of(like),
+        memory_format=layout,
     )
+
+
+def dense(x: Tensor, memory_format: torch.memory_format = torch.contiguous_format) -> Tensor:
+    """`x` with the strides of a new tensor; `contiguous` leaves those of sides of length 1, and of an empty tensor."""
+    return x.contiguous(memory_format=memory_format) if min(x.shape) > 1 else x.clone(memory_format=memory_format)

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "common/detection_loss.h"
+#include "common/map_layout.h"
 #include "common/raw_maps.h"
 
 namespace yolov9_fast::loss {
@@ -113,9 +114,9 @@ struct Arguments {
   }
 };
 
-inline std::vector<Tensor> empty_like(const std::vector<Tensor>& maps) {
+inline std::vector<Tensor> empty_maps(const std::vector<Tensor>& maps) {
   std::vector<Tensor> result;
-  for (const Tensor& map : maps) result.push_back(torch::stable::empty_like(map));
+  for (const Tensor& map : maps) result.push_back(empty_map(map));
   return result;
 }
 

@@ -250,9 +250,8 @@ std::tuple<Tensor, Tensor> adown_pool_forward(const Tensor& x, bool split) {
   const FeatureMap map = feature_map(x, kOp, "x");
   check_size(map, split);
   const int64_t first = split ? map.channels / 2 : map.channels, second = map.channels - first;
-  Tensor averaged = new_map(x, map.batch, first, map.height - 1, map.width - 1, map.layout);
-  Tensor pooled = split ? new_map(x, map.batch, second, map.height / 2, map.width / 2, map.layout)
-                        : torch::stable::new_empty(x, {0});
+  Tensor averaged = empty_map(x, first, map.height - 1, map.width - 1);
+  Tensor pooled = split ? empty_map(x, second, map.height / 2, map.width / 2) : torch::stable::new_empty(x, {0});
   if (map.empty()) return {averaged, pooled};
   dispatch(x.scalar_type(), kOp, "x", [&](auto zero) {
     using T = decltype(zero);
@@ -274,7 +273,7 @@ Tensor adown_pool_backward(const std::optional<Tensor>& d_first, const std::opti
                     kOp, ": ", name, ": expected the shape and dtype of the result");
     return g;
   };
-  Tensor result = new_map(x, map.batch, map.channels, map.height, map.width, map.layout);
+  Tensor result = empty_map(x);
   if (map.empty()) return result;
   const FeatureMap dx = feature_map(result, kOp, "dx", map.layout);
   dispatch(x.scalar_type(), kOp, "x", [&](auto zero_value) {

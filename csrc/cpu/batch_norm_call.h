@@ -65,7 +65,7 @@ class Call {
   void apply(const OptionalTensor& residual, Tensor& out) const {
     check_like_x(out, "out");
     const bool in_place = has_layout(out, layout_);
-    const Tensor target = in_place ? out : empty_map();
+    const Tensor target = in_place ? out : empty_map(branches[0].x);
     FeatureMap added;
     OptionalTensor kept;
     if (residual) {
@@ -191,15 +191,10 @@ class Call {
     return has_layout(tensor, layout_) ? tensor : torch::stable::contiguous(tensor, memory_format(layout_));
   }
 
-  Tensor empty_map() const {
-    const FeatureMap& x = inputs_[0];
-    return new_map(branches[0].x, x.batch, x.channels, x.height, x.width, layout_);
-  }
-
   FeatureMaps<B> new_gradients(std::array<Tensor, B>& dx) const {
     FeatureMaps<B> maps;
     for (int b = 0; b < B; ++b) {
-      dx[b] = empty_map();
+      dx[b] = empty_map(branches[0].x);
       maps[b] = feature_map(dx[b], op_, "dx", layout_);
     }
     return maps;

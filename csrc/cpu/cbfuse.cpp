@@ -110,7 +110,7 @@ Tensor cbfuse_forward(const std::vector<Tensor>& inputs, const Tensor& target) {
     STD_TORCH_CHECK(t.empty() || !map.empty(), kOp, ": inputs: expected maps with pixels, got an empty one");
     sources.push_back({map, nearest(map.height, t.height), nearest(map.width, t.width)});
   }
-  Tensor result = new_map(target, t.batch, t.channels, t.height, t.width, t.layout);
+  Tensor result = empty_map(target);
   if (t.empty()) return result;
   const FeatureMap out = feature_map(result, kOp, "result", t.layout);
   dispatch(target.scalar_type(), kOp, "target", [&](auto zero) {
@@ -181,7 +181,7 @@ std::vector<Tensor> cbfuse_backward(const Tensor& dz, const std::vector<int64_t>
   const FeatureMap d = feature_map(dz, kOp, "dz");
   std::vector<Tensor> gradients;
   for (size_t i = 0; i < heights.size(); ++i) {
-    gradients.push_back(new_map(dz, d.batch, d.channels, heights[i], widths[i], d.layout));
+    gradients.push_back(empty_map(dz, d.channels, heights[i], widths[i]));
     const FeatureMap dx = feature_map(gradients.back(), kOp, "gradient", d.layout);
     if (dx.empty()) continue;
     const std::vector<int64_t> rows = readers(dx.height, d.height), columns = readers(dx.width, d.width);

@@ -23,7 +23,7 @@ Tensor tap_backward(const Tensor& whole, const Tensor& part, int64_t start) {
   STD_TORCH_CHECK(whole.scalar_type() == part.scalar_type(), kOp, ": part: expected the dtype of whole");
   STD_TORCH_CHECK(w.same_pixels(p) && start >= 0 && start + p.channels <= w.channels, kOp,
                   ": part: expected the shape of a channel slice of whole");
-  Tensor result = new_map(whole, w.batch, w.channels, w.height, w.width, w.layout);
+  Tensor result = empty_map(whole);
   if (w.empty()) return result;
   const FeatureMap out = feature_map(result, kOp, "result", w.layout);
   const int64_t stop = start + p.channels;

@@ -212,8 +212,7 @@ std::vector<Tensor> conv1x1_input_grad(const Tensor& dy, const Tensor& weight, c
   const Maps in = concatenated({dy}, "dy");
   const FeatureMap& map = in.first();
   std::vector<Tensor> gradients;
-  for (const int64_t count : channels)
-    gradients.push_back(new_map(dy, map.batch, count, map.height, map.width, in.layout()));
+  for (const int64_t count : channels) gradients.push_back(empty_map(dy, count, map.height, map.width));
   const Maps out = concatenated(gradients, "channels", in.layout());
   check_weight(weight, dy, in.channels, out.channels);
   dispatch_real(dy.scalar_type(), [&](auto zero) {

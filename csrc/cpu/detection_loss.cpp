@@ -207,7 +207,7 @@ std::tuple<Tensor, std::vector<Tensor>> detection_loss_forward(const std::vector
   const Arguments given{maps,    gt_index,   weight,          gt_labels,   gt_boxes, normaliser,
                         strides, pos_weight, label_smoothing, focal_gamma, gains};
   Tensor items = torch::stable::new_empty(normaliser, {3});
-  std::vector<Tensor> gradients = gradient ? empty_like(maps) : std::vector<Tensor>();
+  std::vector<Tensor> gradients = gradient ? empty_maps(maps) : std::vector<Tensor>();
   dispatch_maps(maps, kOp, [&](auto element, auto real) {
     using T = decltype(element);
     using Real = decltype(real);
@@ -226,7 +226,7 @@ std::vector<Tensor> detection_loss_backward(const Tensor& upstream, const std::v
                                             const std::vector<double>& gains) {
   const Arguments given{maps,    gt_index,   weight,          gt_labels,   gt_boxes, normaliser,
                         strides, pos_weight, label_smoothing, focal_gamma, gains};
-  const std::vector<Tensor> gradients = empty_like(maps);
+  const std::vector<Tensor> gradients = empty_maps(maps);
   dispatch_maps(maps, kOp, [&](auto element, auto real) {
     using T = decltype(element);
     using Real = decltype(real);

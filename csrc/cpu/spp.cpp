@@ -158,7 +158,7 @@ Tensor spp_backward(const Tensor& x, const Tensor& y1, const Tensor& y2, const T
   const FeatureMap maps[3] = {map, map_like(map, x, y1, "y1"), map_like(map, x, y2, "y2")};
   const FeatureMap gradients[4] = {map_like(map, x, d0, "d0"), map_like(map, x, d1, "d1"), map_like(map, x, d2, "d2"),
                                    map_like(map, x, d3, "d3")};
-  Tensor result = new_map(x, map.batch, map.channels, map.height, map.width, map.layout);
+  Tensor result = empty_map(x);
   if (map.empty()) return result;
   const FeatureMap dx = feature_map(result, kOp, "dx", map.layout);
   dispatch(x.scalar_type(), kOp, "x", [&](auto zero) { pool_three_backward<decltype(zero)>(maps, gradients, dx); });

@@ -76,7 +76,7 @@ std::tuple<Tensor, std::vector<Tensor>> detection_loss_forward(const std::vector
                         strides, pos_weight, label_smoothing, focal_gamma, gains};
   check_devices(given);
   Tensor items = torch::stable::new_empty(normaliser, {3});
-  std::vector<Tensor> gradients = gradient ? empty_like(maps) : std::vector<Tensor>();
+  std::vector<Tensor> gradients = gradient ? empty_maps(maps) : std::vector<Tensor>();
   dispatch_maps(maps, kOp, [&](auto element, auto real) {
     using T = decltype(element);
     using Real = decltype(real);
@@ -117,7 +117,7 @@ std::vector<Tensor> detection_loss_backward(const Tensor& upstream, const std::v
   STD_TORCH_CHECK(!maps.empty(), kOp, ": no maps");
   const Arguments given{maps,    gt_index,   weight,          gt_labels,   gt_boxes, normaliser,
                         strides, pos_weight, label_smoothing, focal_gamma, gains};
-  const std::vector<Tensor> gradients = empty_like(maps);
+  const std::vector<Tensor> gradients = empty_maps(maps);
   write_gradients(given, gradients, upstream, false);
   return gradients;
 }

@@ -33,7 +33,7 @@ std::tuple<Tensor, std::vector<Tensor>> detection_loss(
   const Arguments given{maps,    gt_index,   weight,          gt_labels,   gt_boxes, normaliser,
                         strides, pos_weight, label_smoothing, focal_gamma, gains};
   Tensor items = torch::stable::new_empty(normaliser, {3});
-  const std::vector<Tensor> gradients = gradient ? empty_like(maps) : std::vector<Tensor>();
+  const std::vector<Tensor> gradients = gradient ? empty_maps(maps) : std::vector<Tensor>();
   const HostBlock block(threads, seed, kMaxThreads);
   dispatch_maps(maps, kOp, [&](auto element, auto real) {
     using T = decltype(element);

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from yolov9_fast._layout import empty_map, in_layout_of, memory_format_of
+from yolov9_fast._layout import dense, empty_map, in_layout_of, memory_format_of
 from yolov9_fast.ops._checks import check_map
 from yolov9_fast.ops._operator import AutogradFunction, Compiled, Kernel, Operator, Python, once_differentiable
 from yolov9_fast.ops._supports import not_for_triton, not_on
@@ -52,7 +52,7 @@ def forward_reference(x: Tensor, split: bool) -> tuple[Tensor, Tensor]:
     first, second = adown_pool_reference(x, split)
     memory_format = memory_format_of(x)
     if second is None:
-        return first.contiguous(memory_format=memory_format), x.new_empty((0,))
+        return dense(first, memory_format), x.new_empty((0,))
     return first.clone(memory_format=memory_format), second.clone(memory_format=memory_format)
 
 
@@ -70,7 +70,7 @@ def backward_reference(d_first: Tensor | None, d_second: Tensor | None, x: Tenso
             d_second, second, [3, 3], [2, 2], [1, 1], [1, 1], False, indices
         )
     dx: Tensor = torch.ops.aten.avg_pool2d_backward(d_average, x, [2, 2], [1, 1], [0, 0], False, True, None)
-    return dx.contiguous(memory_format=memory_format_of(x))
+    return dense(dx, memory_format_of(x))
 
 
 def _fake_forward(x: Tensor, split: bool) -> tuple[Tensor, Tensor]:

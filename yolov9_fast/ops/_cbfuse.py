@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from yolov9_fast._layout import empty_map, in_layout_of, memory_format_of
+from yolov9_fast._layout import dense, empty_map, in_layout_of, memory_format_of
 from yolov9_fast.ops._checks import check_map, maps_of
 from yolov9_fast.ops._operator import AutogradFunction, Compiled, Kernel, Operator, Python, once_differentiable
 from yolov9_fast.ops._supports import not_for_triton, not_on
@@ -70,7 +70,7 @@ def _promoted(inputs: Sequence[Tensor], target: Tensor) -> tuple[list[Tensor], T
 
 def forward_reference(inputs: list[Tensor], target: Tensor) -> Tensor:
     """Kernel `cbfuse_forward`."""
-    return cbfuse_reference(inputs, target).contiguous(memory_format=memory_format_of(target))
+    return dense(cbfuse_reference(inputs, target), memory_format_of(target))
 
 
 def backward_reference(dz: Tensor, heights: list[int], widths: list[int]) -> list[Tensor]:
@@ -94,7 +94,7 @@ KERNELS = _Kernels(
     Kernel(
         "cbfuse_forward(Tensor[] inputs, Tensor target) -> Tensor",
         forward_reference,
-        lambda inputs, target: empty_map(target, target.shape[1]),
+        lambda inputs, target: empty_map(target),
     ),
     Kernel(
         "cbfuse_backward(Tensor dz, int[] heights, int[] widths) -> Tensor[]",

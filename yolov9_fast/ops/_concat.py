@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from yolov9_fast._layout import empty_map, layout_of, memory_format_of
+from yolov9_fast._layout import dense, empty_map, layout_of, memory_format_of
 from yolov9_fast.ops import _backend
 from yolov9_fast.ops._checks import check_map, maps_of
 from yolov9_fast.ops._operator import AutogradFunction, Compiled, Kernel, Operator
@@ -31,7 +31,8 @@ class ConcatBuffer:
 
     A buffer serves one forward: each slot is handed out once, because what was written there may be saved for the
     backward. Slots have a version counter of their own, so that filling one does not invalidate what autograd
-    saved of another. A producer returns `out.view_as(out)` from its `autograd.Function` after it wrote to `out`.
+    saved of another. A producer returns `out.expand_as(out)` from its `autograd.Function` after it wrote to `out`; the
+    strides of `view_as` differ between real and fake tensors.
     """
 
     def __init__(
@@ -195,7 +196,7 @@ def returned(out: Tensor) -> Tensor:
     """
     if not torch.compiler.is_compiling() and not out.is_inference():
         torch.autograd.graph.increment_version(out)
-    return out.view_as(out)
+    return out.expand_as(out)
 
 
 def placed(result: Tensor, slot: Tensor | None) -> Tensor:
@@ -288,7 +289,7 @@ class _Join(AutogradFunction):
         for part, place, copied in zip(parts, buffer.split_with_sizes(ctx.sizes, 1), to_copy, strict=True):
             if copied:
                 place.copy_(part)
-        return buffer.view_as(buffer)
+        return buffer.expand_as(buffer)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
@@ -302,7 +303,7 @@ class _Placed(AutogradFunction):
             _place(result, slot)
         else:
             slot.copy_(result)
-        return slot.view_as(slot)
+        return slot.expand_as(slot)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
@@ -316,7 +317,7 @@ class _Tap(AutogradFunction):
         ctx.scope = _backend.current()
         ctx.start = start
         ctx.channels = x.shape[1]
-        return x.view_as(x), x.narrow(1, start, channels)
+        return x.expand_as(x), x.narrow(1, start, channels)
 
     @staticmethod
     def backward(ctx: Any, whole: Tensor | None, part: Tensor | None) -> tuple[Tensor | None, None, None]:
@@ -359,11 +360,11 @@ def tap_backward_reference(whole: Tensor, part: Tensor, start: int) -> Tensor:
     pieces = (whole[:, :start], whole[:, start:stop] + part, whole[:, stop:])
     # A piece without channels has no layout: with it `cat` would return a contiguous map.
     joined = torch.cat([piece for piece in pieces if piece.shape[1]] or [whole], 1)
-    return joined.contiguous(memory_format=memory_format_of(whole))
+    return dense(joined, memory_format_of(whole))
 
 
 def _fake(whole: Tensor, part: Tensor, start: int) -> Tensor:
-    return empty_map(whole, whole.shape[1])
+    return empty_map(whole)
 
 
 def _copy_to_slot(result: Tensor, slot: Tensor) -> None:

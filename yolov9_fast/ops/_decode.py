@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from yolov9_fast._layout import dense
 from yolov9_fast.ops._boxes import REG_MAX, STRIDES, anchor_points
 from yolov9_fast.ops._checks import FLOATING, check_floating, check_integers, check_one_device, described, maps_of
 from yolov9_fast.ops._operator import Compiled, Kernel, Operator
@@ -153,7 +154,7 @@ def forward_reference_for_assignment(
     scores = scores.transpose(1, 2)
     if labels is not None:
         scores = scores.gather(1, labels[:, :, None].expand(-1, -1, scores.shape[2]))
-    return scores.contiguous(), boxes.contiguous(), points
+    return dense(scores), dense(boxes), points
 
 
 def _fake(maps: Sequence[Tensor], strides: Sequence[int]) -> Tensor:

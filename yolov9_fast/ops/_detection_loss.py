@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from yolov9_fast._layout import empty_map
 from yolov9_fast.ops._assign import Assignment
 from yolov9_fast.ops._boxes import REG_MAX, STRIDES, ciou
 from yolov9_fast.ops._checks import check_floating, check_integers, check_one_device
@@ -227,7 +228,7 @@ def _items_and_gradients(
         leaves = [level.detach().requires_grad_() for level in maps]
         items = _items(leaves, *arguments)
     gradients = torch.autograd.grad(items, leaves, torch.ones_like(items) if upstream is None else upstream)
-    return items.detach(), [torch.empty_like(level).copy_(each) for level, each in zip(maps, gradients, strict=True)]
+    return items.detach(), [empty_map(level).copy_(each) for level, each in zip(maps, gradients, strict=True)]
 
 
 def forward_reference(maps: Sequence[Tensor], *arguments: Any) -> tuple[Tensor, list[Tensor]]:
@@ -262,11 +263,11 @@ def _fake_forward(
     *options: Any,
 ) -> tuple[Tensor, list[Tensor]]:
     *_, gradient = options
-    return normaliser.new_empty(3), [torch.empty_like(level) for level in maps] if gradient else []
+    return normaliser.new_empty(3), [empty_map(level) for level in maps] if gradient else []
 
 
 def _fake_backward(upstream: Tensor, maps: Sequence[Tensor], *arguments: Any) -> list[Tensor]:
-    return [torch.empty_like(level) for level in maps]
+    return [empty_map(level) for level in maps]
 
 
 def _fake_unless_ones(upstream: Tensor, maps: Sequence[Tensor], *arguments: Any) -> None:

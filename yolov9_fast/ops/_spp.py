@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from yolov9_fast._layout import empty_map, in_layout_of, layout_of, memory_format_of, telling
+from yolov9_fast._layout import dense, empty_map, in_layout_of, layout_of, memory_format_of, telling
 from yolov9_fast.ops._checks import check_map, check_out, maps_of
 from yolov9_fast.ops._concat import placed, returned
 from yolov9_fast.ops._operator import AutogradFunction, Compiled, Kernel, Operator, Python, once_differentiable
@@ -80,7 +80,7 @@ def backward_reference(x: Tensor, y1: Tensor, y2: Tensor, d0: Tensor, d1: Tensor
         gradient = own + torch.ops.aten.max_pool2d_with_indices_backward(
             gradient, source, [5, 5], [1, 1], [2, 2], [1, 1], False, indices
         )
-    return gradient.contiguous(memory_format=memory_format_of(x))
+    return dense(gradient, memory_format_of(x))
 
 
 class _Kernels(NamedTuple):
@@ -119,7 +119,7 @@ class _Spp(AutogradFunction):
         pooled = out or [empty_map(source) for _ in range(3)]
         kernels.forward(source, *pooled)
         ctx.save_for_backward(source, *pooled[:2])
-        return x.view_as(x), *(returned(y) if out else y for y in pooled)
+        return x.expand_as(x), *(returned(y) if out else y for y in pooled)
 
     @staticmethod
     @once_differentiable

@@ -88,7 +88,6 @@ def arguments(kernel: str, m: Make, n: int, c: int, h: int, w: int) -> tuple[Any
         "bn_stats": lambda: (m(*shape),),
         "bn_combine": lambda: (torch.rand(h + 1, 2 * c + 1) + 1, v[0], v[1], 0.1, 1e-3),
         "bn_silu_forward": lambda: (m(*shape), *v, 0.1, 1e-3, m(*shape), torch.empty(shape), True),
-        "bn_silu_apply": lambda: (m(*shape), *v, m(*shape), torch.empty(shape), True),
         "bn_silu_backward": lambda: (m(*shape), m(*shape), *v, True),
         "bn_silu_backward_sums": lambda: (m(*shape), m(*shape), *v, True),
         "bn_silu_backward_apply": lambda: (m(*shape), m(*shape), *v, v[0], v[1], True),
@@ -97,22 +96,14 @@ def arguments(kernel: str, m: Make, n: int, c: int, h: int, w: int) -> tuple[Any
             *(m(*shape), *norm(c)),
             *(0.1, 1e-3, m(*shape), torch.empty(shape), True),
         ),
-        "rep_bn_silu_apply": lambda: (m(*shape), *v, m(*shape), *v, m(*shape), torch.empty(shape), True),
         "rep_bn_silu_backward": lambda: (m(*shape), m(*shape), *v, m(*shape), *v, True),
         "rep_bn_silu_backward_sums": lambda: (m(*shape), m(*shape), *v, m(*shape), *v, True),
         "rep_bn_silu_backward_apply": lambda: (m(*shape), m(*shape), *v, m(*shape), *v, *v[:3], True),
-        "spp_forward": lambda: (m(*shape), *(torch.empty(shape) for _ in range(3))),
         "spp_backward": lambda: tuple(m(*shape) for _ in range(7)),
         "adown_pool_forward": lambda: (m(*even), n != 1),
         "adown_pool_backward": lambda: (m(*halves[0]), m(*halves[1]) if h else None, m(*even), True),
         "cbfuse_forward": lambda: ([m(n, c, h + 1, w + 1), m(n, c, 1, 2)], m(*shape)),
         "cbfuse_backward": lambda: (m(n, c, h + 1, w + 1), [1, h], [1, 3]),
-        "conv1x1_forward": lambda: (
-            [m(*shape), m(n, 2, h, w)],
-            torch.rand(3, c + 2, 1, 1),
-            None,
-            torch.empty(n, 3, h, w),
-        ),
         "conv1x1_input_grad": lambda: (m(n, c + 1, h, w), torch.rand(c + 1, 5, 1, 1), [1, 2, 2]),
         "conv1x1_weight_grad": lambda: (m(n, c + 1, h, w), [m(*shape), m(n, 2, h, w)]),
         "tap_backward": lambda: (m(n, c + 2, h, w), m(n, c, h, w), 1),
@@ -124,7 +115,6 @@ def arguments(kernel: str, m: Make, n: int, c: int, h: int, w: int) -> tuple[Any
         ),
         "detection_loss_forward": lambda: (*loss_arguments(m, n, c, h, w), True),
         "detection_loss_backward": lambda: (torch.rand(3), *loss_arguments(m, n, c, h, w)),
-        "detection_loss_unless_ones": lambda: (torch.ones(3), *(given := loss_arguments(m, n, c, h, w)), given[0]),
         "assign": lambda: (
             torch.rand(n, h * w, c + 1),
             torch.rand(n, h * w, 4) * 64,
@@ -142,7 +132,9 @@ def arguments(kernel: str, m: Make, n: int, c: int, h: int, w: int) -> tuple[Any
 
 
 def declared() -> dict[str, Kernel]:
-    return {kernel.name: kernel for operator in operators.values() for kernel in operator._declared}
+    """All kernels that return something, by name."""
+    kernels = [kernel for operator in operators.values() for kernel in operator._declared]
+    return {kernel.name: kernel for kernel in kernels if not kernel.schema.endswith("-> ()")}
 
 
 def strides(results: Any) -> list[tuple[torch.dtype, torch.Size, tuple[int, ...]]]:
@@ -191,7 +183,7 @@ SOME = st.one_of(ONE, st.lists(st.sampled_from(READABLE), min_size=1, max_size=3
 
 
 @pytest.mark.parametrize("kernel", declared())
-@settings(max_examples=12)
+@settings(max_examples=8)
 @given(size=SIZE, layouts=SOME)
 def test_kernels_give_the_strides_that_their_fakes_say(kernel: str, size: Shape, layouts: list[str]) -> None:
     compare_kernels(kernel, size, layouts)
@@ -199,7 +191,7 @@ def test_kernels_give_the_strides_that_their_fakes_say(kernel: str, size: Shape,
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kernel", declared())
-@settings(max_examples=80)
+@settings(max_examples=40)
 @given(size=SIZE, layouts=SOME)
 def test_many_kernels_give_the_strides_that_their_fakes_say(kernel: str, size: Shape, layouts: list[str]) -> None:
     compare_kernels(kernel, size, layouts)
@@ -247,16 +239,18 @@ def called(operator: str, m: Make, n: int, c: int, h: int, w: int) -> tuple[Call
     return calls[operator]()
 
 
+OF_MAPS = ("bn_silu", "rep_bn_silu", "spp", "adown_pool", "cbfuse", "conv1x1", "conv1x1_pair", "tap_backward")
+OF_MAPS += ("decode", "decode_for_assignment")
 OPERATORS = [
     pytest.param(name, *values.values, marks=values.marks)
     for name, operator in operators.items()
-    if name not in ("assign", "detection_loss", "nms", "nms_boxes", "box_iou")  # values decide, or no maps
+    if name in OF_MAPS
     for values in backends(operator, eager=False)
 ]
 
 
 @pytest.mark.parametrize(("operator", "backend", "device"), OPERATORS)
-@settings(max_examples=12)
+@settings(max_examples=6)
 @given(size=SIZE, layouts=ONE)
 def test_operators_and_their_gradients_have_the_strides_of_fakes(
     operator: str, backend: str, device: str, size: Shape, layouts: list[str]

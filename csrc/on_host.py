@@ -38,8 +38,8 @@ SANITIZERS = {"address": sanitize.SANITIZERS, "accesses": "undefined", "simulate
 SEEDS = {"address": "1", "accesses": "2"}
 OTHER_BACKENDS = {"eager", "emulated", "triton", "cuda"}
 LONG = (
-    "gradcheck|finite_differences|five_thousand|full_size|number_of_threads|random_cases|float64|one_graph"
-    "|compiled_files|environment_variable"
+    "gradcheck|finite_differences|five_thousand|full_size|number_of_threads|random_cases|larger_cases|greedy_loop|float64"
+    "|emulated|ground_truths|opcheck|one_graph|compiled_files|environment_variable"
 )
 
 

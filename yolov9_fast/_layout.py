@@ -96,7 +96,11 @@ def empty_map(
     dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Uninitialised [B, channels, *size], by default of the shape and dtype of `like`; dense, in its layout, device."""
-    layout = memory_format_of(like)
+    rows = like.is_contiguous(memory_format=torch.channels_last)
+    if rows != like.is_contiguous() and like.numel() > 0:  # `memory_format_of`, in fewer Python calls
+        layout = torch.channels_last if rows else torch.contiguous_format
+    else:
+        layout = memory_format_of(like)
     if channels is None and size is None:
         return torch.empty_like(like, dtype=dtype, memory_format=layout)
     batch, own_channels, height, width = like.shape

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 from typing import Any
 
 import pytest
@@ -450,3 +452,34 @@ def test_running_statistics_of_another_type_are_refused_by_name_and_run_eagerly_
     with yf.backend("cpu"), pytest.raises(RuntimeError, match=r"needs running statistics in torch.float32, got"):
         yf.ops.bn_silu(x, half, half, half, half, training=False, momentum=0.1, eps=EPS)
     assert yf.ops.bn_silu(x, half, half, half, half, training=False, momentum=0.1, eps=EPS).dtype == torch.float16
+
+
+@pytest.mark.parametrize(("name", "device"), BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_vectors_have_the_dtype_of_x_or_float32_for_half_of_its_bits(
+    name: str, device: str, dtype: torch.dtype
+) -> None:
+    if name == "triton" and dtype == torch.float64:
+        pytest.skip("computes in float32")
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(2, 3, 4, 4, generator=generator).to(device, dtype)
+    normalised = F.batch_norm(x.double(), None, None, training=True)
+    taken = {None, dtype} | ({torch.float32} if dtype in (torch.bfloat16, torch.float16) else set())
+    for of_vectors in itertools.product((None, torch.float32, torch.float64, torch.bfloat16, torch.float16), repeat=3):
+        weight, bias, mean = (None if d is None else torch.ones(3, dtype=d, device=device) for d in of_vectors)
+        vectors = (weight, bias, mean, None if mean is None else mean.clone())
+        with yf.backend(name):
+            if not set(of_vectors) <= taken:
+                with pytest.raises(TypeError, match=r"^\w+: expected torch.*, got torch"):
+                    yf.ops.bn_silu(x, *vectors, training=True, momentum=0.1, eps=1e-5)
+                continue
+            with contextlib.suppress(yf.ops.BackendUnavailable):  # the statistics in half precision
+                z = yf.ops.bn_silu(x, *vectors, training=True, momentum=0.1, eps=1e-5)
+                expected = F.silu(normalised + (bias is not None))
+                assert (z.double() - expected).abs().max() < (0.02 if dtype.itemsize == 2 else 1e-4)
+
+
+def test_statistics_of_two_dtypes_are_refused() -> None:
+    x, mean, var = torch.rand(2, 3, 4, 4).bfloat16(), torch.zeros(3), torch.ones(3).bfloat16()
+    with pytest.raises(TypeError, match=r"running_var: expected torch.float32 as running_mean, got torch.bfloat16"):
+        yf.ops.bn_silu(x, None, None, mean, var, training=False, momentum=0.1, eps=1e-3)

@@ -19,10 +19,11 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from yolov9_fast._layout import empty_map, layout_of
-from yolov9_fast.ops._checks import FLOATING, check_writable
+from yolov9_fast.ops._checks import FLOATING, HALF, check_writable
 from yolov9_fast.ops._recording import recorded
 
 
@@ -69,17 +70,39 @@ def empty_vector(x: Tensor) -> Tensor:
 def check_statistics(
     x: Tensor, training: bool, running_mean: Tensor | None, running_var: Tensor | None, one_process: bool
 ) -> None:
-    """Raises `ValueError` where the statistics are incomplete, or of one value per channel."""
+    """Raises `ValueError` where the statistics are incomplete, or of one value per channel; `TypeError` by dtype."""
     if (running_mean is None) != (running_var is None):
         raise ValueError("running_mean, running_var: expected two tensors or None twice, got one")
     if not training and running_mean is None:
         raise ValueError("running_mean, running_var: expected tensors when training is False, got None")
+    if running_mean is not None and running_var is not None and running_mean.dtype != running_var.dtype:
+        raise TypeError(f"running_var: expected {running_mean.dtype} as running_mean, got {running_var.dtype}")
     for name, vector in (("running_mean", running_mean), ("running_var", running_var)) if training else ():
         if vector is not None and (vector.requires_grad or not vector.is_contiguous()):
             check_writable(name, vector)
     if training and one_process and x.numel() == x.shape[1]:
         # torch's own message: a variance of one value is undefined.
         raise ValueError(f"x: expected more than 1 value per channel when training, got input size {list(x.shape)}")
+
+
+def batch_norm_reference(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+) -> Tensor:
+    """torch's batch_norm, which takes vectors of one dtype: γ and β in that of the statistics, or float32."""
+    if x.dtype in HALF:
+        dtype = torch.float32 if running_mean is None else running_mean.dtype
+        if weight is not None and weight.dtype != dtype:
+            weight = weight.to(dtype)
+        if bias is not None and bias.dtype != dtype:
+            bias = bias.to(dtype)
+    return F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
 
 
 def unit_statistics(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -115,7 +115,7 @@ def bn_silu_reference(
     if training and group is not None:
         args = (x, weight, bias, running_mean, running_var, training, momentum, eps, residual, out, activation, group)
         return _run(OPERATOR.references, *args)
-    z = F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
+    z = bn.batch_norm_reference(x, weight, bias, running_mean, running_var, training, momentum, eps)
     z = F.silu(z) if activation else z
     return placed(z if residual is None else z + residual, out)
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+HALF = (torch.bfloat16, torch.float16)
 FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -42,19 +43,24 @@ def check_floating(name: str, x: object) -> None:
 
 
 def check_vectors(x: Tensor, names: Sequence[str], vectors: Sequence[Tensor | None], prefix: str = "") -> None:
-    """Raises `TypeError` or `ValueError` unless each vector is None or a floating [C] on the device of `x`."""
+    """Raises `TypeError` or `ValueError` unless each vector is None or [C] on the device and in the dtype of `x`.
+
+    As in torch's batch_norm, or in float32 where `x` has half of its bits.
+    """
     channels, device = x.shape[1:2], x.device
+    allowed = (x.dtype, torch.float32) if x.dtype in HALF else (x.dtype,)
     for name, vector in zip(names, vectors, strict=True):
         # One call for all of them, hundreds of times in a training step: what is right needs no other function.
         if vector is None or (
             isinstance(vector, Tensor)
-            and vector.dtype in FLOATING
+            and vector.dtype in allowed
             and vector.shape == channels
             and vector.device == device
         ):
             continue
         check_floating(prefix + name, vector)
         check_like(prefix + name, vector, channels, device)
+        raise TypeError(f"{prefix}{name}: expected {' or '.join(map(str, allowed))}, got {vector.dtype}")
 
 
 def check_integers(name: str, x: object) -> None:

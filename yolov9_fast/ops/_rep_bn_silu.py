@@ -77,10 +77,7 @@ def rep_bn_silu_reference(
     if training and group is not None:
         args = (x1, norm1, x2, norm2, training, momentum, eps, residual, out, activation, group)
         return _run(OPERATOR.references, *args)
-    y = sum(
-        F.batch_norm(x, norm[2], norm[3], norm[0], norm[1], training, momentum, eps)
-        for x, norm in ((x1, norm1), (x2, norm2))
-    )
+    y = sum(bn.batch_norm_reference(x, *norm, training, momentum, eps) for x, norm in ((x1, norm1), (x2, norm2)))
     assert isinstance(y, Tensor)
     z = F.silu(y) if activation else y
     return placed(z if residual is None else z + residual, out)

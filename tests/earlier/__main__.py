@@ -60,9 +60,13 @@ def checks_before(chosen: Sequence[str]) -> None:
         write(f"gpu_checks/{COMMIT}.json", {"commit": COMMIT, "command": command, "checks": ordered})
 
 
-def checks_now() -> None:
+def checks_now(names: Sequence[str]) -> None:
     """The tests of `CHECKS` and of the stand-ins, once each; seconds of a machine on which others may run."""
-    selected = sorted({test for _, tests in CHECKS.values() for test in tests} | set(TESTS_ADDED))
+    chosen = {name: CHECKS[name][1] for name in names or CHECKS}
+    added = () if names else TESTS_ADDED
+    selected = sorted(
+        {*added, *(t for tests in chosen.values() for t in tests if not added or not t.startswith(added))}
+    )
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder, "report.xml")
         options = ["-q", "-p", "no:cacheprovider", "-o", "junit_family=xunit1", f"--junitxml={report}"]
@@ -87,9 +91,10 @@ def checks_now() -> None:
             "command": "python -m tests.earlier now",
             "load": round(os.getloadavg()[1], 1),
             "cores": os.cpu_count(),
-            "checks": {name: {"tests": list(tests)} | counted(tests) for name, (_, tests) in CHECKS.items()},
+            "checks": {name: {"tests": list(tests)} | counted(tests) for name, tests in chosen.items()},
             "seconds added to make test-all": {
-                name: counted([name]) for name in sorted({test.split("::")[0] for test in selected})
+                name: counted([f"{name}::"] if name.endswith(".py") else [f"{name}/"])
+                for name in sorted({test.split("::")[0] for test in selected})
             },
         },
     )
@@ -138,7 +143,7 @@ def host_time(networks: Sequence[str], repeats: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.earlier", description=__doc__.splitlines()[0])
     parser.add_argument("what", choices=("before", "now", "launches", "host-time"))
-    parser.add_argument("names", nargs="*", help="of checks (before) or networks (host-time); default all")
+    parser.add_argument("names", nargs="*", help="of checks (before, now) or networks (host-time); default all")
     parser.add_argument(
         "--repeats", type=int, default=30, metavar="N", help="timed runs of host-time, the least counts"
     )
@@ -148,7 +153,7 @@ def main() -> None:
     if arguments.what == "before":
         checks_before(arguments.names)
     elif arguments.what == "now":
-        checks_now()
+        checks_now(arguments.names)
     elif arguments.what == "launches":
         launches()
     else:

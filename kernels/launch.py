@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 from yolov9_fast.kernels.replay import noting, paused
 
-from yolov9_fast._layout import empty_map, image_stride, layout_of, memory_format_of, row_stride, telling
+from yolov9_fast._layout import empty_map, image_stride, memory_format_of, row_stride, telling
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 if TYPE_CHECKING:
@@ -240,8 +240,10 @@ def views(*tensors: Tensor, written: Sequence[Tensor] = ()) -> list[View]:
     if not possible:
         got = ", ".join(f"{list(tensor.shape)} with strides {list(tensor.stride())}" for tensor in written)
         raise ValueError(f"out: expected channels_last, contiguous, or channel slices of such tensors, got {got}")
-    like = tensors[0] if layout_of(tensors[0]) is None else telling(tensors)
-    last = memory_format_of(like) == torch.channels_last
+    first = tensors[0]
+    last, contiguous = row_stride(first) is not None, image_stride(first) is not None
+    if last == contiguous:
+        last = memory_format_of(telling(tensors) if last else first) == torch.channels_last
     if last not in possible:
         last = possible[0]
     return [view_of(tensor, last) or _copied(tensor, last) for tensor in (*tensors, *written)]

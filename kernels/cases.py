@@ -8,7 +8,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from yolov9_fast.kernels import adown_pool, bn_silu, cbfuse, conv1x1, flat_update, rep_bn_silu, spp, sync_statistics
+from yolov9_fast.kernels import (
+    adown_pool,
+    bn_silu,
+    cbfuse,
+    concat,
+    conv1x1,
+    flat_update,
+    rep_bn_silu,
+    spp,
+    sync_statistics,
+)
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 LAYOUTS = (torch.channels_last, torch.contiguous_format)
@@ -77,6 +87,7 @@ def call_all(shape: tuple[int, int, int, int], dtype: torch.dtype, layout: torch
     for count in range(1, cbfuse.MOST + 1):
         cbfuse.cbfuse_forward([new(n, channels, h // 2, w // 2)] * count, x)
     cbfuse.cbfuse_backward(x, [h // 2], [w // 2])
+    concat.tap_backward(x, new(n, channels - channels // 2, h, w), channels // 2)
     flat, numbers = (torch.empty(count, device="meta") for count in (x.numel(), 9 + 5))
     for option in (False, True):
         ends = [0, 16, len(flat)]

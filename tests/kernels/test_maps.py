@@ -11,7 +11,7 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from yolov9_fast.kernels import adown_pool, cbfuse, conv1x1, spp
+from yolov9_fast.kernels import adown_pool, cbfuse, concat, conv1x1, spp
 
 from tests.ops.feature_maps import float32_precision
 
@@ -159,3 +159,27 @@ def test_cbfuse_resizes_up_and_down_as_torch_does(
     for got, leaf in zip(cbfuse.cbfuse_backward(dz, heights, widths), leaves, strict=True):
         assert leaf.grad is not None
         assert_close(got, leaf.grad)
+
+
+@pytest.mark.parametrize(("dtype", "layout"), CASES)
+@pytest.mark.parametrize(
+    ("shape", "start", "count"),
+    [
+        ((2, 16, 3, 5), 8, 8),  # aligned: 16 bytes at a time
+        ((2, 16, 4, 4), 3, 9),
+        ((1, 7, 4, 4), 0, 7),
+        ((3, 1, 3, 3), 0, 1),
+        ((0, 4, 2, 2), 1, 2),
+    ],
+)
+def test_tap_adds_a_slice_to_its_channels(
+    shape: tuple[int, ...], start: int, count: int, dtype: torch.dtype, layout: torch.memory_format
+) -> None:
+    torch.manual_seed(7)
+    whole = new(shape, dtype, layout)
+    part = slot((shape[0], count, *shape[2:]), dtype, layout)[0].copy_(
+        new((shape[0], count, *shape[2:]), dtype, layout)
+    )
+    expected = whole.clone()
+    expected[:, start : start + count] += part
+    assert torch.equal(concat.tap_backward(whole, part, start), expected)

@@ -208,6 +208,9 @@ def test_without_gradients_the_numbers_are_the_same(mode: Any, device: str) -> N
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_tap_as_exact_as_slicing(name: str, device: str, layout: str, dtype: torch.dtype) -> None:
+    if name == "triton" and dtype == torch.float64:
+        pytest.skip("Triton's kernels compute in float32")
+
     def call(x: Tensor) -> tuple[Tensor, Tensor]:
         # A factor before and after, so that both gradients are new tensors.
         whole, part = yf.ops.tap(x * 1, 3, 4)

@@ -13,8 +13,8 @@ copies all parts into the concatenation; its backward pads the gradients of slic
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,8 +22,8 @@ from torch import Tensor
 from yolov9_fast._layout import dense, empty_map, layout_of, memory_format_of
 from yolov9_fast.ops import _backend
 from yolov9_fast.ops._checks import check_map, maps_of
-from yolov9_fast.ops._operator import AutogradFunction, Compiled, Kernel, Operator
-from yolov9_fast.ops._supports import not_on
+from yolov9_fast.ops._operator import AutogradFunction, Compiled, Kernel, Operator, Python
+from yolov9_fast.ops._supports import not_for_triton, not_on
 
 
 class ConcatBuffer:
@@ -379,16 +379,34 @@ _place = Kernel("place(Tensor x, Tensor(a!) slot) -> ()", _copy_to_slot, lambda 
 # ---- backends
 
 
+class _Kernels(NamedTuple):
+    backward: Callable[..., Any]
+
+
 def _supports_cpu(whole: Tensor, part: Tensor, start: int) -> str | None:
     if layout_of(whole) is None or layout_of(part) is None:
         return "it reads channels_last or contiguous maps"
     return not_on("cpu", whole, part)
 
 
+def _supports_triton(whole: Tensor, part: Tensor, start: int) -> str | None:
+    if part.dtype != whole.dtype:
+        return f"it adds maps of one dtype, got {whole.dtype} and {part.dtype}"
+    return not_for_triton("tap_backward", whole, part)
+
+
+def _triton() -> _Kernels:
+    from yolov9_fast.kernels.concat import tap_backward
+
+    return _Kernels(tap_backward)
+
+
 OPERATOR = Operator(
     "tap_backward",
     "the gradient of a map that is concatenated and sliced, in one pass",
     reference=tap_backward_reference,
-    kernels=(Kernel("tap_backward(Tensor whole, Tensor part, int start) -> Tensor", tap_backward_reference, _fake),),
-    backends={"cpu": Compiled(_supports_cpu)},
+    kernels=_Kernels(
+        Kernel("tap_backward(Tensor whole, Tensor part, int start) -> Tensor", tap_backward_reference, _fake)
+    ),
+    backends={"cpu": Compiled(_supports_cpu), "triton": Python(_triton, _supports_triton)},
 )

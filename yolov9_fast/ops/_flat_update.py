@@ -85,7 +85,7 @@ def adam_update(
     """
     _check((parameters, gradients, first, second, averages), ("parameters", "gradients", "first", "second", "averages"))
     _check_numbers(numbers, ends, parameters, *_ADAM)
-    ADAM(parameters, gradients, first, second, averages, numbers, list(ends), float(epsilon), decoupled)
+    ADAM(parameters, gradients, first, second, averages, numbers, list(ends), epsilon, decoupled)
 
 
 def _check(tensors: Sequence[Tensor], names: Sequence[str]) -> None:

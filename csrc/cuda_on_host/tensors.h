@@ -25,6 +25,14 @@ Tensor device_new_zeros(const Tensor& like, torch::headeronly::IntHeaderOnlyArra
   return on_device(new_zeros(like, size, rest...), false);
 }
 inline Tensor device_empty_like(const Tensor& like) { return on_device(empty_like(like), true); }
+// As torch::stable::empty with all arguments given, which are optional there: this one is the better match.
+inline Tensor empty(torch::headeronly::IntHeaderOnlyArrayRef size, torch::headeronly::ScalarType type,
+                    torch::headeronly::Layout layout, Device device, bool pinned,
+                    torch::headeronly::MemoryFormat format) {
+  return on_device(empty(size, std::optional(type), std::optional(layout), std::optional(device),
+                         std::optional(pinned), std::optional(format)),
+                   true);
+}
 inline Tensor device_contiguous(const Tensor& tensor) {
   const Tensor made = contiguous(tensor);
   return made.const_data_ptr() == tensor.const_data_ptr() ? made : on_device(made, false);

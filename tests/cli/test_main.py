@@ -15,7 +15,7 @@ import pytest
 from yolov9_fast import __version__
 from yolov9_fast.cli import main as cli
 from yolov9_fast.cli.main import COMMANDS, main
-from yolov9_fast.cli.output import WAITING, _ConsoleHandler
+from yolov9_fast.cli.output import _ConsoleHandler
 from yolov9_fast.engine.distributed import clear_endings
 from yolov9_fast.errors import UserError
 
@@ -178,23 +178,3 @@ def test_a_terminal_without_the_characters_gets_escapes(tmp_path: Path) -> None:
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
     assert "Logging error" not in done.stderr
-
-
-@pytest.mark.parametrize(
-    ("given", "expected"),
-    [({}, "1000"), ({"OMP_WAIT_POLICY": "ACTIVE"}, None), ({"GOMP_SPINCOUNT": "7"}, "7")],
-)
-def test_threads_wait_briefly_unless_the_user_says_how(given: dict[str, str], expected: str | None) -> None:
-    code = "import os; from yolov9_fast.cli.main import main; main(['info', '--help'])"
-    code += "; print(os.environ.get('GOMP_SPINCOUNT'))"
-    clean = {name: value for name, value in os.environ.items() if name not in WAITING}
-    done = subprocess.run([sys.executable, "-c", code], env=clean | given, capture_output=True, text=True)
-    assert done.stdout.splitlines()[-1] == str(expected), done.stderr
-
-
-def test_a_process_that_has_torch_keeps_its_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in WAITING:
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setitem(sys.modules, "torch", sys)
-    assert main(["info", "--help"]) == 0
-    assert "GOMP_SPINCOUNT" not in os.environ

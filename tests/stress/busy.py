@@ -2,7 +2,7 @@
 
     python -m tests.stress.busy --others 0 2 6 --seconds 20 --out busy.json
 
-A step of yolov9-t (160 px, batch 8, two threads) is repeated in a process of its own, each way in turn, so many rounds.
+A step of yolov9-t (160 px, batch 8, two threads) is repeated in processes of their own, each way in turn.
 """
 
 from __future__ import annotations
@@ -17,15 +17,17 @@ import time
 from pathlib import Path
 from typing import Any
 
-from yolov9_fast.cli.output import WAITING
-
 ROOT = Path(__file__).resolve().parents[2]
 POLICIES: dict[str, dict[str, str]] = {
     "OpenMP's default": {},
-    "GOMP_SPINCOUNT=10000": {"GOMP_SPINCOUNT": "10000"},
     "GOMP_SPINCOUNT=1000": {"GOMP_SPINCOUNT": "1000"},
+    "GOMP_SPINCOUNT=10000": {"GOMP_SPINCOUNT": "10000"},
+    "GOMP_SPINCOUNT=30000": {"GOMP_SPINCOUNT": "30000"},
+    "GOMP_SPINCOUNT=100000": {"GOMP_SPINCOUNT": "100000"},
     "OMP_WAIT_POLICY=PASSIVE": {"OMP_WAIT_POLICY": "PASSIVE"},
 }
+WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
+"""Variables that say how OpenMP's threads wait."""
 _COMPUTE = "value = 0\nwhile True:\n    value += 1"
 
 

@@ -18,7 +18,6 @@ from yolov9_fast._text import printable
 from yolov9_fast.cli.output import (
     add_shared_flags,
     calm_progress_bars,
-    calm_threads,
     calm_torch,
     is_main_process,
     set_up_logging,
@@ -91,7 +90,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(words: list[str]) -> int:
     calm_progress_bars()
     calm_torch()
-    calm_threads()
     parser, module = _parser(words)
     try:
         arguments = parser.parse_args(words)

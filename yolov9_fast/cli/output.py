@@ -12,8 +12,6 @@ import sys
 from yolov9_fast._text import printable, printable_lines
 
 LOGGER = "yolov9_fast"
-WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
-"""Variables that say how OpenMP's threads wait."""
 
 
 def add_shared_flags(parser: argparse.ArgumentParser) -> None:
@@ -84,17 +82,6 @@ def calm_torch() -> None:
     """
     if os.environ.get("WORLD_SIZE", "1") != "1":
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-
-
-def calm_threads() -> None:
-    """Let OpenMP's threads spin for microseconds only, then sleep, unless the user has chosen how they wait.
-
-    By default they spin for milliseconds. Beside other processes that compute, a thread then holds the core that the
-    thread it waits for needs, and a training step takes tens of times longer (`tests/stress/busy.py`). Call it before
-    torch is imported; it has no effect afterwards.
-    """
-    if "torch" not in sys.modules and not any(name in os.environ for name in WAITING):
-        os.environ["GOMP_SPINCOUNT"] = "1000"
 
 
 def is_main_process() -> bool:

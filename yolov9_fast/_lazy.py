@@ -11,6 +11,7 @@ from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 from typing import Any
 
+from yolov9_fast._text import printable
 from yolov9_fast.errors import UserError
 
 _PIP_NAMES = {
@@ -50,7 +51,8 @@ def import_module(name: str) -> ModuleType:
     try:
         return importlib.import_module(name)
     except Exception as error:  # a module may fail in any way
-        raise ValueError(f"cannot import {name!r}: {type(error).__name__}: {error}") from error
+        reason = f"{type(error).__name__}: {printable(error)}"
+        raise ValueError(f"cannot import {printable(name, 200)!r}: {reason}") from error
     finally:
         sys.path.remove(folder)
 
@@ -63,10 +65,11 @@ def import_callable(path: str) -> Callable[..., Any]:
     """
     module, _, name = path.partition(":")
     if not module or not name:
-        raise ValueError(f"expected an import path module:function, got {path!r}")
+        raise ValueError(f"expected an import path module:function, got {printable(path, 200)!r}")
     found = getattr(import_module(module), name, None)
     if not callable(found):
-        raise ValueError(f"{path!r}: module {module} has no function {name}")
+        module, name = printable(module, 200), printable(name, 200)
+        raise ValueError(f"{printable(path, 200)!r}: module {module} has no function {name}")
     return found  # type: ignore[no-any-return]
 
 

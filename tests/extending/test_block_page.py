@@ -13,10 +13,12 @@ from torch import nn
 import yolov9_fast as yf
 from tests.extending.conftest import Train
 from tests.extending.pages import code_blocks, commands, write_files
+from yolov9_fast._lazy import import_callable
 from yolov9_fast.losses import DetectionLoss
 from yolov9_fast.models import DetectionModel, GraphError, graph_cost, save_weights
 from yolov9_fast.models.graph import graph_from_dict
 from yolov9_fast.nn import Conv, DDetect, register_block, registry
+from yolov9_fast.nn.registry import find_block
 
 PAGE = "block.md"
 [COMMAND] = commands(PAGE)
@@ -176,3 +178,17 @@ def test_a_wrong_block_is_named_when_the_network_is_built(block: type[nn.Module]
     register_block("Wrong")(block)
     with pytest.raises(GraphError, match=message):
         network([-1, "Wrong", []])
+
+
+@pytest.mark.parametrize("name", ["x" * 5000, f"{'x' * 5000}:Block", f"math:{'x' * 5000}"])
+def test_a_long_name_is_not_repeated(name: str) -> None:
+    with pytest.raises(ValueError, match=r"block") as caught:
+        find_block(name)
+    assert len(str(caught.value)) < 2000
+
+
+@pytest.mark.parametrize("path", ["x" * 5000, f"{'x' * 5000}:f", f"math:{'x' * 5000}"])
+def test_a_long_import_path_is_not_repeated(path: str) -> None:
+    with pytest.raises(ValueError, match=r"import|function") as caught:
+        import_callable(path)
+    assert len(str(caught.value)) < 2000

@@ -95,14 +95,14 @@ def cbfuse(case: Case) -> None:
     check(Invocation("cbfuse", ops.cbfuse, arguments, magnitude=magnitude, gradients=finite(*maps, goal)))
 
 
-def next_pixel(expected: Tensor, maps: list[Made], weight: Made) -> Tensor | None:
+def next_pixel(expected: Tensor, maps: list[Made], weight: Made, bias: Made | None = None) -> Tensor | None:
     """Not compared: with an odd number of channels, PyTorch's bfloat16 convolution on a CPU adds a channel of the next
     pixel times zero, which is NaN where that is not finite."""
     if expected.dtype != torch.bfloat16:
         return None
     x = torch.cat([each() for each in maps], 1)
-    product = torch.nn.functional.conv2d(x.float(), weight().float()).to(expected.dtype)
-    return product.isfinite() & expected.isnan()
+    product = torch.nn.functional.conv2d(x.float(), weight().float(), bias().float() if bias else None)
+    return product.to(expected.dtype).isfinite() & expected.isnan()
 
 
 @target("conv1x1", **LIMITS)
@@ -130,7 +130,7 @@ def conv1x1(case: Case) -> None:
             arguments,
             magnitude=magnitude,
             gradients=finite(*maps, weight),
-            skip=lambda name, number, expected: next_pixel(expected, maps, weight),
+            skip=lambda name, number, expected: next_pixel(expected, maps, weight, bias),
         )
     )
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from yolov9_fast._lazy import import_module
+from yolov9_fast._text import printable
 from yolov9_fast._untrusted import shown
 
 Channels = int | list[int]
@@ -188,12 +189,17 @@ def find_block(name: str) -> BlockSpec:
         )
     module, _, attribute = name.partition(":")
     if module not in sys.modules:
-        raise ValueError(f"block {shown(name)}: its module is not loaded; import {module} first (--import {module})")
+        short = printable(module, 100)
+        raise ValueError(f"block {shown(name)}: its module is not loaded; import {short} first (--import {short})")
     make = getattr(sys.modules[module], attribute, None)
     if not callable(make):
-        raise ValueError(f"block {shown(name)}: {module} has no class or function {attribute}")
+        raise ValueError(
+            f"block {shown(name)}: {printable(module, 100)} has no class or function {printable(attribute, 100)}"
+        )
     if not _is_module_class(make):
-        raise ValueError(f"block {name!r}: expected a class of modules; a function is registered with register_block")
+        raise ValueError(
+            f"block {shown(name)}: expected a class of modules; a function is registered with register_block"
+        )
     return next((spec for spec in _specs.values() if spec.make is make), BlockSpec(name, make))
 
 

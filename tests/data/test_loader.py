@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import multiprocessing.resource_sharer
 import os
 import re
 import signal
+import socket
+import struct
 import time
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -24,6 +29,7 @@ from yolov9_fast.data import (
     load_split,
 )
 from yolov9_fast.data.augment import LabelledImage
+from yolov9_fast.data.loader import _report_unless_reader_left
 from yolov9_fast.data.watch import state
 from yolov9_fast.errors import DataError, ProcessError, UserError
 
@@ -233,6 +239,44 @@ def test_the_error_of_a_sample_is_one_line_from_any_process(records: list[ImageR
         messages.add(str(caught.value))
     assert len(messages) == 1
     assert re.fullmatch(r"\S+: image file is missing", messages.pop())
+
+
+def _leave_after(sent: bytes) -> Any:
+    """A reader of a file descriptor that is interrupted after it has sent these bytes of the first message."""
+
+    def detach(descriptor: Any) -> int:
+        address, _ = descriptor._id
+        with socket.socket(socket.AF_UNIX) as connection:
+            connection.connect(address)
+            connection.sendall(sent)
+        raise KeyboardInterrupt
+
+    return detach
+
+
+@pytest.mark.parametrize("sent", [b"", struct.pack("!i", 20), struct.pack("!i", 20) + b"short"])
+def test_interrupt_while_a_batch_is_received_prints_nothing(
+    records: list[ImageRecord], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], sent: bytes
+) -> None:
+    loader = create_loader(training_set(records), batch_size=1, shuffle=True, workers=1)
+    batches = iter(loader)
+    next(batches)
+    [worker] = loader._watch.workers
+    with monkeypatch.context() as patch:
+        patch.setattr(multiprocessing.resource_sharer.DupFd, "detach", _leave_after(sent))
+        with pytest.raises(KeyboardInterrupt):
+            list(batches)
+    # The thread that was left goes on: the next descriptor is answered after the error of this one.
+    with contextlib.suppress(StopIteration):
+        next(batches)
+    loader.close()
+    worker.join(5)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_other_errors_of_a_workers_threads_are_printed(capfd: pytest.CaptureFixture[str]) -> None:
+    _report_unless_reader_left(ValueError, ValueError("planted"), None)
+    assert capfd.readouterr().err == "ValueError: planted\n"
 
 
 def test_worker_survives_ctrl_c(records: list[ImageRecord]) -> None:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 import multiprocessing
 import signal
+import sys
 import weakref
 from collections.abc import Iterator, Sequence
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
+from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -242,6 +244,19 @@ def _prepare_worker(_: int) -> None:
     # Ctrl-C is sent to every process of the terminal; the trainer decides when the workers stop.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGINT, signal.SIGTERM))
+    sys.excepthook = _report_unless_reader_left
+
+
+def _report_unless_reader_left(
+    kind: type[BaseException], error: BaseException, traceback: TracebackType | None
+) -> None:
+    """`sys.excepthook` of a worker, called by the thread that passes on the file descriptors of its batches.
+
+    A trainer that is interrupted while it reads one leaves the connection; if anything else ends it, the trainer sees
+    it too.
+    """
+    if not issubclass(kind, ConnectionError | EOFError):
+        sys.__excepthook__(kind, error, traceback)
 
 
 def _leave_deaths_to_the_waiting(iterator: Any) -> None:

@@ -32,7 +32,18 @@ LAYERS = {
     "__main__": 7,
 }
 """By the first name below `yolov9_fast`. The command uses everything else of the top layer: one above it."""
-SHARED_MODULES = {"_collection", "_layout", "_lazy", "_numbers", "_text", "_untrusted", "atomic", "errors", "limits"}
+SHARED_MODULES = {
+    "_capture",
+    "_collection",
+    "_layout",
+    "_lazy",
+    "_numbers",
+    "_text",
+    "_untrusted",
+    "atomic",
+    "errors",
+    "limits",
+}
 """Modules that every layer may use; they use nothing but each other."""
 
 

@@ -16,11 +16,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from csrc import on_host
 from tests import fake_cuda
+from tests.recording import Recording
 
 CAPABILITY = (9, 0)
 SYNC_MODES = {"default": 0, "warn": 1, "error": 2}
@@ -139,32 +138,11 @@ class Stream:
         pass
 
 
-class CUDAGraph(TorchDispatchMode):
-    """Notes the calls of a capture, runs them as they come, and again at each replay, into the same memory."""
-
+class CUDAGraph(Recording):
     capturing = False
 
     def __init__(self, *_: object, **__: object) -> None:
         super().__init__()
-        self.calls: list[tuple[Any, Any, Any, list[Tensor]]] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        given = {tensor.untyped_storage().data_ptr() for tensor in _tensors((args, kwargs))}
-        made = [tensor for tensor in _tensors(result) if tensor.untyped_storage().data_ptr() not in given]
-        if made or func._schema.is_mutable:
-            self.calls.append((func, args, kwargs or {}, made))
-        return result
-
-    def replay(self) -> None:
-        for func, args, kwargs, made in self.calls:
-            given = {tensor.untyped_storage().data_ptr() for tensor in _tensors((args, kwargs))}
-            again = [x for x in _tensors(func(*args, **kwargs)) if x.untyped_storage().data_ptr() not in given]
-            for old, new in zip(made, again, strict=True):
-                old.copy_(new)
-
-    def reset(self) -> None:
-        self.calls.clear()
 
     def pool(self) -> tuple[int, int]:
         return (0, 0)
@@ -180,16 +158,6 @@ def graph(captured: CUDAGraph, *_: object, **__: object) -> Iterator[None]:
     finally:
         CUDAGraph.capturing = False
         set_sync_debug_mode("default")
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, (list, tuple)):
-        for entry in value:
-            yield from _tensors(entry)
-    elif isinstance(value, dict):
-        yield from _tensors(list(value.values()))
 
 
 class Event(Stream):
@@ -239,6 +207,7 @@ _TORCH_CUDA: dict[str, Any] = {
     "default_stream": lambda device=None: Stream(),
     "stream": lambda stream: stream or Stream(),
     "CUDAGraph": CUDAGraph,
+    "graph_pool_handle": _always((0, 0)),
     "graph": graph,
     "reset_peak_memory_stats": _always(None),
     "memory_allocated": _always(0),

@@ -14,6 +14,7 @@ import os
 import torch
 from torch import Tensor
 
+from yolov9_fast._capture import as_recorded
 from yolov9_fast._numbers import finite_number
 from yolov9_fast.errors import UserError
 
@@ -42,5 +43,5 @@ def least_bytes(gradients: bool) -> float:
 
 
 def is_captured(x: Tensor) -> bool:
-    """Whether what runs on the GPU of `x` is recorded as a CUDA graph."""
-    return x.is_cuda and torch.cuda.is_current_stream_capturing()
+    """Whether what runs on the GPU of `x` is recorded as a CUDA graph, or warms up what will be (`_capture.py`)."""
+    return x.is_cuda and (as_recorded.get() or torch.cuda.is_current_stream_capturing())

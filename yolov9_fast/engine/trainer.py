@@ -29,6 +29,7 @@ from yolov9_fast.engine.config import TrainConfig, read_config
 from yolov9_fast.engine.device import computing_on, resolve_amp, round_image_size, to_channels_last
 from yolov9_fast.engine.distributed import ProcessGroup, clear_endings, join_process_group, leave_process_group
 from yolov9_fast.engine.ema import ModelEMA
+from yolov9_fast.engine.freed_memory import keeping_freed_memory
 from yolov9_fast.engine.initial_weights import build_model
 from yolov9_fast.engine.interrupts import InterruptMonitor
 from yolov9_fast.engine.optimizer import Schedule, build_optimizer
@@ -261,6 +262,7 @@ class Trainer:
             stack.enter_context(
                 computing_on(self.process_group.device, fixed_sizes=fixed_sizes, deterministic=deterministic)
             )
+            stack.enter_context(keeping_freed_memory(self.process_group.device))
             for resource in (self.training_data.evaluation.loader, self.loader, *self.callbacks):
                 stack.callback(resource.close)
             with clear_endings(self._advice):

@@ -17,6 +17,7 @@ ENGINE = (
     "distributed",
     "ema",
     "host_copy",
+    "inference",
     "optimizer",
     "predictor",
     "step",

@@ -15,7 +15,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from itertools import chain
 from operator import attrgetter, itemgetter
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -91,9 +91,9 @@ _abandoned: list[Any] = []
 
 
 @dataclass(frozen=True)
-class _Recording:
+class _Recording(Generic[_T]):
     replay: Callable[[], object]
-    results: Any
+    results: _T
 
 
 class Capture:
@@ -132,7 +132,7 @@ class Capture:
         elif record is None and device.type != "cuda":
             self._never = f"a {device.type.upper()} has no CUDA graphs"
         self._record = record or CudaGraphs(device)
-        self._recordings: dict[Hashable, _Recording] = {}
+        self._recordings: dict[Hashable, _Recording[Any]] = {}
         self._calls: dict[Hashable, int] = {}
         self._thread: int | None = None
         self._last_stream: Any = None
@@ -175,7 +175,7 @@ class Capture:
             The results of the call. Those of a recording are the same tensors each time, valid until the next `run`.
             An error of a plain call is raised; one of a recording is logged, and the program called plainly.
         """
-        recording = self._recordings.get(key)
+        recording: _Recording[_T] | None = self._recordings.get(key)
         if recording is not None and self._may_replay():
             return self._replay(recording)
         if recording is not None or not self._may_record():
@@ -221,7 +221,7 @@ class Capture:
             finally:
                 current.wait_stream(side)
 
-    def _replay(self, recording: _Recording) -> Any:
+    def _replay(self, recording: _Recording[_T]) -> _T:
         if self.device.type == "cuda":
             stream = torch.cuda.current_stream(self.device)
             if self._last_stream is not None and self._last_stream != stream:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from yolov9_fast.engine import distributed, predictor, validator
+from yolov9_fast.engine import distributed, inference, predictor, validator
 from yolov9_fast.engine.config import TrainConfig
 from yolov9_fast.engine.device import autocast, computing_on, has_bf16, resolve_amp
 from yolov9_fast.engine.distributed import ProcessGroup, join_process_group
@@ -150,7 +150,7 @@ def test_prediction_and_evaluation_run_on_the_current_device_and_give_it_back(
 
     predict = predictor.Predictor(create_model("gelan-t", 2), 64, device="cpu")
     predict.device = SECOND
-    monkeypatch.setattr(predictor, "prepare_images", reached)
+    monkeypatch.setattr(inference, "prepare_images", reached)
     with pytest.raises(Reached):
         predict.detect(np.zeros((64, 64, 3), np.uint8))
     with pytest.raises(Reached), computing_on(SECOND):

@@ -66,6 +66,12 @@ def _replacements(record: Record) -> list[tuple[Any, str, Any]]:
         def elapsed_time(self, other: Any) -> float:
             return 1.0
 
+    class Stream:
+        """One of several, none of which is behind."""
+
+        def __init__(self, device: Any = None) -> None: ...
+        def wait_stream(self, other: Any) -> None: ...
+
     tensor_of = torch.tensor
 
     def tensor(data: Any, *, device: Any = None, **options: Any) -> Tensor:
@@ -88,7 +94,9 @@ def _replacements(record: Record) -> list[tuple[Any, str, Any]]:
         "get_device_name": lambda device=None: "NVIDIA H100 80GB HBM3",
         "is_bf16_supported": lambda *args, **kwargs: True,
         "is_current_stream_capturing": lambda: False,
-        "current_stream": lambda device=None: None,
+        "current_stream": lambda device=None: Stream(),
+        "Stream": Stream,
+        "stream": contextlib.nullcontext,
         "device": contextlib.nullcontext,
         "synchronize": lambda device=None: record.wait(),
         "Event": Event,

@@ -6,6 +6,7 @@ import argparse
 import sys
 from collections.abc import Iterator
 
+from yolov9_fast._capture import MODES
 from yolov9_fast._text import printable
 from yolov9_fast.cli.output import say
 from yolov9_fast.data import Frame, open_source
@@ -56,6 +57,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--vid-stride", type=int, default=1, metavar="N", help="use every n-th frame of videos (default %(default)s)")
     add("--device", help="cpu or a GPU's number (default: a GPU if there is one)")
     add("--deterministic", action="store_true", help="the same bits in every run, also on a GPU; slower there")
+    add("--capture", choices=MODES, default="auto", help="CUDA graphs for shapes that repeat (default %(default)s)")
     add("--amp", choices=AMP_MODES, default="off", help="mixed precision (default %(default)s)")
     add("--project", default="runs/predict", metavar="DIR", help="folder of runs (default %(default)s)")
     add("--name", default="exp", help="name of this run (default %(default)s)")
@@ -76,6 +78,7 @@ def run(arguments: argparse.Namespace) -> int:
         device=arguments.device,
         amp=arguments.amp,
         deterministic=arguments.deterministic,
+        capture=arguments.capture,
     )
     frames = open_source(arguments.source)
     output = new_run(arguments.project, arguments.name)  # Kept to the end: while it is empty, others could take it.

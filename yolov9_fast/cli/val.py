@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from yolov9_fast._capture import MODES
 from yolov9_fast.cli.output import say
 from yolov9_fast.engine.config import AMP_MODES
 from yolov9_fast.engine.evaluation import EvaluationOptions, evaluate
@@ -37,6 +38,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--amp", choices=AMP_MODES, default=default.amp, help="mixed precision (default %(default)s)")
     add("--device", default=None, help="cpu or a GPU's number (default: a GPU if there is one)")
     add("--deterministic", action="store_true", help="the same bits in every run, also on a GPU; slower there")
+    add("--capture", choices=MODES, default="auto", help="CUDA graphs for shapes that repeat (default %(default)s)")
     add("--workers", type=int, default=None, metavar="N", help="loader processes (default: by the number of cores)")
     add("--plots", action=argparse.BooleanOptionalAction, default=default.plots, help="draw plots (default on)")
     add("--project", default=default.project, metavar="DIR", help="folder of runs (default %(default)s)")

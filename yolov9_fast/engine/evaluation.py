@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from yolov9_fast._capture import check_mode
 from yolov9_fast.data import load_data_config
 from yolov9_fast.engine.config import check_numbers
 from yolov9_fast.engine.device import (
@@ -33,7 +34,7 @@ class EvaluationOptions:
     """What to evaluate and how; the defaults are the published settings with square images.
 
     Raises:
-        UserError: a number out of range.
+        UserError: a number out of range, or another `capture` than auto or off.
     """
 
     weights: str | Path
@@ -48,6 +49,7 @@ class EvaluationOptions:
     amp: str = "off"
     device: str | None = None
     deterministic: bool = False
+    capture: str = "auto"
     workers: int | None = None
     plots: bool = True
     project: str | Path = "runs/val"
@@ -57,6 +59,7 @@ class EvaluationOptions:
         check_numbers(
             self, positive=("imgsz", "batch", "max_det"), fractions=("conf", "iou"), not_negative=("workers",)
         )
+        check_mode(self.capture)
 
 
 def evaluate(options: EvaluationOptions) -> tuple[ValidationResult, Path]:
@@ -108,6 +111,7 @@ def _evaluate(options: EvaluationOptions, device: torch.device) -> tuple[Validat
             amp=amp,
             channels_last=True,
             title=f"val {options.split}",
+            capture=options.capture,
         )
     finally:
         evaluation.loader.close()

@@ -17,20 +17,20 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from yolov9_fast._capture import check_mode
 from yolov9_fast._untrusted import shown
 from yolov9_fast.data import Frame, letterbox, scale_boxes_to_original, to_tensor
 from yolov9_fast.engine.config import check_numbers
 from yolov9_fast.engine.device import (
-    autocast,
     computing_on,
     inference_model,
     prepare_determinism,
-    prepare_images,
     resolve_amp,
     round_image_size,
     single_device,
 )
 from yolov9_fast.engine.host_copy import HostCopy
+from yolov9_fast.engine.inference import Inference
 from yolov9_fast.engine.inputs import frames_of
 from yolov9_fast.errors import DataError, UserError
 from yolov9_fast.models import DetectionModel, load_checkpoint
@@ -99,9 +99,10 @@ class Predictor:
         device: cpu, a GPU's number, a `torch.device`, or None for a GPU if there is one.
         amp: off, bf16, fp16 or auto.
         deterministic: the same images give the same bits, in every run on such a device.
+        capture: auto records the network on a GPU as a CUDA graph for each shape of images that repeats; or off.
 
     Raises:
-        UserError: model, device, class or threshold that cannot be used.
+        UserError: model, device, class, threshold or word that cannot be used.
     """
 
     def __init__(
@@ -117,6 +118,7 @@ class Predictor:
         device: str | int | torch.device | None = None,
         amp: str = "off",
         deterministic: bool = False,
+        capture: str = "auto",
     ) -> None:
         self.image_size, self.conf, self.iou, self.max_det, self.agnostic = image_size, conf, iou, max_det, agnostic
         check_numbers(self, positive=("image_size", "max_det"), fractions=("conf", "iou"), optional=False)
@@ -125,12 +127,17 @@ class Predictor:
         if deterministic:
             prepare_determinism(self.device)
         self.amp = resolve_amp(amp, self.device)
+        self._capture = check_mode(capture)
         if not isinstance(model, DetectionModel | str | os.PathLike):
             raise UserError(f"model: expected a DetectionModel or a weights file, got {type(model).__name__}")
         loaded = model if isinstance(model, DetectionModel) else load_checkpoint(Path(model))
         self.names = dict(loaded.names)
         self.classes = None if classes is None else class_indices(classes, self.names)
         self.model = inference_model(loaded, self.device, self.amp)
+        self._inference = self._new_inference()
+
+    def _new_inference(self) -> Inference:
+        return Inference("prediction", self.model, self.device, amp=self.amp, capture=self._capture)
 
     def __call__(self, images: Any) -> list[Prediction]:
         """One prediction per image or frame, in order.
@@ -179,11 +186,11 @@ class Predictor:
     def _detect(self, image: NDArray[np.uint8], path: str, frame: int) -> Prediction:
         started = time.perf_counter()
         boxed = letterbox(image, self.image_size, rectangle=True)
-        batch = prepare_images(to_tensor(boxed.image)[None], self.device, channels_last=True)
-        with autocast(self.device, self.amp):
-            maps = [level.float() for level in self.model.raw(batch, auxiliary=False).main]
+        if (self._inference.model, self._inference.amp) != (self.model, self.amp):
+            self._inference = self._new_inference()
+        _, prediction = self._inference(to_tensor(boxed.image)[None])
         found = nms(
-            self.model.decode(maps),
+            prediction,
             conf=self.conf,
             iou=self.iou,
             multi_label=False,

@@ -28,9 +28,10 @@ from yolov9_fast.data import (
     scale_boxes_to_original,
 )
 from yolov9_fast.engine.clock import PhaseClock
-from yolov9_fast.engine.device import autocast, computing_on, prepare_images
+from yolov9_fast.engine.device import computing_on
 from yolov9_fast.engine.distributed import ProcessGroup
 from yolov9_fast.engine.host_copy import HostCopy
+from yolov9_fast.engine.inference import Inference
 from yolov9_fast.errors import UserError
 from yolov9_fast.losses import DetectionLoss
 from yolov9_fast.metrics import CocoMetrics, ConfusionMatrix, detections_to_coco, evaluate_coco
@@ -174,6 +175,7 @@ def validate(
     channels_last: bool = False,
     progress: bool = True,
     title: str = "val",
+    capture: str = "auto",
 ) -> ValidationResult:
     """Evaluate `model` with the published settings: class-wise multi-label NMS, 300 detections, COCO AP.
 
@@ -186,13 +188,14 @@ def validate(
         conf, iou, max_det: of NMS.
         amp: off, bf16 or fp16.
         criterion: also compute the main branch's loss: each of its terms by name, weighted by images.
+        capture: auto records the network on a GPU as a CUDA graph for each shape of batches that repeats; or off.
     """
     device = next(model.parameters()).device
     process_group = process_group or ProcessGroup(0, 1, device)
     if model.num_classes != len(evaluation.names):
         raise UserError(f"model: expected {len(evaluation.names)} classes as the data has, got {model.num_classes}")
     clock = PhaseClock("data", "forward", "nms", "metrics", device=device)
-    run = _Evaluation(model, evaluation, conf, iou, max_det, amp, criterion, channels_last, device, clock)
+    run = _Evaluation(model, evaluation, conf, iou, max_det, amp, criterion, channels_last, device, clock, capture)
     tqdm = require("tqdm").tqdm
     show_progress = progress and process_group.is_main
     bar = tqdm(evaluation.loader, desc=title, unit="batch", leave=False, disable=not show_progress)
@@ -249,9 +252,11 @@ class _Evaluation:
         channels_last: bool,
         device: torch.device,
         clock: PhaseClock,
+        capture: str,
     ) -> None:
-        self._model, self._evaluation, self._criterion = model, evaluation, criterion
-        self._amp, self._channels_last, self._device, self._clock = amp, channels_last, device, clock
+        self._evaluation, self._criterion = evaluation, criterion
+        self._clock = clock
+        self._inference = Inference("evaluation", model, device, amp=amp, channels_last=channels_last, capture=capture)
         self._nms: dict[str, Any] = {"conf": conf, "iou": iou, "max_det": max_det}
         self._model_class, self._data_class = _matched_classes(model, evaluation)
         terms = 0 if criterion is None else len(criterion.names)
@@ -261,9 +266,8 @@ class _Evaluation:
 
     def begin(self, batch: Batch) -> HostCopy:
         """Loss and detections of a batch, without waiting for a GPU."""
-        images = prepare_images(batch.images, self._device, channels_last=self._channels_last)
-        with autocast(self._device, self._amp):
-            maps = [m.float() for m in self._model.raw(images, auxiliary=False).main]
+        images = batch.images
+        maps, prediction = self._inference(images)
         if self._criterion is not None:
             targets = batch.targets.clone()
             targets[:, 1] = self._model_class[targets[:, 1].long()]
@@ -271,7 +275,6 @@ class _Evaluation:
             items = self._criterion.evaluate(DetectionOutput(maps), targets, (images.shape[2], images.shape[3])).items
             items = items.double() * len(images)
             self.losses += torch.cat((items, items.new_full((1,), len(images))))
-        prediction = self._model.decode(maps)
         self._clock.end("forward")
         found = nms(prediction, **self._nms)
         assert found.candidates is not None

@@ -164,6 +164,11 @@ def chosen(key: str = _ALL) -> str:
     return settings.get(key) or settings.get(_ALL) or AUTO
 
 
+def chosen_settings() -> tuple[tuple[str, str], ...]:
+    """What is set for the caller, comparable: operators and their backends."""
+    return tuple(sorted(current().settings.items()))
+
+
 @contextmanager
 def backend(name: str, op: str | None = None) -> Iterator[None]:
     """`set_backend` inside a `with` block, for the thread or asyncio task that enters it.

@@ -18,6 +18,7 @@ import torch
 
 import yolov9_fast
 from yolov9_fast._untrusted import reason
+from yolov9_fast.engine.busy import SETTINGS, WAYS, busy_policy, loaded_libgomp, observable
 from yolov9_fast.engine.device import has_bf16
 from yolov9_fast.ops import _library as library
 from yolov9_fast.ops import _probe
@@ -42,7 +43,7 @@ OPTIONAL = (
     OptionalPackage("tensorboard", "tensorboard", "no TensorBoard logs"),
     OptionalPackage("triton", "triton", "no Triton kernels on NVIDIA GPUs"),
 )
-_VARIABLES = ("YOLOV9_FAST_", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "TRITON_INTERPRET")
+_VARIABLES = ("YOLOV9_FAST_", "OMP_NUM_THREADS", *SETTINGS, "CUDA_VISIBLE_DEVICES", "TRITON_INTERPRET")
 
 
 def environment_report() -> str:
@@ -50,6 +51,7 @@ def environment_report() -> str:
     sections = (
         ("Versions", _versions()),
         ("GPUs", _gpus()),
+        ("Busy machine", _when_busy()),
         ("Compiled operators", _build()),
         ("Optional packages", _packages()),
         ("Operators", _operators()),
@@ -65,6 +67,14 @@ def _versions() -> Iterable[str]:
     yield f"numpy       {_version_of('numpy') or 'missing'}"
     yield f"nvcc        {_version_line('nvcc', 'release') or 'not found'}"
     yield f"compiler    {_version_line(os.environ.get('CXX', 'c++'), '') or 'not found'}"
+
+
+def _when_busy() -> Iterable[str]:
+    """What the commands do while other processes compute, and why."""
+    policy = busy_policy(os.environ, observable=observable())
+    yield f"{policy.way:<12}{WAYS[policy.way]} ({policy.why})"
+    if policy.way != "off" and not loaded_libgomp():
+        yield "            this torch has another OpenMP than libgomp: its waits stay as they are"
 
 
 def _gpus() -> Iterable[str]:

@@ -31,6 +31,8 @@ EPOCHS = 18
 PASSING_AP50 = 0.5
 _MARKER = ".yolov9_fast_demo"
 _SHOWN_IMAGES = 8
+WHEN_BUSY = "threads"
+"""See `engine.share_cores`: nobody compares the bits of two demos."""
 _EPILOG = """examples:
   yolov9-fast demo
   yolov9-fast demo --device 0 --project runs/demo_gpu

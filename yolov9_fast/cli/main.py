@@ -100,9 +100,20 @@ def _run(words: list[str]) -> int:
         return EXIT_ERROR
     set_up_logging()
     import_modules(getattr(arguments, "imports", []))
-    code = int(module.run(arguments))
+    with _sharing_cores(module):
+        code = int(module.run(arguments))
     sys.stdout.flush()
     return code
+
+
+def _sharing_cores(module: ModuleType) -> contextlib.AbstractContextManager[object]:
+    """What a command that trains or evaluates, one with `WHEN_BUSY`, does where other processes compute too."""
+    way = getattr(module, "WHEN_BUSY", None)
+    if way is None:
+        return contextlib.nullcontext()
+    from yolov9_fast.engine.busy import busy_policy, in_force, observable
+
+    return in_force(busy_policy(os.environ, default=way, observable=observable()))
 
 
 def _report_interrupt(received: signal.Signals | None, error: BaseException) -> int:

@@ -8,6 +8,8 @@ import importlib
 from yolov9_fast.cli.output import add_shared_flags
 from yolov9_fast.paper import TARGETS
 
+WHEN_BUSY = "waits"
+"""See `engine.share_cores`."""
 _EPILOG = """examples:
   yolov9-fast paper tables --dry                                  parameters and GFLOPs next to the published ones
   yolov9-fast paper table5 --data my.yaml --epochs 30 --imgsz 320 --seeds 3

@@ -18,6 +18,8 @@ from yolov9_fast.errors import UserError
 
 _REPORTED_FRAMES = 100
 _LISTED_FAILURES = 10
+WHEN_BUSY = "waits"
+"""See `engine.share_cores`."""
 _EPILOG = """examples:
   yolov9-fast predict --weights best.safetensors --source images/
   yolov9-fast predict --weights yolov9-c.pt --source "images/**/*.jpg" clip.mp4 --classes person dog

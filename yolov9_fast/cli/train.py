@@ -48,6 +48,8 @@ _AUGMENT_HELP = {
     "mixup": "probability of blending two mosaics",
     "copy_paste": "fraction of the objects with a polygon to paste a second time",
 }
+WHEN_BUSY = "waits"
+"""See `engine.share_cores`."""
 _EPILOG = """examples:
   yolov9-fast train --data my.yaml                                    yolov9-t from scratch, published recipe
   yolov9-fast train --data my.yaml --model yolov9-s --weights yolov9-s.pt --epochs 50

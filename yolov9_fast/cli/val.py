@@ -9,6 +9,8 @@ from yolov9_fast.cli.output import say
 from yolov9_fast.engine.config import AMP_MODES
 from yolov9_fast.engine.evaluation import EvaluationOptions, evaluate
 
+WHEN_BUSY = "waits"
+"""See `engine.share_cores`."""
 _EPILOG = """examples:
   yolov9-fast val --weights best.safetensors --data my.yaml
   yolov9-fast val --weights yolov9-c.pt --data coco.yaml --split val --batch 16 --device 0

@@ -6,6 +6,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from yolov9_fast.engine.busy import share_cores
     from yolov9_fast.engine.callbacks import BatchResult, Callback, EpochResult
     from yolov9_fast.engine.config import TrainConfig
     from yolov9_fast.engine.evaluation import EvaluationOptions, evaluate
@@ -27,11 +28,13 @@ __all__ = [
     "ValidationResult",
     "evaluate",
     "open_evaluation_set",
+    "share_cores",
     "train",
     "validate",
 ]
 
 _MODULES = {
+    "busy": ("share_cores",),
     "callbacks": ("BatchResult", "Callback", "EpochResult"),
     "config": ("TrainConfig",),
     "evaluation": ("EvaluationOptions", "evaluate"),

@@ -79,6 +79,8 @@ class Recording(TorchDispatchMode):
 
 
 def _written(schema: Any, args: Any, kwargs: Any) -> Iterator[Tensor]:
+    if schema.name == "aten::native_batch_norm":  # its schema does not say so
+        yield from tensors(args[3:5])
     for position, argument in enumerate(schema.arguments):
         if argument.alias_info is not None and argument.alias_info.is_write:
             yield from tensors(args[position] if position < len(args) else kwargs.get(argument.name))

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
         accelerate,
         accelerate_loss,
         accelerate_nms,
+        capture_step,
         restore,
         restore_loss,
     )
@@ -35,6 +36,7 @@ __all__ = [
     "accelerate_loss",
     "accelerate_nms",
     "backend",
+    "capture_step",
     "create_model",
     "data",
     "engine",
@@ -57,7 +59,8 @@ __all__ = [
 ]
 
 _MODULE_OF = {
-    **dict.fromkeys(("accelerate", "accelerate_loss", "accelerate_nms", "restore", "restore_loss"), "_accelerate"),
+    **dict.fromkeys(("accelerate", "accelerate_loss", "accelerate_nms"), "_accelerate"),
+    **dict.fromkeys(("capture_step", "restore", "restore_loss"), "_accelerate"),
     **dict.fromkeys(("Callback", "Predictor", "TrainConfig", "Trainer", "train"), "engine"),
     **dict.fromkeys(("create_model", "fuse", "list_models", "load_checkpoint", "to_deploy", "unfuse"), "models"),
     "DetectionOutput": "nn",

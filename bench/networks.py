@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import math
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -16,6 +17,8 @@ from torch import Tensor, nn
 import yolov9_fast as yf
 from yolov9_fast.data.rendered import render_dataset
 from yolov9_fast.engine.ema import ModelEMA
+from yolov9_fast.engine.flat import FlatStorage
+from yolov9_fast.engine.loss_scale import LossScale
 from yolov9_fast.engine.optimizer import build_optimizer
 from yolov9_fast.losses import DetectionLoss
 from yolov9_fast.losses.targets import PaddedTargets, pad_targets
@@ -90,6 +93,10 @@ class TrainingStep:
         self.criterion = DetectionLoss(CLASSES)
         self.optimizer = build_optimizer(self.model, "sgd", lr=1e-9, momentum=0.9, weight_decay=0.0)
         self.ema = ModelEMA(self.model)
+        self.scale = LossScale(device, enabled=False)
+        # Ours in the form of the trainer, the others in that of plain PyTorch.
+        self.flat = FlatStorage(self.model, self.ema, self.optimizer) if backend_name == "auto" else None
+        self.updates = 0
         self.batches = batches
         self.images, self.targets = fixed_batch(image_size, batch)
         self.checked = batch if checked is None else checked
@@ -99,12 +106,19 @@ class TrainingStep:
         with backend(self.backend_name):
             torch.autograd.backward(total)
             clock.mark("backward")
-            nn.utils.clip_grad_norm_(self.model.parameters(), 10.0)
-            self.optimizer.step()
-            self.optimizer.zero_grad(set_to_none=True)
-            clock.mark("optimiser")
-            self.ema.update(self.model)
-            clock.mark("ema")
+            if self.flat is not None:
+                self.flat.collect()
+                self.flat.write_rates()
+                self.flat.update(clip=10.0, scale=self.scale, processes=1)
+                clock.mark("optimiser")
+            else:
+                nn.utils.clip_grad_norm_(self.model.parameters(), 10.0)
+                self.optimizer.step()
+                self.optimizer.zero_grad(set_to_none=True)
+                clock.mark("optimiser")
+                self.updates += 1
+                average_in(self.ema.model, self.model, self.updates)
+                clock.mark("ema")
         return total.detach()
 
     def forward(self, clock: Clock) -> Tensor:
@@ -150,6 +164,18 @@ class TrainingStep:
 
     def _autocast(self) -> Any:
         return torch.autocast(self.device.type, self.amp) if self.amp else nullcontext()
+
+
+@torch.no_grad()
+def average_in(average: nn.Module, model: nn.Module, updates: int) -> None:
+    """The moving average in plain PyTorch: weights and running statistics are averaged, counts are copied."""
+    averages, values = ([*one.state_dict(keep_vars=True).values()] for one in (average, model))
+    pairs = [*zip(averages, values, strict=True)]
+    floating = [pair for pair in pairs if pair[0].is_floating_point()]
+    weight = 1 - 0.9999 * (1 - math.exp(-updates / 2000))
+    torch._foreach_lerp_([own for own, _ in floating], [value for _, value in floating], weight)
+    counts = [pair for pair in pairs if not pair[0].is_floating_point()]
+    torch._foreach_copy_([own for own, _ in counts], [value for _, value in counts])
 
 
 def fixed_batch(image_size: int, batch: int) -> tuple[Tensor, Tensor]:

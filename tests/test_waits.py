@@ -16,8 +16,10 @@ ENGINE = (
     "device",
     "distributed",
     "ema",
+    "flat",
     "host_copy",
     "inference",
+    "loss_scale",
     "optimizer",
     "predictor",
     "step",
@@ -28,8 +30,11 @@ METHODS = {"argwhere", "cpu", "is_nonzero", "item", "masked_select", "new_tensor
 FUNCTIONS = {"argwhere", "as_tensor", "bincount", "equal", "isin", "masked_select", "nonzero", "tensor", "unique"}
 """Of torch."""
 KNOWN = {
-    "a step's only wait: whether the gradients are finite": ("engine/step.py:TrainStep.update",),
-    "once in ten batches, once an epoch": ("engine/trainer.py:Trainer._mean_loss", "engine/validator.py:validate"),
+    "once in ten batches, once an epoch": (
+        "engine/loss_scale.py:LossScale.state_dict",
+        *("engine/trainer.py:Trainer._mean_loss", "engine/validator.py:validate"),
+        *("engine/trainer.py:Trainer._train_epoch", "engine/trainer.py:Trainer._report_skipped"),
+    ),
     "of what a HostCopy has brought": (
         *("engine/validator.py:_Evaluation.finish", "engine/predictor.py:Predictor._detect"),
         *("engine/host_copy.py:HostCopy.wait", "engine/clock.py:PhaseClock.seconds"),
@@ -39,7 +44,10 @@ KNOWN = {
         "_accelerate/nms.py:torchvision_batched_nms",
     ),
     "asked for": ("ops/_nms.py:warn_if_cut",),
-    "at the start of a run or a process": ("engine/validator.py:_matched_classes", "ops/_probe.py:_launch_cuda"),
+    "at the start of a run or a process": (
+        *("engine/validator.py:_matched_classes", "ops/_probe.py:_launch_cuda"),
+        *("engine/flat.py:FlatStorage.take_moments", "engine/loss_scale.py:LossScale.load_state_dict"),
+    ),
     "on a CPU only, or for rows of targets that are given on a GPU": (
         *("losses/targets.py:pad_targets", "losses/targets.py:_check_indices"),
         *("ops/_detection_loss.py:_check_values", "ops/_detection_loss.py:_DetectionLoss.backward"),
@@ -56,6 +64,7 @@ KNOWN = {
     ),
     "a copy of a module for its probe": ("_accelerate/probe.py:_twin",),
     "numbers of Python": (
+        "engine/flat.py:FlatStorage.write_rates",
         *("engine/distributed.py:join_process_group", "engine/predictor.py:Prediction.as_dict"),
         *("engine/predictor.py:Prediction.counts", "engine/predictor.py:class_indices"),
         *("engine/trainer.py:Trainer._run_epoch", "engine/trainer.py:Trainer._image_size"),

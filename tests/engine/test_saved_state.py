@@ -18,6 +18,7 @@ from torch import nn
 from tests.engine.conftest import TINY_GRAPH
 from tests.models import hostile
 from yolov9_fast.engine.ema import ModelEMA
+from yolov9_fast.engine.loss_scale import LossScale
 from yolov9_fast.engine.run_files import load_state, save_state
 from yolov9_fast.engine.training_state import TrainingState
 from yolov9_fast.errors import CheckpointError
@@ -28,7 +29,7 @@ from yolov9_fast.models.model import DetectionModel
 def new_state(*, adam: bool = True) -> TrainingState:
     model = DetectionModel(graph_from_dict(yaml.safe_load(TINY_GRAPH), "tiny"), 2, class_tower=8)
     optimizer = torch.optim.AdamW(model.parameters()) if adam else torch.optim.SGD(model.parameters(), momentum=0.9)
-    return TrainingState(model, ModelEMA(model), optimizer, torch.amp.GradScaler("cpu", enabled=False))
+    return TrainingState(model, ModelEMA(model), optimizer, LossScale(torch.device("cpu"), enabled=False))
 
 
 @functools.cache
@@ -38,8 +39,9 @@ def trained_state() -> TrainingState:
         norm.eps, norm.momentum = 1e-5, 0.1
     for parameter in state.model.parameters():
         parameter.grad = torch.ones_like(parameter)
-    state.optimizer.step()
-    state.ema.update(state.model)
+    state.flat.hide_gradients()
+    state.flat.write_rates()
+    state.flat.update(clip=0.0, scale=state.scale, processes=1)
     state.epoch, state.iteration, state.best_fitness = 3, 40, float("nan")
     state.rows = [{"epoch": 4, "val/AP": float("nan")}]
     state.data = {"names": ["a", "b"]}

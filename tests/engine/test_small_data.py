@@ -85,13 +85,13 @@ def test_a_block_that_pools_to_one_pixel_ends_a_run_with_one_line(
 ) -> None:
     _keep(own_data, 5)
     trainer = Trainer(tiny_config(data=str(own_data), batch=4, epochs=1))
-    forward, norm = trainer.network.forward, torch.nn.BatchNorm2d(3)
+    forward, norm = trainer.model.forward, torch.nn.BatchNorm2d(3)
 
     def pooled(images: torch.Tensor) -> Any:
         norm(images.mean((2, 3), keepdim=True))
         return forward(images)
 
-    monkeypatch.setattr(trainer.network, "forward", pooled)
+    monkeypatch.setattr(trainer.model, "forward", pooled)
     with pytest.raises(UserError, match="batch: expected more images: with 1 of 64 × 64 pixels a BatchNorm has one"):
         trainer.run()
 

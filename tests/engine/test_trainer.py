@@ -106,7 +106,7 @@ def test_a_run_stopped_during_an_epoch_resumes_to_the_same_end(
     trainer = Trainer(broken)
     owner, method, call = {
         "first batch": (trainer, "_image_size", 2),
-        "batch": (trainer.step, "update", 1),
+        "batch": (trainer.step, "_update", 1),
         "validation": (trainer, "_validate", 2),
     }[stop_at]
     original, calls = getattr(owner, method), []
@@ -150,13 +150,13 @@ def test_a_damaged_state_is_refused(tiny_config: Make) -> None:
 
 def _make_nan(trainer: Trainer, monkeypatch: pytest.MonkeyPatch, iterations: set[int]) -> None:
     """Make the network's input NaN at some iterations."""
-    original, calls = trainer.network.forward, []
+    original, calls = trainer.model.forward, []
 
     def forward(images: torch.Tensor) -> Any:
         calls.append(1)
         return original(images * float("nan") if len(calls) - 1 in iterations else images)
 
-    monkeypatch.setattr(trainer.network, "forward", forward)
+    monkeypatch.setattr(trainer.model, "forward", forward)
 
 
 def test_steps_that_are_not_finite_are_skipped_and_counted(

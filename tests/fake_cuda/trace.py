@@ -33,6 +33,7 @@ from yolov9_fast.data.sample import Batch  # noqa: E402
 from yolov9_fast.engine.clock import PhaseClock  # noqa: E402
 from yolov9_fast.engine.device import autocast, prepare_images, to_channels_last  # noqa: E402
 from yolov9_fast.engine.ema import ModelEMA  # noqa: E402
+from yolov9_fast.engine.loss_scale import LossScale  # noqa: E402
 from yolov9_fast.engine.optimizer import build_optimizer  # noqa: E402
 from yolov9_fast.engine.predictor import Predictor  # noqa: E402
 from yolov9_fast.engine.step import PHASES, TrainStep  # noqa: E402
@@ -93,17 +94,14 @@ class Clock(PhaseClock):
 
 
 def trace_step(case: Case, record: Record) -> dict[str, Any]:
-    """`TrainStep` on a batch from the host, after an update that made the optimiser's state."""
+    """The second `TrainStep` on a batch from the host."""
     model = to_channels_last(create_model(case.network, case.classes)).to(DEVICE).train()
     optimizer = build_optimizer(model, case.optimizer, lr=0.01, momentum=0.9, weight_decay=5e-4)
-    scaler = torch.amp.GradScaler("cuda", enabled=case.amp == "fp16")
-    state = TrainingState(model, ModelEMA(model), optimizer, scaler)
-    step = TrainStep(model, state, DetectionLoss(case.classes), DEVICE, amp=case.amp)
-    for parameter in model.parameters():
-        parameter.grad = torch.empty_like(parameter)
-    scaler.scale(torch.zeros((), device=DEVICE))
-    step.update()
+    scale = LossScale(DEVICE, enabled=case.amp == "fp16")
+    state = TrainingState(model, ModelEMA(model), optimizer, scale)
+    step = TrainStep(state, DetectionLoss(case.classes), DEVICE, amp=case.amp)
     batch = host_batch(case)
+    step(batch.images, batch.targets, size=None, update=True, clock=PhaseClock(*PHASES))  # makes what stays
     step(batch.images, batch.targets, size=None, update=case.what == "step", clock=Clock(record))
     record.phase = ""
     return {"gradients_with_other_strides": _other_strides(model)}

@@ -22,6 +22,7 @@ from tests.fuzz.readers import changed, hostile_text, hostile_values, json_text,
 from tests.models import hostile
 from tests.models.foreign_files import WKY_PATHS, save_pickled_module, small_model
 from yolov9_fast.engine.ema import ModelEMA
+from yolov9_fast.engine.loss_scale import LossScale
 from yolov9_fast.engine.resumption import reading_state
 from yolov9_fast.engine.run_files import RunFolder, load_state, read_results, save_state
 from yolov9_fast.engine.training_state import TrainingState
@@ -287,7 +288,7 @@ def _saved_state() -> bytes:
 def _new_state() -> TrainingState:
     model = tiny_model()
     optimizer = torch.optim.SGD(model.parameters(), momentum=0.9)
-    return TrainingState(model, ModelEMA(model), optimizer, torch.amp.GradScaler("cpu", enabled=False))
+    return TrainingState(model, ModelEMA(model), optimizer, LossScale(torch.device("cpu"), enabled=False))
 
 
 @cache

@@ -29,7 +29,8 @@ class BatchResult:
         loss: the loss terms in the order of `trainer.criterion.names`, float64 [terms] on the run's device; reading its
             numbers waits for a GPU.
         update: the optimiser's turn: gradient accumulation ends with this batch.
-        skipped: the gradients were not finite, so weights did not change.
+        skipped: whether the gradients were not finite, so that weights did not change; 0-dimensional bool on the run's
+            device. Reading it, also by `if`, waits for a GPU.
     """
 
     epoch: int
@@ -38,7 +39,7 @@ class BatchResult:
     batch: Batch
     loss: Tensor
     update: bool
-    skipped: bool
+    skipped: Tensor
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
+import functools
 import logging
 import os
 import re
@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from yolov9_fast.engine.device import parse_device, prepare_determinism
+from yolov9_fast.engine.flat import FlatStorage
 from yolov9_fast.engine.heartbeat import Heartbeat, start_heartbeat
 from yolov9_fast.errors import DataError, ProcessError
 
@@ -57,31 +58,12 @@ class ProcessGroup:
             dist.all_reduce(values)
         return values
 
-    def parallel(self, module: nn.Module) -> nn.Module:
-        """`module` with gradients that are averaged over the processes in each backward.
-
-        Buffers are not broadcast in each forward: synchronised BatchNorm gives every process the same, and without it a
-        process normalises its batches by their own statistics, of which those of rank 0 are validated and saved. The
-        graph is not declared static: torch then fails where the first backward accumulates only, as in a run that is
-        resumed between two updates.
-        """
-        if not self.is_distributed:
-            return module
-        kind = nn.parallel.DistributedDataParallel
-        # Until torch 2.12 it is `broadcast_buffers`, which is deprecated.
-        renamed = "forward_sync_buffers" in inspect.signature(kind).parameters
-        options: dict[str, Any] = {"forward_sync_buffers" if renamed else "broadcast_buffers": False}
-        devices = [self.device.index] if self.device.type == "cuda" else None
-        return kind(module, device_ids=devices, gradient_as_bucket_view=True, **options)
-
     @torch.no_grad()
-    def average_gradients(self, module: nn.Module) -> None:
-        """Replace every gradient by its mean over the processes."""
+    def average(self, values: Tensor) -> None:
+        """Replace by the mean over the processes, on every process."""
         if self.is_distributed:
-            for parameter in module.parameters():
-                if parameter.grad is not None:
-                    dist.all_reduce(parameter.grad)
-                    parameter.grad /= self.size
+            dist.all_reduce(values)
+            values /= self.size
 
     def gather_objects(self, value: Any) -> list[Any]:
         """The value of every process on rank 0; elsewhere an empty list."""
@@ -105,6 +87,87 @@ class ProcessGroup:
         if self.is_distributed:
             for tensor in module.state_dict().values():
                 dist.broadcast(tensor, src=0)
+
+
+class GradientSum:
+    """A context of a backward in which gradients are collected and added up over the processes.
+
+    The buffer is sent in a few parts, from the last layers to the first, each while the backward goes on. Every process
+    sends them in the same order.
+
+    Attributes:
+        received: after the context, the indices of the parameters that had a gradient.
+    """
+
+    def __init__(self, flat: FlatStorage, parts: int = 4) -> None:
+        self.flat = flat
+        self.received: list[int] = []
+        self._parts = _parts(flat, parts)
+        self._part_of = {index: part for part, (_, indices) in enumerate(self._parts) for index in indices}
+        self._waiting: list[int] | None = None
+        self._sent = 0
+        self._works: list[dist.Work] = []
+        self._hooks = [
+            parameter.register_post_accumulate_grad_hook(functools.partial(self._arrived, index))
+            for index, parameter in enumerate(flat.trained)
+            if parameter.requires_grad
+        ]
+
+    def close(self) -> None:
+        """Remove the hooks."""
+        for hook in self._hooks:
+            hook.remove()
+
+    def __enter__(self) -> None:
+        self.received, self._works, self._sent = [], [], 0
+        self._waiting = [len(indices) for _, indices in self._parts]
+
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        self._waiting = None
+        if kind is None:
+            self._send(len(self._parts))  # parts with a parameter that got no gradient
+        for work in self._works:
+            work.wait()
+
+    def _arrived(self, index: int, parameter: Tensor) -> None:
+        if self._waiting is not None:
+            self._waiting[self._part_of[index]] -= 1
+            ready = self._sent
+            while ready < len(self._parts) and self._waiting[ready] == 0:
+                ready += 1
+            self._send(ready)
+
+    @torch.no_grad()
+    def _send(self, end: int) -> None:
+        """Send the parts that have not been sent up to `end`."""
+        for place, indices in self._parts[self._sent : end]:
+            self.received += self.flat.collect(indices)
+            work = dist.all_reduce(self.flat.gradients[place], async_op=True)
+            assert work is not None
+            self._works.append(work)
+        self._sent = max(self._sent, end)
+
+
+def _parts(flat: FlatStorage, number: int) -> list[tuple[slice, list[int]]]:
+    """Adjacent parts that cover the buffer, about `number`, with their parameters, in the order in which they are sent.
+
+    A part has parameters of one group only. The largest group, of the convolutions' weights, is sent from its end, then
+    the others.
+    """
+    starts = [0, *flat.ends[:-1]]
+    largest = max(end - start for start, end in zip(starts, flat.ends, strict=True))
+    parts: list[tuple[slice, list[int]]] = []
+    for start, end in zip(starts, flat.ends, strict=True):
+        inside = [i for i, part in enumerate(flat.slices) if start <= part.start < end]
+        wanted = number if end - start == largest else 1
+        of_part: dict[int, list[int]] = {}
+        for index in inside:
+            of_part.setdefault((flat.slices[index].start - start) * wanted // (end - start), []).append(index)
+        firsts = [flat.slices[indices[0]].start for indices in of_part.values()]
+        places = [slice(first, last) for first, last in zip(firsts, [*firsts[1:], end], strict=True)]
+        own = list(zip(places, of_part.values(), strict=True))
+        parts = own[::-1] + parts if wanted > 1 else parts + own
+    return parts
 
 
 def join_process_group(device: str | None, *, deterministic: bool = False) -> ProcessGroup:

@@ -2,80 +2,178 @@
 
 from __future__ import annotations
 
-import contextlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from yolov9_fast.engine.clock import PhaseClock
 from yolov9_fast.engine.device import autocast, prepare_images
+from yolov9_fast.engine.distributed import GradientSum, ProcessGroup
 from yolov9_fast.engine.training_state import TrainingState
 from yolov9_fast.errors import UserError
 from yolov9_fast.losses import DetectionLoss
+from yolov9_fast.losses.targets import PaddedTargets, pad_targets
 from yolov9_fast.nn import DetectionOutput
 
 PHASES = ("data", "forward", "loss", "backward", "step")
+_FEWEST_OBJECTS = 8
+
+
+class StepResult(NamedTuple):
+    """What a step gives, on the run's device.
+
+    Attributes:
+        loss: the terms in the order of `criterion.names`, float64 [terms].
+        skipped: whether an update was skipped because the gradients are not finite, 0-dimensional bool.
+    """
+
+    loss: Tensor
+    skipped: Tensor
 
 
 @dataclass
 class TrainStep:
     """What happens to one batch; the only place that changes weights, gradients and the moving average.
 
+    The batch is copied into buffers that stay where they are, one for each shape; everything after that reads these,
+    learning rates from the device and no value on the host.
+
     Attributes:
-        network: computes the forward pass: `state.model`, or DistributedDataParallel around it.
-        state: model, moving average, optimiser and gradient scaler.
+        state: model, moving average, optimiser and loss scale.
         amp: off, bf16 or fp16.
         clip: largest gradient norm; 0 for no clipping.
-        processes: number of data-parallel processes.
+        group: the data-parallel processes.
+        totals: the sum of each loss term over the batches with finite loss, then their number, float64 [terms + 1].
+        skipped: the number of skipped updates, int64, 0-dimensional; both since `reset_totals`.
     """
 
-    network: nn.Module
     state: TrainingState
     criterion: DetectionLoss
     device: torch.device
     amp: str = "off"
     clip: float = 10.0
     channels_last: bool = True
-    processes: int = 1
+    group: ProcessGroup = field(default_factory=lambda: ProcessGroup(0, 1, torch.device("cpu")))
+
+    def __post_init__(self) -> None:
+        self.totals = torch.zeros(len(self.criterion.names) + 1, dtype=torch.float64, device=self.device)
+        self.skipped = torch.zeros((), dtype=torch.int64, device=self.device)
+        self._images: dict[torch.Size, Tensor] = {}
+        self._targets: dict[torch.Size, PaddedTargets] = {}
+        self._sum: GradientSum | None = None
 
     def __call__(
         self, images: Tensor, targets: Tensor, *, size: int | None, update: bool, clock: PhaseClock
-    ) -> tuple[Tensor, bool]:
+    ) -> StepResult:
         """Accumulate the gradients of a batch; with `update` also step the optimiser and the moving average.
 
         Args:
             images: uint8 [B, 3, H, W].
-            targets: float32 [n, 6]: image, class, cx, cy, w, h (normalised).
+            targets: float32 [n, 6]: image, class, cx, cy, w, h (normalised), on the CPU.
             size: resize the images to this many pixels (multi-scale training); None: leave them.
             clock: of `PHASES`; gets the times of all of them but the optimiser's.
 
-        Returns:
-            The loss terms in the order of `criterion.names`, float64 [terms]; and whether an update was skipped because
-            the gradients are not finite.
-
         Raises:
             UserError: a BatchNorm gets one value per channel.
+            ValueError: a target of an image or class that there is not.
         """
+        static_images, static_targets = self._load(images, targets, size)
+        clock.end("data")
+        self._prepare(update)
+        result, received = self._program(static_images, static_targets, size, update, clock)
+        flat = self.state.flat
+        flat.missing = flat.all_missing if update else flat.missing.difference(received)
+        if not update:
+            flat.show_gradients()
+        return StepResult(*(value.clone() for value in result))
+
+    def reset_totals(self) -> None:
+        """Begin `totals` and `skipped` anew."""
+        self.totals.zero_()
+        self.skipped.zero_()
+
+    def update(self) -> Tensor:
+        """The end of a step with the gradients that the parameters have; whether they are finite, bool."""
+        self._prepare(update=True)
+        flat = self.state.flat
+        finite = self._update(flat.missing)
+        flat.missing = flat.all_missing
+        return finite
+
+    def _load(self, images: Tensor, targets: Tensor, size: int | None) -> tuple[Tensor, PaddedTargets]:
+        """The batch in buffers that stay; targets padded to one of a few numbers of objects per image."""
+        height, width = (size, size) if size is not None else (images.shape[2], images.shape[3])
+        batch, classes = len(images), self.criterion.num_classes
+        padded = pad_targets(
+            targets,
+            batch,
+            classes,
+            (height, width),
+            torch.float32,
+            self.criterion.max_objects,
+            smallest=_FEWEST_OBJECTS,
+        )
+        if images.shape not in self._images:
+            self._images[images.shape] = torch.empty(images.shape, dtype=images.dtype, device=self.device)
+        if padded.mask.shape not in self._targets:
+            self._targets[padded.mask.shape] = padded.to(self.device, torch.float32)
+        static_images, static_targets = self._images[images.shape], self._targets[padded.mask.shape]
+        static_images.copy_(images, non_blocking=True)
+        static_targets.copy_(padded)
+        return static_images, static_targets
+
+    def _prepare(self, update: bool) -> None:
+        """What the host decides before a step."""
+        self.state.flat.hide_gradients()
+        if self.state.flat.outdated:
+            self.state.flatten()
+        if self.group.is_distributed and (self._sum is None or self._sum.flat is not self.state.flat):
+            if self._sum is not None:
+                self._sum.close()
+            self._sum = GradientSum(self.state.flat)
+        if update:
+            self.state.flat.write_rates()
+
+    def _program(
+        self, images: Tensor, targets: PaddedTargets, size: int | None, update: bool, clock: PhaseClock
+    ) -> tuple[StepResult, list[int]]:
+        """A step on buffers that stay; also the indices of the parameters that received a gradient."""
         images = prepare_images(images, self.device, channels_last=self.channels_last)
         if size is not None:
             images = nn.functional.interpolate(images, size=(size, size), mode="bilinear", align_corners=False)
-        clock.end("data")
-        with self._local_gradients(not update):
-            with autocast(self.device, self.amp):
-                output = self._forward(images)
-            clock.end("forward")
-            # DistributedDataParallel averages gradients; the published loss sums over the images of all processes.
-            loss = self.criterion(output, targets, (images.shape[2], images.shape[3]), scale=self.processes)
-            clock.end("loss")
-            self.state.scaler.scale(loss.total).backward()
+        with autocast(self.device, self.amp):
+            output = self._forward(images)
+        clock.end("forward")
+        # Gradients are averaged over the processes; the published loss sums over the images of all of them.
+        loss = self.criterion(output, targets, (images.shape[2], images.shape[3]), scale=self.group.size)
+        clock.end("loss")
+        total = loss.total * self.state.scale.value if self.state.scale.enabled else loss.total
+        flat = self.state.flat
+        if update and self._sum is not None:
+            with self._sum:
+                total.backward()
+            received = self._sum.received
+        else:
+            total.backward()
+            received = flat.collect()
         clock.end("backward")
-        skipped = update and not self.update()
-        return loss.items.double(), skipped
+        skipped = torch.zeros((), dtype=torch.bool, device=self.device)
+        if update:
+            skipped = ~self._update(flat.missing.difference(received))
+            self.skipped += skipped
+        items = loss.items.double()
+        self.totals += torch.where(items.isfinite().all(), torch.cat((items, items.new_ones(1))), 0.0)
+        return StepResult(items, skipped), received
+
+    def _update(self, idle: frozenset[int]) -> Tensor:
+        state = self.state
+        return state.flat.update(clip=self.clip, scale=state.scale, processes=self.group.size, idle=sorted(idle))
 
     def _forward(self, images: Tensor) -> DetectionOutput:
         try:
-            output: DetectionOutput = self.network(images)
+            output: DetectionOutput = self.state.model(images)
         except ValueError as error:
             # torch's own words, and those of `bn_silu`. Which block pools to one pixel is known only here.
             if "more than 1 value per channel" not in str(error):
@@ -85,37 +183,3 @@ class TrainStep:
                 f"BatchNorm has one value per channel; use another --batch, or a larger --imgsz"
             ) from error
         return output
-
-    def update(self) -> bool:
-        """Clip, step the optimiser, update the moving average; False if skipped for gradients that are not finite."""
-        state = self.state
-        state.scaler.unscale_(state.optimizer)
-        parameters = [p for p in state.model.parameters() if p.grad is not None]
-        norm = nn.utils.clip_grad_norm_(parameters, self.clip if self.clip > 0 else float("inf"))
-        finite = bool(torch.isfinite(norm))  # the only wait for the device
-        if finite:
-            state.optimizer.step()  # `scaler.step` would wait once more, to see the same of the gradients
-        state.scaler.update()
-        state.optimizer.zero_grad(set_to_none=True)
-        if finite:
-            state.ema.update(state.model)
-        else:
-            self._restore_buffers()
-        return finite
-
-    @torch.no_grad()
-    def _restore_buffers(self) -> None:
-        """Replace running statistics that a forward pass made non-finite by those of the moving average.
-
-        The device decides which: asking it would be a wait for each of them.
-        """
-        averages = dict(self.state.ema.model.named_buffers())
-        own = {name: b for name, b in self.state.model.named_buffers() if b.is_floating_point()}
-        for name, buffer in own.items():
-            torch.where(torch.isfinite(buffer).all(), buffer, averages[name], out=buffer)
-
-    def _local_gradients(self, local: bool) -> contextlib.AbstractContextManager[None]:
-        """Without the all-reduce of gradients, which only the last batch before an update needs."""
-        if local and isinstance(self.network, nn.parallel.DistributedDataParallel):
-            return self.network.no_sync()
-        return contextlib.nullcontext()

@@ -32,6 +32,7 @@ from yolov9_fast.engine.ema import ModelEMA
 from yolov9_fast.engine.freed_memory import keeping_freed_memory
 from yolov9_fast.engine.initial_weights import build_model
 from yolov9_fast.engine.interrupts import InterruptMonitor
+from yolov9_fast.engine.loss_scale import LossScale
 from yolov9_fast.engine.optimizer import Schedule, build_optimizer
 from yolov9_fast.engine.report import loss_text, validation_columns
 from yolov9_fast.engine.resumption import check_classes, check_unfinished, data_changes, reading_state
@@ -173,12 +174,12 @@ class Trainer:
             momentum=config.momentum,
             weight_decay=config.weight_decay * config.batch * self.schedule.accumulate / config.nominal_batch,
         )
-        scaler = torch.amp.GradScaler(group.device.type, enabled=self.amp == "fp16")
+        scale = LossScale(group.device, enabled=self.amp == "fp16")
         self.state = TrainingState(
             model,
             ModelEMA(model, config.ema_decay),
             optimizer,
-            scaler,
+            scale,
             warmup_iterations=self.schedule.warmup_iterations,
             data=self.training_data.description,
         )
@@ -194,16 +195,14 @@ class Trainer:
             focal_gamma=config.fl_gamma,
             terms=parse_terms(config.loss_terms),
         )
-        self.network = group.parallel(model)
         self.step = TrainStep(
-            self.network,
             self.state,
             self.criterion,
             group.device,
             amp=self.amp,
             clip=config.clip,
             channels_last=config.channels_last,
-            processes=group.size,
+            group=group,
         )
 
     def _restore(self, saved: dict[str, Any]) -> None:
@@ -284,7 +283,7 @@ class Trainer:
         validation = self._validate(state.ema.model, title, self.criterion)
         state.epoch, state.iteration = epoch, state.iteration + len(self.loader)
         # Pending gradients are each process's own until the next update; averaged, one state serves all processes.
-        group.average_gradients(state.model)
+        group.average(state.flat.gradients)
         if group.is_main:
             row |= validation_columns(validation)
             row["seconds"] = sum(value for name, value in row.items() if name.startswith("seconds/"))
@@ -304,12 +303,13 @@ class Trainer:
         """Train on every batch once; returns the training columns of results.csv."""
         config, state, batches = self.config, self.state, len(self.loader)
         self.loader.set_epoch(epoch, mosaic=epoch < config.epochs - config.close_mosaic)
-        self.network.train()
+        state.model.train()
         for layer in self._frozen:
             layer.eval()
         self.callbacks.call(Callback.on_epoch_start, self, epoch)
-        totals = torch.zeros(len(self.criterion.names) + 1, dtype=torch.float64, device=self.process_group.device)
-        updates = skipped = 0
+        state.flat.refresh()
+        self.step.reset_totals()
+        updates = 0
         title = f"epoch {epoch + 1}/{config.epochs}"
         tqdm = require("tqdm").tqdm
         bar = tqdm(self.loader, desc=title, unit="batch", leave=False, disable=not self.process_group.is_main)
@@ -320,22 +320,24 @@ class Trainer:
             accumulate = self.schedule.apply(state.optimizer, iteration, epoch)
             update = iteration - state.last_step >= accumulate
             size = self._image_size(iteration)
-            loss, skip = self.step(batch.images, batch.targets, size=size, update=update, clock=clock)
+            loss, skipped = self.step(batch.images, batch.targets, size=size, update=update, clock=clock)
             if update:
-                updates, skipped, state.last_step = updates + 1, skipped + skip, iteration
-            totals += torch.where(torch.isfinite(loss).all(), torch.cat((loss, loss.new_ones(1))), 0.0)
+                updates, state.last_step = updates + 1, iteration
             clock.end("step")
-            result = BatchResult(epoch, index, iteration, batch, loss, update, skip)
+            result = BatchResult(epoch, index, iteration, batch, loss, update, skipped)
             self.callbacks.call(Callback.on_batch_end, self, result)
             if not bar.disable and (index % 10 == 0 or index == batches - 1):
-                bar.set_postfix_str(loss_text(self._mean_loss(totals)), refresh=False)
-        self._report_skipped(epoch, updates, skipped)
+                bar.set_postfix_str(loss_text(self._mean_loss(self.step.totals)), refresh=False)
+        skipped_steps = int(self.step.skipped)
+        self._report_skipped(epoch, updates, skipped_steps)
         row: dict[str, float] = {"epoch": epoch + 1}
-        totals = self.process_group.sum(totals)
+        totals = self.process_group.sum(self.step.totals)
         row |= {f"train/{name}": value for name, value in self._mean_loss(totals).items()}
         groups = zip(("bias", "weight", "bn"), state.optimizer.param_groups, strict=True)
         row |= {f"lr/{name}": group["lr"] for name, group in groups}
-        return row | {"skipped_steps": skipped} | {f"seconds/{name}": value for name, value in clock.seconds.items()}
+        return (
+            row | {"skipped_steps": skipped_steps} | {f"seconds/{name}": value for name, value in clock.seconds.items()}
+        )
 
     def _mean_loss(self, totals: Tensor) -> dict[str, float]:
         """`totals`: the sum of each loss term over batches, then the number of batches."""
@@ -353,7 +355,7 @@ class Trainer:
     def _report_skipped(self, epoch: int, updates: int, skipped: int) -> None:
         self.state.skipped_steps += skipped
         # fp16 begins by halving its loss scale until the gradients fit; such skipped steps do not count as divergence.
-        searching_scale = self.amp == "fp16" and self.state.scaler.get_scale() >= 1
+        searching_scale = self.amp == "fp16" and float(self.state.scale.value) >= 1
         if updates and skipped == updates and not searching_scale:
             raise TrainingDivergedError(
                 f"epoch {epoch + 1}: not one of {updates} optimiser steps was finite; lower --lr0, or use --amp off"

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 
 from yolov9_fast.engine.ema import ModelEMA
+from yolov9_fast.engine.flat import FlatStorage
+from yolov9_fast.engine.loss_scale import LossScale
 from yolov9_fast.engine.saved_state import check_tensors
 from yolov9_fast.models import DetectionModel
 from yolov9_fast.models.module_options import norm_options, set_norm_options, stored_norm_options
@@ -19,6 +21,8 @@ class TrainingState:
     """Model, average, optimiser and counters.
 
     Attributes:
+        scale: of the loss, in fp16.
+        flat: the buffers in which tensors of the model, its average and the optimiser lie.
         epoch: last finished epoch, counted from 0; −1 before the first.
         iteration: batches of all finished epochs, whatever their number in each.
         last_step: iteration of the last optimiser step; gradients since then are pending and part of the state.
@@ -32,7 +36,7 @@ class TrainingState:
     model: DetectionModel
     ema: ModelEMA
     optimizer: torch.optim.Optimizer
-    scaler: torch.amp.GradScaler
+    scale: LossScale
     epoch: int = -1
     iteration: int = 0
     last_step: int = -1
@@ -50,14 +54,21 @@ class TrainingState:
         *("best_fitness", "best_epoch", "skipped_steps", "stopped", "finished"),
     )
 
+    def __post_init__(self) -> None:
+        self.flatten()
+
+    def flatten(self) -> None:
+        """Lay out the buffers, again after the optimiser got other parameters; values stay."""
+        self.flat = FlatStorage(self.model, self.ema, self.optimizer)
+
     def capture(self) -> dict[str, Any]:
         """Tensors, numbers and text only, so that it can be read back without executing anything."""
         return {
             "model": self.model.state_dict(),
             "ema": self.ema.model.state_dict(),
-            "ema_updates": self.ema.updates,
+            "ema_updates": int(self.ema.updates),
             "optimizer": self.optimizer.state_dict(),
-            "scaler": self.scaler.state_dict(),
+            "scaler": self.scale.state_dict(),
             "gradients": [None if p.grad is None else p.grad.detach().clone() for p in self.model.parameters()],
             "rows": json.dumps(self.rows),
             "data": json.dumps(self.data),
@@ -78,11 +89,14 @@ class TrainingState:
             set_norm_options(model, norms)
         self.model.load_state_dict(saved["model"])
         self.ema.model.load_state_dict(saved["ema"])
-        self.ema.updates = saved["ema_updates"]
+        self.ema.updates.fill_(saved["ema_updates"])
         self.optimizer.load_state_dict(saved["optimizer"])
-        self.scaler.load_state_dict(saved["scaler"])
+        self.flat.take_moments()
+        self.scale.load_state_dict(saved["scaler"])
         for parameter, gradient in zip(self.model.parameters(), saved["gradients"], strict=True):
             parameter.grad = None if gradient is None else gradient.to(parameter.device)
+        self.flat.hide_gradients()
+        self.flat.show_gradients()
         self.rows = json.loads(saved["rows"])
         torch.set_rng_state(saved["torch_rng"])
         for name in self._COUNTERS:

@@ -21,6 +21,11 @@ class PaddedTargets(NamedTuple):
     mask: Tensor
     fits: Tensor | None = None
 
+    def copy_(self, other: PaddedTargets) -> None:
+        """Become `other`, of the same shapes, in place and without synchronisation."""
+        for own, value in zip(self[:3], other[:3], strict=True):
+            own.copy_(_pinned(value, own.device), non_blocking=True)
+
     def to(self, device: torch.device, dtype: torch.dtype) -> PaddedTargets:
         """Copied to `device` without synchronisation, boxes in `dtype`."""
         return PaddedTargets(
@@ -32,10 +37,12 @@ class PaddedTargets(NamedTuple):
 
 
 def _copied(tensor: Tensor, device: torch.device) -> Tensor:
-    """On `device`; a copy to a GPU is made from page-locked memory, because one from other memory waits for the GPU."""
-    if device.type == "cuda" and tensor.device.type == "cpu":
-        tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=True)
+    return _pinned(tensor, device).to(device, non_blocking=True)
+
+
+def _pinned(tensor: Tensor, device: torch.device) -> Tensor:
+    """In page-locked memory if it is to be copied to a GPU: a copy from other memory waits for the GPU."""
+    return tensor.pin_memory() if device.type == "cuda" and tensor.device.type == "cpu" else tensor
 
 
 def pad_targets(
@@ -45,6 +52,7 @@ def pad_targets(
     image_size: tuple[int, int],
     dtype: torch.dtype,
     max_objects: int | None = None,
+    smallest: int | None = None,
 ) -> PaddedTargets:
     """Sort target rows into their images, keeping their order, on the device where they are.
 
@@ -54,6 +62,8 @@ def pad_targets(
         num_classes: nc; every class must be below it.
         image_size: (height, width) in pixels.
         max_objects: N. Without it N is the largest number of rows of one image, which synchronises with a GPU.
+        smallest: without `max_objects` take for N this number or the first of its doubles that is large enough, so that
+            few shapes occur.
 
     Returns:
         A row is real when the sum of its corners is positive.
@@ -72,6 +82,10 @@ def pad_targets(
     if max_objects is not None and most > max_objects:
         raise ValueError(f"targets: expected at most {max_objects} (max_objects) rows per image, got {most}")
     count = most if max_objects is None else max_objects
+    if max_objects is None and smallest is not None:
+        count = smallest
+        while count < most:
+            count *= 2
     return sort_rows(targets, batch_size, num_classes, image_size, dtype, count)._replace(fits=None)
 
 

@@ -7,11 +7,14 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 _T = TypeVar("_T")
 _NOT_REPEATED = ("aten::empty", "aten::empty_like", "aten::empty_strided", "aten::new_empty", "aten::set_")
 """Memory and where a tensor lies in it: a graph has them once."""
+
+_WRITTEN_UNSAID = ("running_mean", "running_var")
+"""Arguments of `native_batch_norm`, whose schema does not say that it writes them."""
 
 
 def record(program: Callable[[], _T]) -> tuple[Callable[[], None], _T]:
@@ -42,12 +45,16 @@ class Recording(TorchDispatchMode):
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
         torch.set_rng_state(self._state)
-        for storage, before in self._before.values():
-            storage.copy_(before)
-        self._before.clear()
+        self.undo()
         for *_, made in self.calls:
             for tensor in made:
                 tensor.untyped_storage().fill_(255)  # NaN, -1
+
+    def undo(self) -> None:
+        """Give the storages that were written to their values of before the block."""
+        for storage, before in self._before.values():
+            storage.copy_(before)
+        self._before.clear()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -55,7 +62,8 @@ class Recording(TorchDispatchMode):
             storage = tensor.untyped_storage()
             place = storage.data_ptr()
             if storage.nbytes() and place not in self._made and place not in self._before:
-                self._before[place] = storage, storage.clone()
+                with _disable_current_modes():  # what traces outside this block needs none of it
+                    self._before[place] = storage, storage.clone()
         result = func(*args, **kwargs)
         given = {tensor.untyped_storage().data_ptr() for tensor in tensors((args, kwargs))}
         made = [tensor for tensor in tensors(result) if tensor.untyped_storage().data_ptr() not in given]
@@ -82,7 +90,8 @@ def _written(schema: Any, args: Any, kwargs: Any) -> Iterator[Tensor]:
     if schema.name == "aten::native_batch_norm":  # its schema does not say so
         yield from tensors(args[3:5])
     for position, argument in enumerate(schema.arguments):
-        if argument.alias_info is not None and argument.alias_info.is_write:
+        written = argument.alias_info is not None and argument.alias_info.is_write
+        if written or argument.name in _WRITTEN_UNSAID:
             yield from tensors(args[position] if position < len(args) else kwargs.get(argument.name))
 
 

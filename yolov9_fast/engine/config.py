@@ -86,6 +86,9 @@ class TrainConfig:
     workers: int | None = _option(None, "loader processes (default: by the machine's cores)")
     seed: int = _option(0, "seed of weights, order and augmentation")
     deterministic: bool = _option(False, "the same bits in every run, also on a GPU; slower there")
+    capture: str = _option(
+        "auto", "record steps as CUDA graphs: auto (on a GPU, where it works) or off", choices=("auto", "off")
+    )
     project: str = _option("runs/train", "folder of runs")
     name: str = _option("exp", "name of this run; an existing one is never overwritten")
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from yolov9_fast._capture import Capture, Recorder, Unchanged
 from yolov9_fast.engine.clock import PhaseClock
 from yolov9_fast.engine.device import autocast, prepare_images
 from yolov9_fast.engine.distributed import GradientSum, ProcessGroup
@@ -19,6 +21,8 @@ from yolov9_fast.nn import DetectionOutput
 
 PHASES = ("data", "forward", "loss", "backward", "step")
 _FEWEST_OBJECTS = 8
+_MOST_RECORDINGS = 24
+"""Of image sizes, numbers of objects, and steps with and without an update."""
 
 
 class StepResult(NamedTuple):
@@ -38,13 +42,16 @@ class TrainStep:
     """What happens to one batch; the only place that changes weights, gradients and the moving average.
 
     The batch is copied into buffers that stay where they are, one for each shape; everything after that reads these,
-    learning rates from the device and no value on the host.
+    learning rates from the device and no value on the host. On a GPU it is recorded as a CUDA graph, one for each
+    combination of shapes, and replayed; where it cannot be, and on a CPU, it is called.
 
     Attributes:
         state: model, moving average, optimiser and loss scale.
         amp: off, bf16 or fp16.
         clip: largest gradient norm; 0 for no clipping.
         group: the data-parallel processes.
+        capture: auto or off: whether steps are recorded.
+        record: makes the recordings; None: CUDA graphs.
         totals: the sum of each loss term over the batches with finite loss, then their number, float64 [terms + 1].
         skipped: the number of skipped updates, int64, 0-dimensional; both since `reset_totals`.
     """
@@ -56,6 +63,8 @@ class TrainStep:
     clip: float = 10.0
     channels_last: bool = True
     group: ProcessGroup = field(default_factory=lambda: ProcessGroup(0, 1, torch.device("cpu")))
+    capture: str = "auto"
+    record: Recorder | None = None
 
     def __post_init__(self) -> None:
         self.totals = torch.zeros(len(self.criterion.names) + 1, dtype=torch.float64, device=self.device)
@@ -63,6 +72,10 @@ class TrainStep:
         self._images: dict[torch.Size, Tensor] = {}
         self._targets: dict[torch.Size, PaddedTargets] = {}
         self._sum: GradientSum | None = None
+        self.captured = Capture(
+            "the training step", self.device, mode=self.capture, most=_MOST_RECORDINGS, record=self.record
+        )
+        self._unchanged: Unchanged | None = None
 
     def __call__(
         self, images: Tensor, targets: Tensor, *, size: int | None, update: bool, clock: PhaseClock
@@ -73,7 +86,8 @@ class TrainStep:
             images: uint8 [B, 3, H, W].
             targets: float32 [n, 6]: image, class, cx, cy, w, h (normalised), on the CPU.
             size: resize the images to this many pixels (multi-scale training); None: leave them.
-            clock: of `PHASES`; gets the times of all of them but the optimiser's.
+            clock: of `PHASES`; gets the times of all of them but the optimiser's. Of a replayed step, which has no
+                phases, the time after "data" is the next phase's that the caller ends.
 
         Raises:
             UserError: a BatchNorm gets one value per channel.
@@ -82,7 +96,10 @@ class TrainStep:
         static_images, static_targets = self._load(images, targets, size)
         clock.end("data")
         self._prepare(update)
-        result, received = self._program(static_images, static_targets, size, update, clock)
+        result, received = self.captured.run(
+            self._key(static_images, static_targets, size, update),
+            lambda: self._program(static_images, static_targets, size, update, clock),
+        )
         flat = self.state.flat
         flat.missing = flat.all_missing if update else flat.missing.difference(received)
         if not update:
@@ -135,20 +152,37 @@ class TrainStep:
             self._sum = GradientSum(self.state.flat)
         if update:
             self.state.flat.write_rates()
+        if self.captured.reason is None and (self._unchanged is None or not self._unchanged.holds()):
+            # A callback may have frozen layers, added hooks or replaced a module.
+            self.captured.reset()
+            self._unchanged = Unchanged(self.state.model)
+
+    def _key(self, images: Tensor, targets: PaddedTargets, size: int | None, update: bool) -> Hashable:
+        """What the program depends on besides tensors that stay and the model; None if nothing is recorded."""
+        if self.captured.reason is not None:
+            return None
+        loss = tuple((name, str(value)) for name, value in vars(self.criterion).items())
+        weights = tuple(term.weight for term in self.criterion.terms)
+        group = self.state.optimizer.param_groups[0]
+        options = tuple(group.get(name) for name in ("nesterov", "eps"))
+        shapes = (images.shape, targets.mask.shape, size)
+        return (*shapes, update, self.state.flat.missing, self.amp, self.clip, loss, weights, options)
 
     def _program(
         self, images: Tensor, targets: PaddedTargets, size: int | None, update: bool, clock: PhaseClock
     ) -> tuple[StepResult, list[int]]:
         """A step on buffers that stay; also the indices of the parameters that received a gradient."""
+        for parameter in self.state.flat.trained:
+            parameter.grad = None  # what an attempt to record the step may have left
         images = prepare_images(images, self.device, channels_last=self.channels_last)
         if size is not None:
             images = nn.functional.interpolate(images, size=(size, size), mode="bilinear", align_corners=False)
         with autocast(self.device, self.amp):
             output = self._forward(images)
-        clock.end("forward")
+        self._end(clock, "forward")
         # Gradients are averaged over the processes; the published loss sums over the images of all of them.
         loss = self.criterion(output, targets, (images.shape[2], images.shape[3]), scale=self.group.size)
-        clock.end("loss")
+        self._end(clock, "loss")
         total = loss.total * self.state.scale.value if self.state.scale.enabled else loss.total
         flat = self.state.flat
         if update and self._sum is not None:
@@ -158,7 +192,7 @@ class TrainStep:
         else:
             total.backward()
             received = flat.collect()
-        clock.end("backward")
+        self._end(clock, "backward")
         skipped = torch.zeros((), dtype=torch.bool, device=self.device)
         if update:
             skipped = ~self._update(flat.missing.difference(received))
@@ -166,6 +200,11 @@ class TrainStep:
         items = loss.items.double()
         self.totals += torch.where(items.isfinite().all(), torch.cat((items, items.new_ones(1))), 0.0)
         return StepResult(items, skipped), received
+
+    def _end(self, clock: PhaseClock, phase: str) -> None:
+        """A recording would hold the clock's events, which nothing reads then."""
+        if self.device.type != "cuda" or not torch.cuda.is_current_stream_capturing():
+            clock.end(phase)
 
     def _update(self, idle: frozenset[int]) -> Tensor:
         state = self.state

@@ -203,6 +203,7 @@ class Trainer:
             clip=config.clip,
             channels_last=config.channels_last,
             group=group,
+            capture=config.capture,
         )
 
     def _restore(self, saved: dict[str, Any]) -> None:

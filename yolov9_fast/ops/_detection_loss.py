@@ -353,11 +353,15 @@ class _DetectionLoss(AutogradFunction):
         upstream = upstream.contiguous()
         # Returned once: the caller owns them then, and a second backward starts from the maps.
         gradients, ctx.gradients = ctx.gradients, None
-        if gradients is None or (upstream.is_cpu and not bool((upstream == 1).all())):
+        if gradients is None or (upstream.is_cpu and not _all_ones(upstream)):
             gradients = ctx.kernels.backward(upstream, maps, *fixed, *ctx.options)
         elif upstream.is_cuda:
             ctx.kernels.unless_ones(upstream, maps, *fixed, *ctx.options, gradients)
         return (None,) * 7 + tuple(gradients)
+
+
+def _all_ones(values: Tensor) -> bool:
+    return bool((values == 1).all())
 
 
 # ---- backends

@@ -92,7 +92,7 @@ class CapturedStep(Generic[_T]):
     @property
     def captured(self) -> bool:
         """Whether the next call is a replay."""
-        return bool(self._capture.recorded) and self._fault is None
+        return self._capture.recorded != () and self._fault is None
 
     def reset(self) -> None:
         """Forget the recording and what was found: the next calls are a warm-up again."""

@@ -158,6 +158,11 @@ class Capture:
         if isinstance(self._record, CudaGraphs):
             self._record = CudaGraphs(self.device)
 
+    def forget(self, key: Hashable) -> None:
+        """`reset` for one key."""
+        self._recordings.pop(key, None)
+        self._calls.pop(key, None)
+
     def fixed(self, key: Hashable) -> bool:
         """Whether the next `run` of this key is recorded or replayed: what it reads must lie in memory that stays."""
         if key in self._recordings:
@@ -185,7 +190,7 @@ class Capture:
             self._calls[key] = calls + 1
             return self._warm_up(program)
         try:
-            with _chosen_as_recorded(self.device.type):
+            with chosen_as_recorded(self.device.type):
                 recording = _Recording(*self._record(program))
         except Exception as error:  # whatever the program, torch or the driver raises
             self._failed(error)
@@ -209,7 +214,7 @@ class Capture:
         return self._thread == own
 
     def _warm_up(self, program: Callable[[], _T]) -> _T:
-        with _chosen_as_recorded(self.device.type):
+        with chosen_as_recorded(self.device.type):
             if not isinstance(self._record, CudaGraphs):
                 return program()
             # As torch's notes on CUDA graphs say: on a side stream, ordered after and before the current one.
@@ -231,16 +236,20 @@ class Capture:
         return recording.results
 
     def _failed(self, error: BaseException) -> None:
-        first = error
-        while first.__context__ is not None:  # the end of a capture fails because of what failed inside it
-            first = first.__context__
-        line = (str(first).strip().splitlines() or [""])[0]
-        self._failure = printable(f"{type(first).__name__}: {line}" if line else type(first).__name__, 300)
+        self._failure = reason_of(error)
         log.warning("%s: not captured as a CUDA graph: %s; it goes on without", self.name, self._failure)
 
 
+def reason_of(error: BaseException) -> str:
+    """In a line why a recording failed: its end fails because of what failed inside it."""
+    while error.__context__ is not None:
+        error = error.__context__
+    line = (str(error).strip().splitlines() or [""])[0]
+    return printable(f"{type(error).__name__}: {line}" if line else type(error).__name__, 300)
+
+
 @contextlib.contextmanager
-def _chosen_as_recorded(device_type: str) -> Iterator[None]:
+def chosen_as_recorded(device_type: str) -> Iterator[None]:
     """Blocks choose what a recording shall hold, and autocast keeps no converted weights: a graph converts its own."""
     token = as_recorded.set(True)
     cache = torch.is_autocast_cache_enabled()

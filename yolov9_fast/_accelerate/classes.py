@@ -20,13 +20,18 @@ from yolov9_fast.nn.plan import KNOWN_FORWARDS, PLAN, Planning, Step, run
 from yolov9_fast.nn.steps import MEMORY_FORMAT
 
 _ORIGIN = "_yolov9_fast_origin"
+GRAPHS = "_yolov9_fast_graphs"
+"""On a module whose forward is replayed: its recordings."""
 
 
 class Origin(NamedTuple):
-    """What an accelerated class was made of: the class of the other code, its kind, and the method that it calls."""
+    """What an accelerated class was made of: the class of the other code, its kind, and the method that it calls.
+
+    Of a class whose forward is replayed (`captured.py`) the kind is None.
+    """
 
     base: type[nn.Module]
-    kind: Kind
+    kind: Kind | None
     method: str
     memory_format: torch.memory_format | None
 
@@ -49,23 +54,31 @@ def reset_class(module: nn.Module) -> bool:
     if origin is None:
         return False
     module.__class__ = origin.base
-    module.__dict__.pop(PLAN, None)
+    for name in (PLAN, GRAPHS):
+        module.__dict__.pop(name, None)
     if origin.method != "forward":
         module.__dict__.setdefault("forward", getattr(module, origin.method))
     return True
 
 
+def known_class(origin: Origin) -> type[nn.Module] | None:
+    """The class that was derived for this origin before."""
+    return next((known for known in origin.base.__subclasses__() if vars(known).get(_ORIGIN) == origin), None)
+
+
 def _class_of(origin: Origin) -> type[nn.Module]:
     base = origin.base
-    for known in base.__subclasses__():
-        if vars(known).get(_ORIGIN) == origin:
-            return known
+    known = known_class(origin)
+    if known is not None:
+        return known
     definition = getattr(base, origin.method)
-    plan = origin.kind.planner if origin.method == "forward" else KNOWN_FORWARDS[FOLDED]
+    kind = origin.kind
+    assert kind is not None
+    plan = kind.planner if origin.method == "forward" else KNOWN_FORWARDS[FOLDED]
 
     def planner(block: nn.Module, planning: Planning) -> Step | None:
         # The other code may have replaced its method, and children of the block, since.
-        if getattr(base, origin.method) is not definition or origin.kind.reason(block) is not None:
+        if getattr(base, origin.method) is not definition or kind.reason(block) is not None:
             return None
         return plan(block, planning)
 
@@ -77,6 +90,12 @@ def _class_of(origin: Origin) -> type[nn.Module]:
         return run(self, planner, own, inputs[0])
 
     forward.planner = planner  # type: ignore[attr-defined]
+    return derived(origin, forward)
+
+
+def derived(origin: Origin, forward: Callable[..., Any]) -> type[nn.Module]:
+    """A subclass of `origin.base` with this forward, which nobody but `type` can tell from it."""
+    base = origin.base
     members = {
         _ORIGIN: origin,
         MEMORY_FORMAT: origin.memory_format,
@@ -95,7 +114,7 @@ def _class_of(origin: Origin) -> type[nn.Module]:
 def _plain(self: nn.Module, origin: Origin) -> nn.Module:
     """The same attributes in an instance of the other code's class."""
     plain: nn.Module = origin.base.__new__(origin.base)
-    plain.__dict__.update({name: value for name, value in self.__dict__.items() if name != PLAN})
+    plain.__dict__.update({name: value for name, value in self.__dict__.items() if name not in (PLAN, GRAPHS)})
     return plain
 
 
@@ -135,7 +154,8 @@ def _made(self: nn.Module, copied: Callable[[Any], Any], memo: dict[int, Any] | 
 def _again(self: nn.Module, other: nn.Module) -> nn.Module:
     if type(other) is _origin(self).base:
         other.__class__ = type(self)
-    other.__dict__.pop(PLAN, None)
+    for name in (PLAN, GRAPHS):
+        other.__dict__.pop(name, None)
     return other
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from yolov9_fast._accelerate.captured import is_captured_class, set_captured
 from yolov9_fast._accelerate.classes import origin_of, reset_class, set_class
 from yolov9_fast._accelerate.matching import FOLDED, KINDS, OPERATORS, Kind, match
 from yolov9_fast._accelerate.probe import differs
@@ -19,11 +20,16 @@ _CONVERTED = "_yolov9_fast_converted"
 
 @dataclass
 class Report:
-    """What `accelerate` did: `accelerated` module name → kind, `skipped` module name → reason."""
+    """What `accelerate` did: `accelerated` module name → kind, `skipped` module name → reason.
+
+    `capture`: whether the network was asked to replay CUDA graphs; `not_captured`: why it will not.
+    """
 
     accelerated: dict[str, str] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
     memory_format: torch.memory_format | None = None
+    capture: bool = False
+    not_captured: str | None = None
 
     def counts(self) -> dict[str, int]:
         """How many modules of each kind run the operators."""
@@ -32,6 +38,12 @@ class Report:
     def __str__(self) -> str:
         counts = ", ".join(f"{n} {name}" for name, n in self.counts().items()) or "nothing"
         lines = [f"accelerated: {counts}; memory format {self.memory_format or 'as it was'}"]
+        if self.capture:
+            lines.append(
+                f"not captured: {self.not_captured}"
+                if self.not_captured
+                else "captured: forward and backward, for each shape of the input after 3 calls"
+            )
         lines += [f"skipped {name}: {reason}" for name, reason in self.skipped.items()]
         return "\n".join(lines)
 
@@ -41,6 +53,7 @@ def accelerate(
     *,
     ops: str | Iterable[str] = "all",
     memory_format: torch.memory_format | None = torch.channels_last,
+    capture: bool = False,
 ) -> Report:
     """Make the blocks of a YOLOv9 of any code run the fused operators, in place.
 
@@ -57,13 +70,16 @@ def accelerate(
             needs another one is skipped.
         memory_format: in which convolutions read their weights, and so of the maps; the parameters of other code keep
             theirs. None reads them as they are. With channels_last nothing in a CSP-ELAN block is copied but weights.
+        capture: also replay the whole network's forward and backward as CUDA graphs, on a GPU, for each shape of an
+            input that is one tensor, after three calls; where that is not possible its calls are plain.
+            False leaves a network as it is.
 
     Returns:
         Report: per module what runs, or why not.
 
     Raises:
         TypeError: `model` is no module.
-        ValueError: an operator that does not exist.
+        ValueError: an operator that does not exist; `capture` of DistributedDataParallel or DataParallel.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
@@ -72,6 +88,8 @@ def accelerate(
     probed: dict[Any, bool | None] = {}
     for name, module in model.named_modules():
         _accelerate_one(name, module, chosen, report, probed)
+    if capture:
+        report.capture, report.not_captured = True, set_captured(model)
     return report
 
 
@@ -82,6 +100,8 @@ def restore(model: nn.Module) -> int:
     """
     count = 0
     for module in model.modules():
+        if is_captured_class(module):
+            reset_class(module)
         count += reset_class(module)
         if module.__dict__.pop(_CONVERTED, False):
             for parameter in module.parameters():
@@ -129,7 +149,7 @@ def _accelerate_one(
     if "forward" in module.__dict__ and getattr(module, "bn", None) is not None:
         report.skipped[name] = f"its forward is {FOLDED}, which leaves out its norm"
         return
-    if origin is None:
+    if origin is None or origin.kind is None:
         key = type(module), "forward" in module.__dict__
         if probed.get(key) is None:
             probed[key] = differs(module, kind)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import functools
 import logging
 import threading
 from collections.abc import Callable
@@ -13,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.recording import record
-from yolov9_fast._capture import Capture, Unchanged, as_recorded
+from yolov9_fast._capture import Capture, CudaGraphs, Unchanged, as_recorded
 from yolov9_fast.errors import UserError
 from yolov9_fast.models import create_model
 from yolov9_fast.nn import host_time
@@ -106,10 +108,7 @@ def test_the_number_of_recordings_is_bounded() -> None:
 def test_a_failed_recording_says_why_once_and_goes_on(caplog: pytest.LogCaptureFixture) -> None:
     def failing(program: Callable[[], Any]) -> Any:
         program()
-        try:
-            raise ValueError("operation not permitted\nwhen stream is capturing")
-        finally:
-            raise RuntimeError("the end of the capture")
+        raise ValueError("operation not permitted\nwhen stream is capturing")
 
     recorded = [record, failing]
     runner = capture(warmup=1, record=lambda program: recorded[len(runner.recorded)](program))
@@ -261,6 +260,57 @@ def test_a_change_of_a_module_is_seen(change: str) -> None:
     assert unchanged.holds()  # values may change in place
     CHANGES[change](model)
     assert not unchanged.holds()
+
+
+class FailingCuda:
+    """torch.cuda where the end of a capture fails after what fails inside it, as after a read on the host."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, ends: bool) -> None:
+        self.done: list[str] = []
+        cuda = self
+
+        class Graph:
+            def pool(self) -> tuple[int, int]:
+                if not ends:
+                    raise RuntimeError("Called CUDAGraph::pool() without a preceding successful capture.")
+                return 1, 0
+
+            def reset(self) -> None:
+                cuda.done.append("reset")
+
+        class Recorded:
+            def __init__(self, graph: Any, **options: Any) -> None:
+                assert options["capture_error_mode"] == "thread_local"
+
+            def __enter__(self) -> None: ...
+            def __exit__(self, *error: Any) -> None:
+                if not ends:
+                    raise RuntimeError("capture invalidated")
+
+        for name, value in {
+            "CUDAGraph": Graph,
+            "graph": Recorded,
+            "graph_pool_handle": lambda: (0, 1),
+            "Stream": lambda device: "side",
+            "stream": lambda stream: contextlib.nullcontext(),
+        }.items():
+            monkeypatch.setattr(torch.cuda, name, value)
+        for name in ("_cuda_endAllocateToPool", "_cuda_releasePool"):
+            called = functools.partial(self._note, name)
+            monkeypatch.setattr(torch._C, name, called, raising=False)
+
+    def _note(self, name: str, device: int, pool: Any) -> None:
+        assert (device, pool) == (0, (0, 1))
+        self.done.append(name)
+
+
+@pytest.mark.parametrize("ends", [True, False])
+def test_a_failed_graph_leaves_the_allocator_clean(monkeypatch: pytest.MonkeyPatch, ends: bool) -> None:
+    cuda = FailingCuda(monkeypatch, ends)
+    with pytest.raises(ZeroDivisionError):  # the cause, not what the end says of it
+        CudaGraphs(torch.device("cuda", 0))(lambda: 1 // 0)
+    ending = [] if ends else ["_cuda_endAllocateToPool", "_cuda_releasePool"]
+    assert cuda.done == [*ending, "reset"]
 
 
 @pytest.mark.gpu

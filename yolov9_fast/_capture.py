@@ -61,14 +61,21 @@ class CudaGraphs:
         graph = torch.cuda.CUDAGraph()
         # Another thread, as of a loader that pins memory, may go on: only what this one does is forbidden.
         recording = torch.cuda.graph(graph, pool=pool, stream=self.side_stream(), capture_error_mode="thread_local")
+        failure: BaseException | None = None
         # torch's block leaves its stream current where the end of the capture fails; the outer one does not.
         with torch.cuda.stream(self.side_stream()), collection_paused():
             try:
                 with recording:
-                    results = program()
-            except BaseException:
+                    try:
+                        results = program()
+                    except BaseException as error:
+                        failure = error
+                        raise
+            except BaseException as error:
                 self._abandon(graph, pool)
-                raise
+                if failure is None or failure is error:
+                    raise
+                raise failure from None  # because of which the end failed too
         return graph.replay, results
 
     def side_stream(self) -> torch.cuda.Stream:
@@ -77,14 +84,18 @@ class CudaGraphs:
             self.stream = torch.cuda.Stream(self.device)
         return self.stream
 
-    def _abandon(self, graph: Any, pool: Any) -> None:
-        """Have the allocator forget a recording that failed: its end, which does so, may have failed too."""
+    def _abandon(self, graph: torch.cuda.CUDAGraph, pool: Any) -> None:
+        """Have the allocator forget a recording that failed; its end does so, unless that failed too."""
         self._pool = None
-        _abandoned.append(graph)  # the allocator may still ask it which streams it records
-        index = torch.cuda.current_device() if self.device.index is None else self.device.index
-        for name in ("_cuda_endAllocateToPool", "_cuda_releasePool"):
-            with contextlib.suppress(RuntimeError, AttributeError):  # it was done, or torch has other names
-                getattr(torch._C, name)(index, pool)
+        try:
+            graph.pool()
+        except RuntimeError:  # it has not ended
+            index = torch.cuda.current_device() if self.device.index is None else self.device.index
+            for name in ("_cuda_endAllocateToPool", "_cuda_releasePool"):
+                with contextlib.suppress(RuntimeError, AttributeError):  # it was done, or torch has other names
+                    getattr(torch._C, name)(index, pool)
+            _abandoned.append(graph)  # if not, the allocator still asks the graph which streams it records
+        graph.reset()
 
 
 _abandoned: list[Any] = []
@@ -241,9 +252,7 @@ class Capture:
 
 
 def reason_of(error: BaseException) -> str:
-    """In a line why a recording failed: its end fails because of what failed inside it."""
-    while error.__context__ is not None:
-        error = error.__context__
+    """In a line why a recording failed."""
     line = (str(error).strip().splitlines() or [""])[0]
     return printable(f"{type(error).__name__}: {line}" if line else type(error).__name__, 300)
 

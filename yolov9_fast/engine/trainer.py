@@ -376,6 +376,7 @@ class Trainer:
             process_group=self.process_group,
             channels_last=self.config.channels_last,
             title=title,
+            capture=self.config.capture,
         )
 
     def _evaluate_best(self) -> ValidationResult | None:

@@ -7,7 +7,6 @@ turns sample by sample, so that what disturbs the machine disturbs both. A diffe
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import shutil
 import subprocess
@@ -26,11 +25,11 @@ from yolov9_fast.errors import UserError
 
 from . import machine
 from .first import aligned
+from .processes import ROOT, WorkerProcess
 from .progress import progress
 from .records import Record, measures, read
 from .stats import THRESHOLD, Ratio, ratio_of_medians, settled, verdict
 
-ROOT = Path(__file__).resolve().parent.parent
 THIS_TREE = ("tree", ".")
 REPEATS = 3
 ROUNDS = 15
@@ -149,7 +148,7 @@ def compare_trees(
     options["threads"] = threads
     differences: list[Difference] = []
     missing: list[str] = []
-    with _Process(old) as first, _Process(new) as second:
+    with WorkerProcess(old, environment=_QUIET) as first, WorkerProcess(new, environment=_QUIET) as second:
         cases = first.ask("list", **options)
         others = second.ask("list", **options)
         missing.extend(sorted(set(cases) ^ set(others)))
@@ -171,7 +170,14 @@ def compare_trees(
 
 
 def _turns(
-    first: _Process, second: _Process, case: str, key: str, count: int, rounds: int, repeats: int, threshold: float
+    first: WorkerProcess,
+    second: WorkerProcess,
+    case: str,
+    key: str,
+    count: int,
+    rounds: int,
+    repeats: int,
+    threshold: float,
 ) -> Difference:
     samples: list[tuple[float, float]] = []
     verdicts: list[str] = []
@@ -190,51 +196,6 @@ def _turns(
             break
     whole = ratio_of_medians([n for _, n in samples], [o for o, _ in samples], paired=True)
     return Difference(case, key.strip(), whole, settled(verdicts))
-
-
-class _Process:
-    """A worker process on one tree."""
-
-    def __init__(self, tree: Path) -> None:
-        self.tree = tree
-
-    def __enter__(self) -> _Process:
-        self._process = subprocess.Popen(
-            [sys.executable, str(Path(__file__).with_name("worker.py")), str(self.tree)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            cwd=tempfile.gettempdir(),
-            env=dict(os.environ) | _QUIET,
-        )
-        self._answer()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        assert self._process.stdin is not None
-        with contextlib.suppress(OSError):
-            self._process.stdin.close()
-        try:
-            self._process.wait(10)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-
-    def ask(self, command: str, **options: Any) -> Any:
-        assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps({"command": command, **options}) + "\n")
-        self._process.stdin.flush()
-        return self._answer()
-
-    def _answer(self) -> Any:
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        if not line:
-            raise UserError(f"the benchmark process of {self.tree} ended (exit code {self._process.wait()})")
-        answer = json.loads(line)
-        if "error" in answer:
-            raise UserError(f"{self.tree}: {answer['error']}")
-        return answer["value"]
 
 
 @contextlib.contextmanager

@@ -13,9 +13,9 @@ from yolov9_fast._untrusted import read_json
 from yolov9_fast.atomic import atomic_write
 from yolov9_fast.errors import UserError
 
-from . import plots
+from . import commands, plots, step_table
 from .cases import PHASES
-from .records import Record, Run, newest_runs
+from .records import COMMANDS, STEP_TABLE, Record, Run, newest_runs, read
 from .stats import Ratio
 
 NOTHING = "not measured"
@@ -75,8 +75,24 @@ def write_report(results: Path, document: Path, files: Sequence[Path] = ()) -> l
         drawn = plots.draw(run, folder) if importlib.util.find_spec("matplotlib") else []
         written += drawn
         parts.append(_section(run, drawn, document.parent))
-    written.append(atomic_write(document, "\n".join(parts)))
+    parts += [_beside(folder) for folder in dict.fromkeys(path.parent for path in chosen)]
+    written.append(atomic_write(document, "\n".join(part for part in parts if part)))
     return written
+
+
+def _beside(folder: Path) -> str:
+    """The tables beside other people's code that a device's folder holds; empty where there are none."""
+    parts = []
+    for title, name, text in (
+        ("A whole training step", STEP_TABLE, step_table.text),
+        ("Whole training commands", COMMANDS, commands.text),
+    ):
+        if (folder / name).is_file():
+            found = read(folder / name)
+            lines = dict.fromkeys(r["command"] for r in found if r["kind"] == "run")
+            done = "; ".join(f"`{line}`" for line in lines)
+            parts.append(f"### {title}\n\n[Records](../bench/results/{folder.name}/{name}) of {done}.\n\n{text(found)}")
+    return "\n".join([f"## Beside other people's code: {folder.name}\n", *parts]) if parts else ""
 
 
 def predicted(records: Sequence[Record]) -> str:
@@ -87,11 +103,13 @@ def predicted(records: Sequence[Record]) -> str:
         eager, fused = (record["forms"][form] for form in ("eager", "fused"))
         for name in record["devices"]:
             pair = [form["predicted"][name] for form in (eager, fused)]
-            cells = [_time(one[key]) for key in ("seconds", "captured_seconds") for one in pair]
+            cells = [time_text(one[key]) for key in ("seconds", "captured_seconds") for one in pair]
             bounds = ", ".join(dict.fromkeys(one["bound"] for one in pair))
             rate = f"{pair[0]['captured_seconds'] / pair[1]['captured_seconds']:.2f}"
             times.append([*case, name, *cells, rate, bounds])
-        pairs = [(f"{one['launches']:,}", _bytes(one["bytes"]), _bytes(one["saved_bytes"])) for one in (eager, fused)]
+        pairs = [
+            (f"{one['launches']:,}", byte_text(one["bytes"]), byte_text(one["saved_bytes"])) for one in (eager, fused)
+        ]
         work.append([*case, *(cell for both in zip(*pairs, strict=True) for cell in both)])
     case_head = ("network", "what", "batch", "precision")
     forms = ("eager", "fused", "eager, captured", "fused, captured")
@@ -149,7 +167,7 @@ def _section(run: Run, drawn: Sequence[Path], base: Path) -> str:
 def _ceilings(run: Run) -> str:
     if run.ceilings is None:
         return f"Ceilings: {NOTHING}.\n"
-    speeds = ", ".join(f"{speed / 1e9:.0f} GB/s over {_bytes(size)}" for size, speed in run.ceilings["bandwidth"])
+    speeds = ", ".join(f"{speed / 1e9:.0f} GB/s over {byte_text(size)}" for size, speed in run.ceilings["bandwidth"])
     products = ", ".join(f"{name} {value / 1e9:,.0f} GFLOP/s" for name, value in run.ceilings["matrix"].items())
     return f"Ceilings measured in the run: bandwidth {speeds}; products {products}.\n"
 
@@ -167,14 +185,14 @@ def _disturbance(run: Run) -> str:
 # Cells ----------------------------------------------------------------------------------------------------------------
 
 
-def _bytes(size: float) -> str:
+def byte_text(size: float) -> str:
     for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if size >= scale:
             return f"{size / scale:.3g} {unit}"
     return f"{size:.0f} B"
 
 
-def _time(seconds: float) -> str:
+def time_text(seconds: float) -> str:
     for unit, scale in (("s", 1.0), ("ms", 1e-3)):
         if seconds >= scale:
             return f"{seconds / scale:.3g} {unit}"
@@ -182,10 +200,10 @@ def _time(seconds: float) -> str:
 
 
 def _spread(record: Record) -> str:
-    return f"{_time(record['median'])} [{_time(record['p20'])}, {_time(record['p80'])}]"
+    return f"{time_text(record['median'])} [{time_text(record['p20'])}, {time_text(record['p80'])}]"
 
 
-def _speedup(record: Record) -> str:
+def ratio_text(record: Record) -> str:
     return Ratio(**record["speedup"]).text() if record.get("speedup") else "1"
 
 
@@ -212,11 +230,11 @@ def _networks(run: Run, family: str, phases: Mapping[str, str]) -> str:
             case.removeprefix(f"{family}/"),
             _provider(r),
             _spread(r),
-            _speedup(r),
+            ratio_text(r),
             f"{r['per_second']:.1f}",
-            *(_time(r["phases"][name]) if name in r["phases"] else NOTHING for name in phases),
+            *(time_text(r["phases"][name]) if name in r["phases"] else NOTHING for name in phases),
             *_apart(r, apart),
-            _or_nothing(r, "peak_bytes", _bytes),
+            _or_nothing(r, "peak_bytes", byte_text),
             _or_nothing(r, "launches", str),
             f"{r['error']:.0e}",
         ]
@@ -236,11 +254,10 @@ def _places(run: Run) -> str:
                 shapes = " × ".join("[" + ", ".join(map(str, shape)) + "]" for shape in place["shapes"][:3])
                 share = f"{place['share']:.0%}" if "share" in place else NOTHING
                 name = place["name"].split("::")[-1]
-                cells = [name, shapes or "lists of tensors", str(place["calls"]), _time(place["seconds"])]
+                cells = [name, shapes or "lists of tensors", str(place["calls"]), time_text(place["seconds"])]
                 rows.append([*cells, f"{place['part']:.0%}", share, _BOUNDS[place["bound"]]])
-            title = (
-                f"{case.removeprefix('places/')}, {_provider(r)}: the three longest of {_time(r['profiled_seconds'])}"
-            )
+            profiled = time_text(r["profiled_seconds"])
+            title = f"{case.removeprefix('places/')}, {_provider(r)}: the three longest of {profiled}"
             head = ("kernel", "inputs", "calls", "time", "part", "share of limit", "bound by")
             parts.append(f"{title} (profiled)\n\n{table(head, rows)}")
     return "\n".join(parts) or f"{NOTHING[0].upper()}{NOTHING[1:]}.\n"
@@ -299,7 +316,7 @@ def _on_gpu(run: Run) -> dict[str, str]:
 
 
 def _apart(record: Record, columns: Mapping[str, str]) -> list[str]:
-    return [_or_nothing(record, key, _time) for key in columns.values()]
+    return [_or_nothing(record, key, time_text) for key in columns.values()]
 
 
 def _row_head(run: Run) -> tuple[str, ...]:
@@ -311,10 +328,10 @@ def _row(run: Run, record: Record, name: str) -> list[str]:
         name,
         _provider(record),
         _spread(record),
-        _speedup(record),
+        ratio_text(record),
         _share(record),
         *_apart(record, _on_gpu(run)),
-        _or_nothing(record, "peak_bytes", _bytes),
+        _or_nothing(record, "peak_bytes", byte_text),
         _or_nothing(record, "launches", str),
         f"{record['error']:.0e}",
     ]

@@ -2,17 +2,20 @@
 
 Started by its path, with the tree's folder as argument. Operators, kernels, networks and the benchmark's cases are
 those of that tree: a case calls what its tree has. This file and `compare.py` decide when and how often.
+
+`worker.py TREE MODULE:FUNCTION WORDS` calls a function of that tree with words instead; its result is the exit code.
 """
 
 from __future__ import annotations
 
+import importlib
 import importlib.machinery
 import importlib.util
 import json
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -108,15 +111,14 @@ class Worker:
         self._candidates = {}
 
 
-def main() -> int:
-    tree = Path(sys.argv[1]).resolve()
-    sys.meta_path.insert(0, TreeFinder(tree))
+def serve(make: Callable[[], Any]) -> int:
+    """Answer commands from standard input, one line of JSON each, by methods of what `make` gives, until it ends."""
     # What libraries print must not get between the answers.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     begin = time.perf_counter()
     try:
-        worker = Worker()
+        worker = make()
     except Exception as error:
         answers.write(json.dumps({"error": f"{type(error).__name__}: {error}"}) + "\n")
         answers.flush()
@@ -133,6 +135,14 @@ def main() -> int:
             answers.write(json.dumps({"error": f"{type(error).__name__}: {error}"}) + "\n")
         answers.flush()
     return 0
+
+
+def main() -> int:
+    sys.meta_path.insert(0, TreeFinder(Path(sys.argv[1]).resolve()))
+    if len(sys.argv) == 2:
+        return serve(Worker)
+    module, _, name = sys.argv[2].partition(":")
+    return int(getattr(importlib.import_module(module), name)(sys.argv[3:]))
 
 
 if __name__ == "__main__":

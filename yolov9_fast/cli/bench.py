@@ -18,6 +18,8 @@ _EPILOG = """examples:
   yolov9-fast bench suite --only ops,nms --match bn_silu        some of it
   yolov9-fast bench compare main tree --only ops                this tree against a commit, in turns
   yolov9-fast bench compare old.jsonl new.jsonl                 two files of records
+  yolov9-fast bench step-table --peers /opt/peers/bin/python    a training step beside other people's code
+  yolov9-fast bench commands --data bccd.yaml --peers PYTHON    whole training commands beside theirs
   yolov9-fast bench report                                      docs/benchmarks.md and its plots from the records
   yolov9-fast bench guard                                       kernels, copies, bytes of a step against the file
   yolov9-fast bench guard --update                              rewrite the file
@@ -45,6 +47,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     report.add_argument("--out", default="docs/benchmarks.md", metavar="FILE.md", help="default %(default)s")
     guard = _sub(commands, "guard", "counts of a training step against the file in the repository")
     guard.add_argument("--update", action="store_true", help="rewrite the file")
+    _configure_step_table(_sub(commands, "step-table", "a training step beside other people's code, in turns"))
+    _configure_commands(_sub(commands, "commands", "whole training commands beside other people's"))
     _configure_predict(_sub(commands, "predict", "predicted times of a step or of inference on GPUs, without a GPU"))
 
 
@@ -85,6 +89,33 @@ def _configure_compare(parser: argparse.ArgumentParser) -> None:
     add("--device", default=argparse.SUPPRESS, help="cpu or a GPU's number (default: a GPU where there is one)")
 
 
+_PEERS = "the Python of an environment with the packages of others (bench/METHOD.md)"
+
+
+def _configure_step_table(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--peers", metavar="PYTHON", help=_PEERS)
+    add("--rows", nargs="+", metavar="ROW", help="some of them (default all)")
+    add("--imgsz", type=int, default=320, metavar="N", help="image size in pixels (default %(default)s)")
+    add("--batch", type=int, default=8, metavar="N", help="images per step (default %(default)s)")
+    add("--threads", type=int, metavar="N", help="threads of each process (default: as many as torch takes)")
+    add("--seconds", type=float, default=200.0, metavar="S", help="time for the rounds (default %(default)s)")
+    add("--out", metavar="DIR", help="folder of records (default bench/results)")
+
+
+def _configure_commands(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--data", required=True, metavar="FILE", help="data file with the splits train and val")
+    add("--peers", metavar="PYTHON", help=_PEERS)
+    add("--rows", nargs="+", metavar="ROW", help="some of them (default all)")
+    add("--epochs", type=int, default=2, metavar="N", help="epochs (default %(default)s)")
+    add("--imgsz", type=int, default=320, metavar="N", help="image size in pixels (default %(default)s)")
+    add("--batch", type=int, default=8, metavar="N", help="images per step (default %(default)s)")
+    add("--workers", type=int, default=2, metavar="N", help="loader processes (default %(default)s)")
+    add("--rounds", type=int, default=1, metavar="N", help="runs of each command, in turns (default %(default)s)")
+    add("--out", metavar="DIR", help="folder of records (default bench/results)")
+
+
 def _configure_predict(parser: argparse.ArgumentParser) -> None:
     parser.epilog = "A device's file: see docs/benchmarks.md. Needs a source checkout, a C++ compiler, no GPU."
     add = parser.add_argument
@@ -104,6 +135,8 @@ def run(arguments: argparse.Namespace) -> int:
         "report": _report,
         "guard": _guard,
         "predict": _predict,
+        "step-table": _step_table,
+        "commands": _commands,
         None: _first,
     }
     return actions[arguments.action](arguments)
@@ -112,10 +145,7 @@ def run(arguments: argparse.Namespace) -> int:
 def _first(arguments: argparse.Namespace) -> int:
     from yolov9_fast.bench.first import compare_first
 
-    if arguments.imgsz % 32 or arguments.imgsz < 32:
-        raise UserError(f"--imgsz: expected a positive multiple of 32, got {arguments.imgsz}")
-    if arguments.batch < 1:
-        raise UserError(f"--batch: expected at least 1, got {arguments.batch}")
+    _check_step(arguments)
     text, agree = compare_first(
         arguments.model,
         arguments.imgsz,
@@ -126,6 +156,15 @@ def _first(arguments: argparse.Namespace) -> int:
     )
     print(text)
     return 0 if agree else 1
+
+
+def _check_step(arguments: argparse.Namespace) -> None:
+    if arguments.imgsz % 32 or arguments.imgsz < 32:
+        raise UserError(f"--imgsz: expected a positive multiple of 32, got {arguments.imgsz}")
+    for name in ("batch", "epochs", "workers", "rounds", "threads"):
+        value = getattr(arguments, name, None)
+        if value is not None and value < (name != "workers"):
+            raise UserError(f"--{name}: expected at least {int(name != 'workers')}, got {value}")
 
 
 def _suite(arguments: argparse.Namespace) -> int:
@@ -221,4 +260,42 @@ def _predict(arguments: argparse.Namespace) -> int:
             print(predict.text(records[-1]), end="\n\n")
     if target is not None:
         print(f"wrote {predict.write(records, target)}")
+    return 0
+
+
+def _step_table(arguments: argparse.Namespace) -> int:
+    from yolov9_fast.bench.records import read
+    from yolov9_fast.bench.step_table import run_step_table, text
+
+    _check_step(arguments)
+    path = run_step_table(
+        peers=arguments.peers,
+        **({"rows": arguments.rows} if arguments.rows else {}),
+        size=arguments.imgsz,
+        batch=arguments.batch,
+        threads=arguments.threads,
+        seconds=arguments.seconds,
+        out=user_path(arguments.out, "--out", UserError) if arguments.out else None,
+    )
+    records = read(path)
+    print(text(records))
+    print(f"records in {path}")
+    return 1 if any(record.get("wrong") for record in records) else 0
+
+
+def _commands(arguments: argparse.Namespace) -> int:
+    from yolov9_fast.bench.commands import Settings, run_commands, text
+    from yolov9_fast.bench.records import read
+
+    _check_step(arguments)
+    path = run_commands(
+        user_path(arguments.data, "--data", UserError),
+        Settings(arguments.epochs, arguments.imgsz, arguments.batch, arguments.workers),
+        peers=arguments.peers,
+        **({"rows": arguments.rows} if arguments.rows else {}),
+        rounds=arguments.rounds,
+        out=user_path(arguments.out, "--out", UserError) if arguments.out else None,
+    )
+    print(text(read(path)))
+    print(f"records in {path}")
     return 0

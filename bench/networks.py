@@ -105,9 +105,10 @@ class TrainingStep:
         total = self.forward(clock)
         with backend(self.backend_name):
             torch.autograd.backward(total)
-            clock.mark("backward")
             if self.flat is not None:
                 self.flat.collect()
+            clock.mark("backward")
+            if self.flat is not None:
                 self.flat.write_rates()
                 self.flat.update(clip=10.0, scale=self.scale, processes=1)
                 clock.mark("optimiser")

@@ -287,5 +287,5 @@ def test_a_step_on_a_gpu_is_one_graph() -> None:
     for seed in range(8):
         batch = batch_of(seed)
         on_gpu = {"images": batch["images"].cuda(), "targets": [batch["targets"][0].cuda()]}
-        assert torch.allclose(step(batch)["loss"], loops[1].step(on_gpu(batch))["loss"], rtol=1e-4)
+        assert torch.allclose(step(batch)["loss"], loops[1].step(on_gpu)["loss"], rtol=1e-4)
     assert step.captured, step.reason

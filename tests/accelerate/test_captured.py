@@ -40,9 +40,9 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(captured, "recorder_for", lambda device: record)
 
 
-def nets() -> tuple[Any, Any]:
+def nets(device: str = "cpu") -> tuple[Any, Any]:
     torch.manual_seed(0)
-    own = Net().train()
+    own = Net().to(device).train()
     other = copy.deepcopy(own)
     report = yf.accelerate(own, capture=True)
     assert (report.capture, report.not_captured) == (True, None)
@@ -293,8 +293,7 @@ def test_an_accelerated_network_of_other_code() -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="torch.cuda.graph needs a GPU")
 def test_a_network_on_a_gpu_is_replayed() -> None:
-    own, other = nets()
-    own.cuda(), other.cuda()
+    own, other = nets("cuda")
     for seed in range(7):
         assert torch.allclose(train(own, images(seed).cuda()), train(other, images(seed).cuda()), rtol=1e-4)
     assert own.python == WARM_UP + 1

@@ -31,7 +31,8 @@ WAYS = {
     "threads": "also fewer threads meanwhile",
     "one": "always one thread",
 }
-_COMPUTE = "import os\nparent = os.getppid()\nwhile os.getppid() == parent:\n    sum(range(10_000))"
+COMPUTE = "import os, sys\nwhile os.getppid() == int(sys.argv[1]):\n    sum(range(10_000))"
+"""A program that computes while the process that its argument names is its parent."""
 _FIRST = "-20"
 _SETTLING_SECONDS = 1.5
 """After the others or the way changed; a step that began then is not counted."""
@@ -87,7 +88,8 @@ def scheduled_first(pid: int | str = "self") -> None:
 def computing(number: int, *, own_sessions: bool, first: bool) -> Iterator[None]:
     """So many processes that compute, in this session or each in one of its own."""
     started = [
-        subprocess.Popen([sys.executable, "-c", _COMPUTE], start_new_session=own_sessions) for _ in range(number)
+        subprocess.Popen([sys.executable, "-c", COMPUTE, str(os.getpid())], start_new_session=own_sessions)
+        for _ in range(number)
     ]
     try:
         if own_sessions and first:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
-from tests.stress import kills, memory
+from tests.stress import busy, kills, memory
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -48,6 +50,24 @@ def test_growth_is_not_flat() -> None:
     grown = memory.summary([(300 + step) * mib for step in range(40)])
     assert not grown["flat"]
     assert grown["peak_mib"] == 339
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="this system has no /proc")
+def test_processes_that_compute_end_with_the_one_that_started_them() -> None:
+    start = "subprocess.Popen([sys.executable, '-c', sys.argv[1], str(os.getpid())], stdout=subprocess.DEVNULL)"
+    code = f"import os, subprocess, sys; print({start}.pid, flush=True); input()"
+    parent = subprocess.Popen(
+        [sys.executable, "-c", code, busy.COMPUTE], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert parent.stdout is not None
+    child = Path(f"/proc/{parent.stdout.readline().strip()}/stat")
+    parent.kill()
+    parent.communicate()
+    end = time.monotonic() + 60
+    with contextlib.suppress(OSError):  # it has ended
+        while child.read_text().rpartition(")")[2].split()[0] != "Z":
+            assert time.monotonic() < end
+            time.sleep(0.05)
 
 
 def test_a_difference_between_two_runs_is_found(tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ log = logging.getLogger("yolov9_fast.demo")
 
 TRAIN_IMAGES = 384
 VAL_IMAGES = 64
-EPOCHS = 18
+EPOCHS = 15
 PASSING_AP50 = 0.5
 _MARKER = ".yolov9_fast_demo"
 _SHOWN_IMAGES = 8

@@ -281,7 +281,7 @@ class _Monitor:
 
 @contextlib.contextmanager
 def share_cores(way: str | None = None) -> Iterator[Policy]:
-    """While the block runs, computation on the CPU slows down in proportion where other processes compute too.
+    """While the block runs, computation on the CPU is slowed down less where other processes compute too.
 
     A thread looks twice a second how long this process's threads wait for a core. Only while they wait for other
     processes it acts, as `way` says:

@@ -18,6 +18,7 @@ import torch
 
 from yolov9_fast.atomic import atomic_write
 from yolov9_fast.errors import UserError
+from yolov9_fast.ops import _convs
 from yolov9_fast.ops import _library as library
 
 from . import counting, instructions
@@ -52,9 +53,11 @@ class Finding:
 
 
 def environment_key() -> str:
-    """What the counts depend on: torch's version and whether the compiled operators run."""
+    """What the counts depend on: torch's version, whether the compiled operators run, and whether `convs` does."""
     version = ".".join(torch.__version__.split("+")[0].split(".")[:2])
-    return f"torch {version}, {'compiled' if library.loaded.get('cpu') is None else 'no compiled operators'}"
+    if library.loaded.get("cpu") is not None:
+        return f"torch {version}, no compiled operators"
+    return f"torch {version}, compiled{', AVX-512' if _convs.measured() else ''}"
 
 
 def counts() -> dict[str, dict[str, Any]]:

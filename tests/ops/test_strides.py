@@ -132,8 +132,8 @@ def arguments(kernel: str, m: Make, n: int, c: int, h: int, w: int) -> tuple[Any
 
 
 def declared() -> dict[str, Kernel]:
-    """All kernels that return something, by name."""
-    kernels = [kernel for operator in operators.values() for kernel in operator._declared]
+    """All kernels that return something, by name; those of `convs` take few layouts and channels (`test_convs.py`)."""
+    kernels = [kernel for name, one in operators.items() if name != "convs" for kernel in one._declared]
     return {kernel.name: kernel for kernel in kernels if not kernel.schema.endswith("-> ()")}
 
 

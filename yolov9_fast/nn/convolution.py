@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from yolov9_fast.nn.weight_casts import casting
+from yolov9_fast.nn.weight_casts import casting, weight_of
 from yolov9_fast.ops._cbfuse import cbfuse
 from yolov9_fast.ops._conv1x1 import conv1x1
+from yolov9_fast.ops._convs import convs_where_faster
 
 
 class Upsampled(NamedTuple):
@@ -43,6 +44,32 @@ def is_pointwise(conv: nn.Conv2d) -> bool:
         and conv.padding in (0, (0, 0))
         and conv.groups == 1
     )
+
+
+def is_same_size(conv: nn.Conv2d) -> bool:
+    """Whether `conv` is a plain 3×3 or 1×1 convolution whose result has the size of its input."""
+    kernel = tuple(conv.kernel_size)
+    border = (kernel[0] // 2, kernel[0] // 2)
+    return (
+        kernel in ((3, 3), (1, 1))
+        and tuple(conv.stride) == (1, 1)
+        and conv.padding in (border[0], border)
+        and tuple(conv.dilation) == (1, 1)
+        and conv.groups == 1
+    )
+
+
+def convolve_small(x: Sources, *convolutions: nn.Conv2d) -> list[Tensor] | None:
+    """The result of each convolution of `x`, all `is_same_size`, where `convs` is faster; None elsewhere."""
+    if not isinstance(x, Tensor):
+        return None
+    weights = []
+    for conv in convolutions:
+        weight = weight_of(conv)
+        if conv.bias is not None or weight.shape[1:] != (x.shape[1], *conv.kernel_size):
+            return None
+        weights.append(weight)
+    return convs_where_faster(x, weights)
 
 
 def convolve(

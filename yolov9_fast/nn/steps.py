@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from yolov9_fast.nn.convolution import Sources, convolve, is_pointwise
+from yolov9_fast.nn.convolution import Sources, convolve, convolve_small, is_pointwise, is_same_size
 from yolov9_fast.nn.parts import Parts, widths
 from yolov9_fast.nn.plan import KNOWN_FORWARDS, Planner, Planning, Slot, Step, own_forward
 from yolov9_fast.nn.sync_batch_norm import SyncBatchNorm2d, arguments, process_group
@@ -48,11 +48,14 @@ class Unit:
     width: int
     memory_format: torch.memory_format | None = None
     """In which the convolution reads its weights; None: as they are."""
+    small: bool = False
+    """A 3×3 convolution that the operator `convs` can compute, where the map is small."""
 
     def __call__(self, x: Sources, residual: Tensor | None = None, slot: Slot | None = None) -> Tensor:
         if self.norm is None:
             return self._folded(x, residual, slot)
-        y = convolve(x, self.conv, self.pointwise, memory_format=self.memory_format)
+        found = convolve_small(x, self.conv) if self.small else None
+        y = convolve(x, self.conv, self.pointwise, memory_format=self.memory_format) if found is None else found[0]
         return self.normalised(y, residual, slot)
 
     def normalised(self, y: Tensor, residual: Tensor | None = None, slot: Slot | None = None) -> Tensor:
@@ -119,7 +122,7 @@ def unit(block: Any, planning: Planning) -> Unit | None:
     norm, act = getattr(block, "bn", None), getattr(block, "act", None)
     if not planning.plain(conv, norm, act) or unit_reason(block) is not None:
         return None
-    planning.read(conv, "kernel_size", "stride", "padding", "groups", "padding_mode", "out_channels")
+    planning.read(conv, "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode", "out_channels")
     return Unit(
         conv,
         norm if type(norm) in _NORMS else None,
@@ -127,6 +130,7 @@ def unit(block: Any, planning: Planning) -> Unit | None:
         is_pointwise(conv),
         conv.out_channels,
         getattr(type(block), MEMORY_FORMAT, None),
+        is_same_size(conv) and not is_pointwise(conv),
     )
 
 
@@ -153,8 +157,12 @@ class RepUnit:
         if norm1.training is not norm2.training:
             y: Tensor = self.act(first(x) + second(x))
             return y if residual is None else y + residual
-        y1 = convolve(x, first.conv, first.pointwise, memory_format=first.memory_format)
-        y2 = convolve(x, second.conv, second.pointwise, memory_format=second.memory_format)
+        found = convolve_small(x, first.conv, second.conv) if first.small and second.pointwise else None
+        if found is None:
+            y1 = convolve(x, first.conv, first.pointwise, memory_format=first.memory_format)
+            y2 = convolve(x, second.conv, second.pointwise, memory_format=second.memory_format)
+        else:
+            y1, y2 = found
         own1, training, momentum = arguments(norm1)
         own2, _, _ = arguments(norm2)
         return rep_bn_silu(

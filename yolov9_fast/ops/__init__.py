@@ -19,6 +19,7 @@ from yolov9_fast.ops._box_iou import box_iou
 from yolov9_fast.ops._cbfuse import cbfuse
 from yolov9_fast.ops._concat import ConcatBuffer, concat, split_view, tap
 from yolov9_fast.ops._conv1x1 import conv1x1, conv1x1_pair
+from yolov9_fast.ops._convs import convs
 from yolov9_fast.ops._decode import AssignmentInputs, decode, decode_for_assignment
 from yolov9_fast.ops._detection_loss import detection_loss
 from yolov9_fast.ops._flat_update import adam_update, sgd_update
@@ -61,6 +62,7 @@ __all__ = [
     "concat",
     "conv1x1",
     "conv1x1_pair",
+    "convs",
     "decode",
     "decode_for_assignment",
     "detection_loss",

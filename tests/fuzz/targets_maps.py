@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -160,6 +161,30 @@ def conv1x1_pair(case: Case) -> None:
             skip=lambda name, number, expected: next_pixel(expected, [x], weights[number]),
         )
     )
+
+
+@target("convs", **LIMITS)
+def convs(case: Case) -> None:
+    """Of finite weights: the kernels multiply the border's zeros too (docs/architecture.md)."""
+    batch, _, height, width = size(case)
+    channels = case.draw(st.sampled_from([8, 16, 24, 1, 9]), "channels")
+    dtype = dtype_of(case)
+    x = tensor(case, "x", (batch, channels, height, width), dtype, gradient=True)
+    weights = []
+    for number in range(case.draw(st.integers(1, 3), "weights")):
+        outputs, kernel = (
+            case.draw(st.sampled_from([8, 16, 3]), "outputs"),
+            case.draw(st.sampled_from([3, 1]), "kernel"),
+        )
+        shape = (outputs, channels, kernel, kernel)
+        weights.append(tensor(case, f"weight{number}", shape, dtype, gradient=True, specials=[]))
+    arguments = spoil(case, [x, weights])
+
+    def magnitude(x: Tensor, weights: list[Tensor]) -> Any:
+        wide = x.double().abs().nan_to_num(0, 0, 0)
+        return [F.conv2d(wide, w.double().abs(), padding=w.shape[2] // 2) for w in weights]
+
+    check(Invocation("convs", ops.convs, arguments, magnitude=magnitude, gradients=finite(x, *weights)))
 
 
 @target("tap_backward", **LIMITS)

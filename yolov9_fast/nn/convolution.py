@@ -56,6 +56,7 @@ def is_same_size(conv: nn.Conv2d) -> bool:
         and conv.padding in (border[0], border)
         and tuple(conv.dilation) == (1, 1)
         and conv.groups == 1
+        and conv.padding_mode == "zeros"
     )
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from yolov9_fast._layout import row_stride
 from yolov9_fast.ops import _library
 from yolov9_fast.ops._backend import get_backend
-from yolov9_fast.ops._checks import check_map
+from yolov9_fast.ops._checks import check_map, described
 from yolov9_fast.ops._operator import AutogradFunction, Compiled, Kernel, Operator, once_differentiable
 from yolov9_fast.ops._supports import not_on
 
@@ -40,6 +40,8 @@ def convs(x: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
     `TypeError`/`ValueError` that name the argument.
     """
     check_map("x", x)
+    if not isinstance(weights, list | tuple) or not all(isinstance(weight, Tensor) for weight in weights):
+        raise TypeError(f"weights: expected a list of tensors, got {described(weights)}")
     if not weights:
         raise ValueError("weights: expected at least one, got none")
     for number, weight in enumerate(weights):

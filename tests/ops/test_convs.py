@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -225,3 +226,9 @@ def test_without_measured_vector_units_the_framework_computes(monkeypatch: pytes
 )
 def test_which_convolutions_keep_the_size(options: dict[str, object], expected: bool) -> None:
     assert is_same_size(nn.Conv2d(8, 8, **options)) is expected  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("weights", [3, torch.zeros(8, 8, 3, 3), [torch.zeros(8, 8, 3, 3), None]])
+def test_weights_that_are_no_list_of_tensors_are_refused(weights: Any) -> None:
+    with pytest.raises(TypeError, match="weights: expected a list of tensors, got"):
+        yf.ops.convs(torch.zeros(1, 8, 4, 4), weights)

@@ -19,7 +19,7 @@ import torch
 import yolov9_fast
 from yolov9_fast._untrusted import reason
 from yolov9_fast.engine.busy import SETTINGS, WAYS, busy_policy, loaded_libgomp, observable
-from yolov9_fast.engine.device import has_bf16
+from yolov9_fast.engine.device import automatic_amp, cpu_bf16_units, has_bf16
 from yolov9_fast.ops import _library as library
 from yolov9_fast.ops import _probe
 from yolov9_fast.ops._backend import backends, get_backend
@@ -50,6 +50,7 @@ def environment_report() -> str:
     """Versions, GPUs, build, optional packages, operators × backends; each thing that is missing with its reason."""
     sections = (
         ("Versions", _versions()),
+        ("Processor", _processor()),
         ("GPUs", _gpus()),
         ("Busy machine", _when_busy()),
         ("Compiled operators", _build()),
@@ -75,6 +76,12 @@ def _when_busy() -> Iterable[str]:
     yield f"{policy.way:<12}{WAYS[policy.way]} ({policy.why})"
     if policy.way != "off" and not loaded_libgomp():
         yield "            this torch has another OpenMP than libgomp: its waits stay as they are"
+
+
+def _processor() -> Iterable[str]:
+    """Whether it computes in bfloat16, and which precision `--amp auto` means on it."""
+    yield f"bf16        {' and '.join(cpu_bf16_units()) or 'emulated: slow'}"
+    yield "amp auto    {}: {}".format(*automatic_amp(torch.device("cpu")))
 
 
 def _gpus() -> Iterable[str]:

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "cpu/channel_blocks.h"
+#include "cpu/tiling.h"
 
 namespace {
 
@@ -28,11 +29,11 @@ void average(const FeatureMap& x, const FeatureMap& out) {
   if (out.empty()) return;
   const int64_t right = x.pixel, below = x.pixel * x.width;
   const auto line = [&](const T* from, T* to, int64_t count) {
-    for (int64_t i = 0; i < count; ++i) {
-      const A sum = static_cast<A>(from[i]) + static_cast<A>(from[i + right]) + static_cast<A>(from[i + below]) +
-                    static_cast<A>(from[i + below + right]);
-      to[i] = static_cast<T>(sum * A(0.25));
-    }
+    over_run<A>(count, [=](auto lanes, int64_t i) {
+      const Vector<A> sum = load(from + i, lanes) + load(from + i + right, lanes) + load(from + i + below, lanes) +
+                            load(from + i + below + right, lanes);
+      store(to + i, sum * A(0.25), lanes);
+    });
   };
   const int64_t outer = x.channels_last() ? 1 : x.channels;
   torch::stable::parallel_for(0, x.batch * outer * out.height, 1, [&](int64_t begin, int64_t end) {
@@ -66,13 +67,11 @@ void average_backward(const FeatureMap& d, const FeatureMap& dx) {
           for (int64_t v = std::max<int64_t>(0, w - 1); v <= std::min(w, d.width - 1); ++v) readers[count++] = at(y, v);
         }
         const T *a = readers[0], *b = readers[1];
-        if (count == 1) {
-          for (int64_t k = 0; k < inner; ++k) to[k] = static_cast<T>(static_cast<A>(a[k]) * A(0.25));
-        } else {
-          for (int64_t k = 0; k < inner; ++k) {
-            to[k] = static_cast<T>(static_cast<A>(a[k]) * A(0.25) + static_cast<A>(b[k]) * A(0.25));
-          }
-        }
+        over_run<A>(inner, [=](auto lanes, int64_t k) {
+          Vector<A> sum = load(a + k, lanes) * A(0.25);
+          if (count > 1) sum += load(b + k, lanes) * A(0.25);
+          store(to + k, sum, lanes);
+        });
       };
       if (h == 0 || h == dx.height - 1) {
         for (int64_t w = 0; w < dx.width; ++w) edge(w);
@@ -82,10 +81,12 @@ void average_backward(const FeatureMap& d, const FeatureMap& dx) {
         const T *a = at(h - 1, w - 1), *b = at(h, w - 1);
         const int64_t next = d.pixel;
         T* to = dx.at<T>(n, c, h * dx.width + w);
-        for (int64_t k = 0; k < count; ++k) {
-          to[k] = static_cast<T>(static_cast<A>(a[k]) * A(0.25) + static_cast<A>(a[k + next]) * A(0.25) +
-                                 static_cast<A>(b[k]) * A(0.25) + static_cast<A>(b[k + next]) * A(0.25));
-        }
+        over_run<A>(count, [=](auto lanes, int64_t k) {
+          store(to + k,
+                load(a + k, lanes) * A(0.25) + load(a + k + next, lanes) * A(0.25) + load(b + k, lanes) * A(0.25) +
+                    load(b + k + next, lanes) * A(0.25),
+                lanes);
+        });
       };
       edge(0);
       if (dx.channels_last()) {
@@ -128,8 +129,11 @@ class Windows {
       load_rows<T>(x_, n_, c_, (ready_ + 1) * x_.width, x_.width, lower_.data());
       A* to = averages_[ready_ % 4].data();
       const A *upper = upper_.data(), *lower = lower_.data();
-      for (int64_t i = 0; i < width_ * kBlock; ++i)
-        to[i] = static_cast<A>(static_cast<T>((upper[i] + upper[i + kBlock] + lower[i] + lower[i + kBlock]) * A(0.25)));
+      for (int64_t i = 0; i < width_ * kBlock; i += kLanes<A>) {
+        const auto at = [i](const A* row) { return load(row + i, AllLanes{}); };
+        const Vector<A> sum = at(upper) + at(upper + kBlock) + at(lower) + at(lower + kBlock);
+        store(to + i, rounded_to<T>(sum * A(0.25)), AllLanes{});
+      }
       std::fill(gradients_[ready_ % 4].begin(), gradients_[ready_ % 4].end(), A(0));
     }
   }

@@ -178,9 +178,9 @@ struct Statistics {
   }
 };
 
-template <bool Silu, typename V>
-V activated(V y) {
-  if constexpr (Silu) return silu(y);
+template <typename T, bool Silu>
+Vector<Compute<T>> activated(Vector<Compute<T>> y) {
+  if constexpr (Silu) return silu<T>(y);
   return y;
 }
 
@@ -234,7 +234,7 @@ void apply(const FeatureMaps<B>& x, const std::array<Norm<Compute<T>>, B>& norms
               const int64_t i = c + k * L;
               V y = shift[k];
               for (int b = 0; b < B; ++b) y = multiply_add(load(source[b] + i, lanes) - mean[b][k], scale[b][k], y);
-              V z = activated<Silu>(y);
+              V z = activated<T, Silu>(y);
               if (added) z += load(added + i, lanes);
               store(target + i, z, lanes);
             }
@@ -254,14 +254,15 @@ void apply(const FeatureMaps<B>& x, const std::array<Norm<Compute<T>>, B>& norms
         over_run<A>(length, [=](auto lanes, int64_t i) {
           std::array<V, B> values;
           for (int b = 0; b < B; ++b) values[b] = load(source[b] + i, lanes);
-          V z = activated<Silu>(normalised<B, V>(values, mean, scale, shift));
+          V z = activated<T, Silu>(normalised<B, V>(values, mean, scale, shift));
           if (added) z += load(added + i, lanes);
           store(target + i, z, lanes);
         });
       });
 }
 
-// Sums over the batch, [1 + B, C]: of dy and of dy x̂_b, where dy = act'(y) dz. With Keep, dy goes into `kept` as well.
+// Sums over the batch, [1 + B, C]: of dy and of dy x̂_b, where dy = act'(y) dz. With Keep, dy goes into `kept` as well,
+// in the type of the computation.
 template <typename T, int B, bool Silu, bool Keep>
 void gradient_sums(const FeatureMap& dz, const FeatureMaps<B>& x, const std::array<Norm<Compute<T>>, B>& norms,
                    const FeatureMap& kept, Compute<T>* sums) {
@@ -285,7 +286,7 @@ void gradient_sums(const FeatureMap& dz, const FeatureMaps<B>& x, const std::arr
           for (int64_t r = begin; r < end; r += step) {
             const std::array<const T*, B> source = rows_at<const T, B>(x, r);
             const T* gradient = static_cast<const T*>(dz.data) + r * dz.pixel;
-            T* target = Keep ? static_cast<T*>(kept.data) + r * kept.pixel : nullptr;
+            A* target = Keep ? static_cast<A*>(kept.data) + r * kept.pixel : nullptr;
             for (int k = 0; k < K; ++k) {
               const int64_t i = c + k * L;
               V dy = load(gradient + i, lanes), y = shift[k];
@@ -294,7 +295,7 @@ void gradient_sums(const FeatureMap& dz, const FeatureMaps<B>& x, const std::arr
                 apart[b] = load(source[b] + i, lanes) - mean[b][k];
                 y = multiply_add(apart[b], scale[b][k], y);
               }
-              if constexpr (Silu) dy *= silu_slope(y);
+              if constexpr (Silu) dy *= silu_slope<T>(y);
               if constexpr (Keep) store(target + i, dy, lanes);
               sum[k] += dy;
               for (int b = 0; b < B; ++b) product[b][k] = multiply_add(dy, apart[b], product[b][k]);
@@ -316,7 +317,7 @@ void gradient_sums(const FeatureMap& dz, const FeatureMaps<B>& x, const std::arr
         }
         const V shift = broadcast(factors.shift[c]);
         const T* gradient = dz.at<const T>(n, c, first);
-        T* target = Keep ? kept.at<T>(n, c, first) : nullptr;
+        A* target = Keep ? kept.at<A>(n, c, first) : nullptr;
         V sum{};
         over_run<A>(length, [&](auto lanes, int64_t i) {
           // Lanes beyond the run's end read dz = 0 and so add nothing.
@@ -326,7 +327,7 @@ void gradient_sums(const FeatureMap& dz, const FeatureMaps<B>& x, const std::arr
             apart[b] = load(source[b] + i, lanes) - mean[b];
             y = multiply_add(apart[b], scale[b], y);
           }
-          if constexpr (Silu) dy *= silu_slope(y);
+          if constexpr (Silu) dy *= silu_slope<T>(y);
           if constexpr (Keep) store(target + i, dy, lanes);
           sum += dy;
           for (int b = 0; b < B; ++b) product[b] = multiply_add(dy, apart[b], product[b]);
@@ -348,12 +349,14 @@ void gradient_sums(const FeatureMap& dz, const FeatureMaps<B>& x, const std::arr
   }
 }
 
-// dx_b = scale_b (dy - mean(dy) - x̂_b mean(dy x̂_b)); means: [1 + B, C]. With Kept, `dz` is already dy.
+// dx_b = scale_b (dy - mean(dy) - x̂_b mean(dy x̂_b)); means: [1 + B, C]. With Kept, `dz` is already dy, in the type of
+// the computation.
 template <typename T, int B, bool Silu, bool Kept>
 void input_gradient(const FeatureMap& dz, const FeatureMaps<B>& x, const std::array<Norm<Compute<T>>, B>& norms,
                     const Compute<T>* means, const FeatureMaps<B>& dx) {
   using A = Compute<T>;
   using V = Vector<A>;
+  using D = std::conditional_t<Kept, A, T>;
   constexpr int L = kLanes<A>;
   const int64_t channels = dz.channels;
   const Tiling tiling(dz, all_dense<B>(x, dz), L);
@@ -387,7 +390,7 @@ void input_gradient(const FeatureMap& dz, const FeatureMaps<B>& x, const std::ar
           for (int64_t r = begin; r < end; r += step) {
             const std::array<const T*, B> source = rows_at<const T, B>(x, r);
             const std::array<T*, B> target = rows_at<T, B>(dx, r);
-            const T* gradient = static_cast<const T*>(dz.data) + r * dz.pixel;
+            const D* gradient = static_cast<const D*>(dz.data) + r * dz.pixel;
             for (int k = 0; k < K; ++k) {
               const int64_t i = c + k * L;
               V dy = load(gradient + i, lanes), y = shift[k];
@@ -396,7 +399,7 @@ void input_gradient(const FeatureMap& dz, const FeatureMaps<B>& x, const std::ar
                 apart[b] = load(source[b] + i, lanes) - mean[b][k];
                 if constexpr (Silu && !Kept) y = multiply_add(apart[b], scale[b][k], y);
               }
-              if constexpr (Silu && !Kept) dy *= silu_slope(y);
+              if constexpr (Silu && !Kept) dy *= silu_slope<T>(y);
               for (int b = 0; b < B; ++b) {
                 const V shifted = multiply_add(apart[b], steep[b][k], apart_by[b][k]);
                 store(target[b] + i, multiply_add(dy, scale[b][k], shifted), lanes);
@@ -415,7 +418,7 @@ void input_gradient(const FeatureMap& dz, const FeatureMaps<B>& x, const std::ar
           source[b] = x[b].template at<const T>(n, c, first), target[b] = dx[b].template at<T>(n, c, first);
         }
         const V shift = broadcast(factors.shift[c]);
-        const T* gradient = dz.at<const T>(n, c, first);
+        const D* gradient = dz.at<const D>(n, c, first);
         over_run<A>(length, [=](auto lanes, int64_t i) {
           V dy = load(gradient + i, lanes), y = shift;
           std::array<V, B> apart;
@@ -423,7 +426,7 @@ void input_gradient(const FeatureMap& dz, const FeatureMaps<B>& x, const std::ar
             apart[b] = load(source[b] + i, lanes) - mean[b];
             if constexpr (Silu && !Kept) y = multiply_add(apart[b], scale[b], y);
           }
-          if constexpr (Silu && !Kept) dy *= silu_slope(y);
+          if constexpr (Silu && !Kept) dy *= silu_slope<T>(y);
           for (int b = 0; b < B; ++b) {
             const V shifted = multiply_add(apart[b], steep[b], apart_by[b]);
             store(target[b] + i, multiply_add(dy, scale[b], shifted), lanes);

@@ -1,10 +1,10 @@
 // cbfuse on the CPU: the sum of the target and of maps resized to it by nearest neighbour. Reads every input and the
 // target once, writes the sum once; backward reads the gradient once per input.
 #include <algorithm>
-#include <type_traits>
 #include <vector>
 
 #include "cpu/feature_map.h"
+#include "cpu/tiling.h"
 
 namespace {
 
@@ -34,40 +34,25 @@ struct Source {
   std::vector<int64_t> rows, columns;
 };
 
-// Channels of a pixel that are summed in registers before they are written.
-constexpr int kChunk = 32;
-
 template <class T>
 void sum_rows(const std::vector<Source>& sources, const FeatureMap& target, const FeatureMap& out) {
   using A = Compute<T>;
-  const int64_t channels = target.channels;
   torch::stable::parallel_for(0, target.batch * target.height, 1, [&](int64_t begin, int64_t end) {
+    std::vector<const T*> pixels(sources.size());
     for (int64_t i = begin; i < end; ++i) {
       const int64_t n = i / target.height, h = i % target.height;
       for (int64_t w = 0; w < target.width; ++w) {
-        const auto pixel = [&](const Source& source) {
-          return source.map.at<const T>(n, 0, source.rows[h] * source.map.width + source.columns[w]);
-        };
+        for (size_t s = 0; s < sources.size(); ++s) {
+          const Source& source = sources[s];
+          pixels[s] = source.map.at<const T>(n, 0, source.rows[h] * source.map.width + source.columns[w]);
+        }
         const T* last = target.at<const T>(n, 0, h * target.width + w);
         T* to = out.at<T>(n, 0, h * target.width + w);
-        for (int64_t c = 0; c < channels; c += kChunk) {
-          A sum[kChunk];
-          const int64_t count = std::min<int64_t>(kChunk, channels - c);
-          const auto run = [&](auto size) {
-            const T* first = pixel(sources[0]) + c;
-            for (int64_t k = 0; k < size; ++k) sum[k] = static_cast<A>(first[k]);
-            for (size_t s = 1; s < sources.size(); ++s) {
-              const T* next = pixel(sources[s]) + c;
-              for (int64_t k = 0; k < size; ++k) sum[k] += static_cast<A>(next[k]);
-            }
-            for (int64_t k = 0; k < size; ++k) to[c + k] = static_cast<T>(sum[k] + static_cast<A>(last[c + k]));
-          };
-          if (count == kChunk) {
-            run(std::integral_constant<int64_t, kChunk>{});
-          } else {
-            run(count);
-          }
-        }
+        over_run<A>(target.channels, [&](auto lanes, int64_t c) {
+          Vector<A> sum = load(pixels[0] + c, lanes);
+          for (size_t s = 1; s < pixels.size(); ++s) sum += load(pixels[s] + c, lanes);
+          store(to + c, sum + load(last + c, lanes), lanes);
+        });
       }
     }
   });
@@ -93,7 +78,9 @@ void sum_planes(const std::vector<Source>& sources, const FeatureMap& target, co
         }
         const T* last = target.at<const T>(n, c, h * target.width);
         T* to = out.at<T>(n, c, h * target.width);
-        for (int64_t w = 0; w < target.width; ++w) to[w] = static_cast<T>(sum[w] + static_cast<A>(last[w]));
+        over_run<A>(target.width, [&](auto lanes, int64_t w) {
+          store(to + w, load(sum.data() + w, lanes) + load(last + w, lanes), lanes);
+        });
       }
     }
   });
@@ -130,23 +117,13 @@ void gather_rows(const FeatureMap& dz, const FeatureMap& dx, const std::vector<i
       const int64_t n = i / dx.height, h = i % dx.height;
       for (int64_t w = 0; w < dx.width; ++w) {
         T* to = dx.at<T>(n, 0, h * dx.width + w);
-        for (int64_t c = 0; c < dx.channels; c += kChunk) {
-          A sum[kChunk] = {};
-          const int64_t count = std::min<int64_t>(kChunk, dx.channels - c);
-          const auto run = [&](auto size) {
-            for (int64_t y = rows[h]; y < rows[h + 1]; ++y)
-              for (int64_t x = columns[w]; x < columns[w + 1]; ++x) {
-                const T* from = dz.at<const T>(n, c, y * dz.width + x);
-                for (int64_t k = 0; k < size; ++k) sum[k] += static_cast<A>(from[k]);
-              }
-            for (int64_t k = 0; k < size; ++k) to[c + k] = static_cast<T>(sum[k]);
-          };
-          if (count == kChunk) {
-            run(std::integral_constant<int64_t, kChunk>{});
-          } else {
-            run(count);
-          }
-        }
+        over_run<A>(dx.channels, [&](auto lanes, int64_t c) {
+          Vector<A> sum{};
+          for (int64_t y = rows[h]; y < rows[h + 1]; ++y)
+            for (int64_t x = columns[w]; x < columns[w + 1]; ++x)
+              sum += load(dz.at<const T>(n, c, y * dz.width + x), lanes);
+          store(to + c, sum, lanes);
+        });
       }
     }
   });
@@ -168,7 +145,7 @@ void gather_planes(const FeatureMap& dz, const FeatureMap& dx, const std::vector
             for (int64_t x = columns[w]; x < columns[w + 1]; ++x) sum[w] += static_cast<A>(from[x]);
         }
         T* to = dx.at<T>(n, c, h * dx.width);
-        for (int64_t w = 0; w < dx.width; ++w) to[w] = static_cast<T>(sum[w]);
+        over_run<A>(dx.width, [&](auto lanes, int64_t w) { store(to + w, load(sum.data() + w, lanes), lanes); });
       }
     }
   });

@@ -7,6 +7,7 @@
 #include <type_traits>
 
 #include "cpu/feature_map.h"
+#include "cpu/vector.h"
 
 // Vectors wider than the registers of the build are split by the compiler; its note that passing them to functions
 // depends on the build does not matter for the inlined functions of one library.
@@ -43,7 +44,8 @@ void load_rows(const FeatureMap& map, int64_t n, int64_t c, int64_t p, int64_t c
   const T* source = map.at<const T>(n, c, p);
   if (map.channels_last() && channels == kBlock) {
     for (int64_t i = 0; i < count; ++i) {
-      for (int k = 0; k < kBlock; ++k) rows[i * kBlock + k] = static_cast<A>(source[i * map.pixel + k]);
+      for (int k = 0; k < kBlock; k += kLanes<A>)
+        store(rows + i * kBlock + k, load(source + i * map.pixel + k, AllLanes{}), AllLanes{});
     }
     return;
   }
@@ -61,7 +63,8 @@ void store_rows(const FeatureMap& map, int64_t n, int64_t c, int64_t p, int64_t 
   T* target = map.at<T>(n, c, p);
   if (map.channels_last() && channels == kBlock) {
     for (int64_t i = 0; i < count; ++i) {
-      for (int k = 0; k < kBlock; ++k) target[i * map.pixel + k] = static_cast<T>(rows[i * kBlock + k]);
+      for (int k = 0; k < kBlock; k += kLanes<A>)
+        store(target + i * map.pixel + k, load(rows + i * kBlock + k, AllLanes{}), AllLanes{});
     }
     return;
   }

@@ -1,6 +1,8 @@
 // tap_backward on the CPU: `whole` with `part` added to the channels from `start`, the gradient of a map and a channel
 // slice of it that were both used. Reads and writes each element once.
-#include "cpu/feature_map.h"
+#include <algorithm>
+
+#include "cpu/tiling.h"
 
 namespace {
 
@@ -11,10 +13,11 @@ constexpr char kOp[] = "tap_backward";
 template <class T>
 void copy_and_add(const T* whole, const T* part, T* out, int64_t start, int64_t stop, int64_t count) {
   using A = Compute<T>;
-  for (int64_t i = 0; i < start; ++i) out[i] = whole[i];
-  for (int64_t i = start; i < stop; ++i)
-    out[i] = static_cast<T>(static_cast<A>(whole[i]) + static_cast<A>(part[i - start]));
-  for (int64_t i = stop; i < count; ++i) out[i] = whole[i];
+  std::copy_n(whole, start, out);
+  over_run<A>(stop - start, [=](auto lanes, int64_t i) {
+    store(out + start + i, load(whole + start + i, lanes) + load(part + i, lanes), lanes);
+  });
+  std::copy_n(whole + stop, count - stop, out + stop);
 }
 
 Tensor tap_backward(const Tensor& whole, const Tensor& part, int64_t start) {
@@ -43,7 +46,10 @@ Tensor tap_backward(const Tensor& whole, const Tensor& part, int64_t start) {
         const int64_t n = i / w.channels, c = i % w.channels;
         const T* a = w.at<const T>(n, c, 0);
         T* o = out.at<T>(n, c, 0);
-        if (c < start || c >= stop) {
+        const bool dense = w.pixel == 1 && p.pixel == 1 && out.pixel == 1;
+        if (dense && c >= start && c < stop) {
+          copy_and_add(a, p.at<const T>(n, c - start, 0), o, 0, w.pixels(), w.pixels());
+        } else if (c < start || c >= stop) {
           for (int64_t q = 0; q < w.pixels(); ++q) o[q * out.pixel] = a[q * w.pixel];
         } else {
           const T* b = p.at<const T>(n, c - start, 0);

@@ -70,19 +70,50 @@ inline Doubles load(const double* source, AllLanes) {
 inline void store(float* target, Floats values, AllLanes) { std::memcpy(target, &values, sizeof values); }
 inline void store(double* target, Doubles values, AllLanes) { std::memcpy(target, &values, sizeof values); }
 
+// Vectors of 16-bit values to float32 and back: one instruction each way, masked loads and stores too.
+#if defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512DQ__)
+#define YF_AVX512_HALVES
+inline Floats widened(__m256i bits, BFloat16) {
+  // Each value becomes the upper half of its lane, and the lower half zero: one permutation instead of a zero
+  // extension and a shift, which cost a pass over a bfloat16 map more than its loads.
+  const __m512i places = _mm512_set_epi16(15, 15, 14, 14, 13, 13, 12, 12, 11, 11, 10, 10, 9, 9, 8, 8, 7, 7, 6, 6, 5, 5,
+                                          4, 4, 3, 3, 2, 2, 1, 1, 0, 0);
+  return (Floats)_mm512_maskz_permutexvar_epi16(0xAAAAAAAA, places, _mm512_castsi256_si512(bits));
+}
+inline Floats widened(__m256i bits, Half) { return (Floats)_mm512_cvtph_ps(bits); }
+inline __m256i narrowed(Floats values, Half) {
+  return _mm512_cvtps_ph((__m512)values, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+#endif
+
 inline Floats load(const BFloat16* source, AllLanes) {
+#if defined(YF_AVX512_HALVES)
+  return widened(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(source)), BFloat16{});
+#else
   HalfBits bits;
   std::memcpy(&bits, source, sizeof bits);
   return (Floats)(__builtin_convertvector(bits, Bits) << 16);
+#endif
 }
 
+// Rounded to nearest even.
 inline HalfBits to_bfloat16(Floats values) {
+#if defined(__AVX512BF16__) && defined(YF_AVX512_HALVES)
+  // The instruction makes values below 2^-126 zero; they are rare and take the other way.
+  constexpr int denormal = 0x20;
+  if (__builtin_expect(_mm512_fpclass_ps_mask((__m512)values, denormal) == 0, true))
+    return (HalfBits)_mm512_cvtneps_pbh((__m512)values);
+#endif
   const Bits bits = (Bits)values;
-  // Round to nearest even; a NaN keeps its upper half and becomes quiet, as rounding could make it an infinity.
+  // A NaN keeps its upper half and becomes quiet, as rounding could make it an infinity.
   const Bits rounded = bits + 0x7fff + ((bits >> 16) & 1);
   const Bits chosen = values == values ? rounded : bits | 0x400000;
   return __builtin_convertvector(chosen >> 16, HalfBits);
 }
+
+#if defined(YF_AVX512_HALVES)
+inline __m256i narrowed(Floats values, BFloat16) { return (__m256i)to_bfloat16(values); }
+#endif
 
 inline void store(BFloat16* target, Floats values, AllLanes) {
   const HalfBits bits = to_bfloat16(values);
@@ -119,6 +150,11 @@ Vector<Compute<T>> load(const T* source, FirstLanes lanes) {
     return (Floats)_mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << lanes.count) - 1), source);
   }
 #endif
+#if defined(YF_AVX512_HALVES)
+  if constexpr (sizeof(T) == 2) {
+    return widened(_mm256_maskz_loadu_epi16(static_cast<__mmask16>((1u << lanes.count) - 1), source), T{});
+  }
+#endif
   alignas(64) T padded[kLanes<Compute<T>>] = {};
   std::memcpy(static_cast<void*>(padded), source, lanes.count * sizeof(T));
   return load(padded, AllLanes{});
@@ -132,9 +168,24 @@ void store(T* target, Vector<Compute<T>> values, FirstLanes lanes) {
     return;
   }
 #endif
+#if defined(YF_AVX512_HALVES)
+  if constexpr (sizeof(T) == 2) {
+    _mm256_mask_storeu_epi16(target, static_cast<__mmask16>((1u << lanes.count) - 1), narrowed(values, T{}));
+    return;
+  }
+#endif
   alignas(64) T padded[kLanes<Compute<T>>];
   store(padded, values, AllLanes{});
   std::memcpy(static_cast<void*>(target), padded, lanes.count * sizeof(T));
+}
+
+// The values that a map of type T holds once they are stored in it.
+template <typename T>
+Vector<Compute<T>> rounded_to(Vector<Compute<T>> values) {
+  if constexpr (std::is_same_v<T, Compute<T>>) return values;
+  alignas(64) T stored[kLanes<Compute<T>>];
+  store(stored, values, AllLanes{});
+  return load(stored, AllLanes{});
 }
 
 template <typename A>
@@ -197,15 +248,41 @@ inline Floats sigmoid(Floats x) {
 
 inline Doubles sigmoid(Doubles x) { return 1 / (1 + inverse_exponential(x)); }
 
-template <typename V>
-V silu(V x) {
-  return x * sigmoid(x);
+// The sigmoid for results of 16 bits, to 2^-20 where it is above 1e-6: 10 operations instead of 17.
+// 1 / (1 + 2^t), t = -x log2(e): 2^t = 2^floor(t) p(t - floor(t)), p to 9e-8. The instructions take every t: beyond the
+// range 2^t is 0 or infinite, as are its limits.
+inline Floats short_sigmoid(Floats x) {
+#if defined(YF_AVX512_HALVES)
+  const Floats t = x * -1.44269504f;
+  const Floats r = (Floats)_mm512_reduce_ps((__m512)t, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+  Floats p = broadcast(0x1.e97926p-10f);
+  p = multiply_add(p, r, broadcast(0x1.27773ap-7f));
+  p = multiply_add(p, r, broadcast(0x1.c91d18p-5f));
+  p = multiply_add(p, r, broadcast(0x1.ebdb54p-3f));
+  p = multiply_add(p, r, broadcast(0x1.62e4bap-1f));
+  p = multiply_add(p, r, broadcast(1.0f));
+  return 1 / (1 + (Floats)_mm512_scalef_ps((__m512)p, (__m512)t));
+#else
+  return sigmoid(x);
+#endif
+}
+
+// The sigmoid as accurate as results of type T need it.
+template <typename T>
+Vector<Compute<T>> sigmoid_for(Vector<Compute<T>> x) {
+  if constexpr (sizeof(T) == 2) return short_sigmoid(x);
+  return sigmoid(x);
+}
+
+template <typename T>
+Vector<Compute<T>> silu(Vector<Compute<T>> x) {
+  return x * sigmoid_for<T>(x);
 }
 
 // d silu / dx = s + x s (1 - s), s = sigmoid(x).
-template <typename V>
-V silu_slope(V x) {
-  const V s = sigmoid(x);
+template <typename T>
+Vector<Compute<T>> silu_slope(Vector<Compute<T>> x) {
+  const Vector<Compute<T>> s = sigmoid_for<T>(x);
   return multiply_add(x * s, 1 - s, s);
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from pathlib import Path
 
@@ -9,9 +10,13 @@ import pytest
 import torch
 from torch import nn
 
+from yolov9_fast.engine import device
 from yolov9_fast.engine.device import (
     autocast,
+    automatic_amp,
+    cpu_bf16_units,
     default_workers,
+    has_bf16,
     inference_model,
     parse_device,
     prepare_images,
@@ -64,9 +69,54 @@ def test_images_become_floats_in_the_unit_range(channels_last: bool) -> None:
     assert prepared.is_contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
 
 
-def test_automatic_precision_is_off_on_a_cpu() -> None:
-    assert resolve_amp("auto", CPU) == "off"
-    assert resolve_amp("bf16", CPU) == "bf16"
+def processor(monkeypatch: pytest.MonkeyPatch, **units: bool) -> None:
+    """Make torch say that the processor has these units alone."""
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_f": True, **units}, raising=False)
+
+
+@pytest.mark.parametrize(
+    ("units", "words"),
+    [
+        ({"avx512_bf16": True, "amx_bf16": False}, "AVX512-BF16"),
+        ({"avx512_bf16": True, "amx_bf16": True}, "AVX512-BF16 and AMX-BF16"),
+    ],
+)
+@pytest.mark.parametrize("wanted", [False, True])
+def test_automatic_precision_on_a_cpu_that_computes_in_bf16(
+    units: dict[str, bool], words: str, wanted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    processor(monkeypatch, **units)
+    monkeypatch.setattr(device, "AUTOMATIC_BF16_ON_CPU", wanted)
+    assert resolve_amp("auto", CPU) == ("bf16" if wanted else "off")
+    assert words in automatic_amp(CPU)[1]
+    assert has_bf16(CPU)
+
+
+@pytest.mark.parametrize("units", [{}, {"avx512_bf16": False, "amx_bf16": False}])
+@pytest.mark.parametrize("wanted", [False, True])
+def test_automatic_precision_is_off_on_a_cpu_that_emulates_bf16(
+    units: dict[str, bool], wanted: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    processor(monkeypatch, **units)
+    monkeypatch.setattr(device, "AUTOMATIC_BF16_ON_CPU", wanted)
+    assert automatic_amp(CPU) == ("off", "the processor has neither AVX512-BF16 nor AMX-BF16")
+    with caplog.at_level(logging.WARNING, "yolov9_fast"):
+        assert resolve_amp("auto", CPU) == "off"
+        assert not caplog.records
+        assert resolve_amp("bf16", CPU) == "bf16"
+    assert caplog.messages == ["amp: cpu emulates bf16, which is slow; off is not"]
+
+
+@pytest.mark.parametrize("supported", [False, True])
+def test_a_torch_without_the_table_of_units_is_asked_otherwise(
+    supported: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: supported)
+    assert cpu_bf16_units() == (["AVX512-BF16"] if supported else [])
+
+
+def test_autocast_by_name() -> None:
     with autocast(CPU, "bf16"):
         assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.bfloat16
     with autocast(CPU, "off"):

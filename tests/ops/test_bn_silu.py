@@ -27,6 +27,7 @@ from tests.ops.batch_norm_cases import (
     run,
     truth,
 )
+from tests.ops.feature_maps import threads
 from yolov9_fast.ops._bn_silu import OPERATOR
 
 CPU_REASON = OPERATOR.why_not("cpu")
@@ -483,3 +484,39 @@ def test_statistics_of_two_dtypes_are_refused() -> None:
     x, mean, var = torch.rand(2, 3, 4, 4).bfloat16(), torch.zeros(3), torch.ones(3).bfloat16()
     with pytest.raises(TypeError, match=r"running_var: expected torch.float32 as running_mean, got torch.bfloat16"):
         yf.ops.bn_silu(x, None, None, mean, var, training=False, momentum=0.1, eps=1e-3)
+
+
+@needs_cpu
+@pytest.mark.parametrize("layout", ["channels_last", "contiguous"])
+@pytest.mark.parametrize("size", [320, 400])
+def test_large_maps_of_16_bits(layout: str, size: int) -> None:
+    """Up to 2^21 values the backward keeps act' dz between its passes; beyond, it computes it again."""
+    assert (16 * 400 * size > 1 << 21) is (size == 400)
+    assert_no_worse_than_eager(make_case(1, (1, 16, 400, size), dtype=torch.bfloat16, layout=layout), "cpu")
+
+
+@needs_cpu
+def test_the_sigmoid_of_16_bits_over_the_whole_range() -> None:
+    y = torch.cat((torch.linspace(-100, 100, 8001), torch.tensor([-1e30, 1e30, torch.inf, 0.0]))).bfloat16()
+    x = y[None, :, None, None]
+    zero, one = torch.zeros(len(y)), torch.ones(len(y))
+    with yf.backend("cpu", op="bn_silu"):
+        z = yf.ops.bn_silu(x, None, None, zero, one, training=False, momentum=0.1, eps=0.0).flatten()
+    exact = F.silu(y.double())
+    torch.testing.assert_close(z.double(), exact, rtol=2**-8, atol=1e-36)
+    assert z[-4] == 0
+    assert z[-2] == torch.inf
+
+
+@needs_cpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("layout", ["channels_last", "contiguous"])
+def test_threads_change_no_bit_of_16_bits(dtype: torch.dtype, layout: str) -> None:
+    case = make_case(1, (4, 24, 40, 40), dtype=dtype, layout=layout)
+    results = []
+    for count in (1, 2, 5):
+        with threads(count):
+            results.append(run(case, "cpu"))
+    for other in results[1:]:
+        for name, value in results[0].items():
+            assert torch.equal(value, other[name]), name

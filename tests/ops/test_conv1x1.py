@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import yolov9_fast as yf
 from tests.devices import backends
@@ -361,3 +363,23 @@ def test_compiles_in_one_graph() -> None:
     got = outputs_and_gradients("cpu", torch.compile(both, fullgraph=True), arguments)
     for a, b in zip(expected[0] + expected[1], got[0] + got[1], strict=True):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("form", [torch.channels_last, torch.contiguous_format])
+def test_the_definition_of_a_pair_copies_a_slice_once(form: torch.memory_format) -> None:
+    x = torch.randn(2, 12, 5, 4).contiguous(memory_format=form)[:, 4:8].requires_grad_()
+    weights = [torch.randn(3, 4, 1, 1) for _ in range(2)]
+    read: list[Tensor] = []
+
+    class Convolutions(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func is torch.ops.aten.convolution.default:
+                read.append(args[0])
+            return func(*args, **(kwargs or {}))
+
+    with Convolutions():
+        pair = conv1x1_pair_reference(x, *weights)
+    assert len({one.data_ptr() for one in read}) == 1 < len(read)
+    assert all(one.is_contiguous(memory_format=form) for one in read)
+    for y, weight in zip(pair, weights, strict=True):
+        torch.testing.assert_close(y, F.conv2d(x, weight))

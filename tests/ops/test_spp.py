@@ -176,3 +176,13 @@ def test_compiles_in_one_graph_with_slots() -> None:
     got = outputs_and_gradients("cpu", torch.compile(block, fullgraph=True), [x])
     for a, b in zip(expected[0] + expected[1], got[0] + got[1], strict=True):
         torch.testing.assert_close(a, b)
+
+
+@needs_cpu
+@pytest.mark.parametrize("form", [torch.channels_last, torch.contiguous_format])
+def test_subnormal_values_are_kept(form: torch.memory_format) -> None:
+    """The processor's conversion to bfloat16 would make them zero."""
+    x = torch.full((1, 32, 5, 6), 3e-39, dtype=torch.bfloat16).contiguous(memory_format=form)
+    with yf.backend("cpu", op="spp"):
+        pooled = yf.ops.spp(x)
+    assert all((one == x).all() and (one != 0).all() for one in pooled[-3:])

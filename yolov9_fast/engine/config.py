@@ -82,7 +82,7 @@ class TrainConfig:
     imgsz: int = _option(640, "image size in pixels (long side), a multiple of 32")
     batch: int = _option(16, "images per step, over all processes")
     device: str | None = _option(None, "cpu, 0, or 0,1 (several: one process each)")
-    amp: str = _option("auto", "mixed precision: auto (bf16 on a GPU that has it, else off)", choices=AMP_MODES)
+    amp: str = _option("auto", "mixed precision: auto (as `yolov9-fast info` says for the device)", choices=AMP_MODES)
     workers: int | None = _option(None, "loader processes (default: by the machine's cores)")
     seed: int = _option(0, "seed of weights, order and augmentation")
     deterministic: bool = _option(False, "the same bits in every run, also on a GPU; slower there")

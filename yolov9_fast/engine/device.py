@@ -21,6 +21,7 @@ from yolov9_fast.models.model import MAX_STRIDE
 log = logging.getLogger(__name__)
 _WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+_CPU_UNITS = {"avx512_bf16": "AVX512-BF16", "amx_bf16": "AMX-BF16"}
 _Module = TypeVar("_Module", bound=nn.Module)
 
 
@@ -72,22 +73,51 @@ def default_workers(processes: int, batch: int) -> int:
 
 
 def resolve_amp(amp: str, device: torch.device) -> str:
-    """`amp` with `auto` resolved: bf16 on a GPU that has it, else off; raises `UserError` for another word."""
+    """`amp` with `auto` resolved as `automatic_amp` says; raises `UserError` for another word."""
     if amp not in ("auto", "off", *_DTYPES):
         raise UserError(f"amp: expected auto, off, {' or '.join(_DTYPES)}, got {shown(amp)}")
     if amp == "auto":
-        return "bf16" if device.type == "cuda" and has_bf16(device) else "off"
-    if amp == "bf16" and device.type == "cuda" and not has_bf16(device):
-        log.warning(f"amp: {device} emulates bf16, which is slow; fp16 and off are not")
+        return automatic_amp(device)[0]
+    if amp == "bf16" and not has_bf16(device):
+        others = "fp16 and off are" if device.type == "cuda" else "off is"
+        log.warning(f"amp: {device} emulates bf16, which is slow; {others} not")
     return amp
 
 
+AUTOMATIC_BF16_ON_CPU = False
+"""Whether `auto` takes bf16 on a CPU that computes in it: the one place that decides it."""
+
+
+def automatic_amp(device: torch.device) -> tuple[str, str]:
+    """What `auto` means on this device, and why."""
+    if device.type == "cuda":
+        return ("bf16", "it computes in bf16") if has_bf16(device) else ("off", "it emulates bf16")
+    units = cpu_bf16_units()
+    if not units:
+        return "off", "the processor has neither AVX512-BF16 nor AMX-BF16"
+    known = f"the processor has {' and '.join(units)}"
+    return ("bf16", known) if AUTOMATIC_BF16_ON_CPU else ("off", f"{known}, which `--amp bf16` uses")
+
+
 def has_bf16(device: torch.device) -> bool:
-    """Whether this GPU computes in bfloat16 itself: NVIDIA's from compute capability 8.0 on; older ones emulate it.
+    """Whether this device computes in bfloat16 itself: NVIDIA's GPUs from compute capability 8.0 on, AMD's, and CPUs
+    with units for it; others emulate it.
 
     `torch.cuda.is_bf16_supported()` counts emulation too, and asks about the current device.
     """
+    if device.type != "cuda":
+        return bool(cpu_bf16_units())
     return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def cpu_bf16_units() -> list[str]:
+    """The units of this processor that compute in bfloat16, by torch's own query: AVX512-BF16, AMX-BF16."""
+    cpu: Any = torch.cpu
+    if hasattr(cpu, "get_capabilities"):
+        found = cpu.get_capabilities()
+        return [name for key, name in _CPU_UNITS.items() if found.get(key)]
+    # torch before 2.11; every processor with AMX has AVX512-BF16 too
+    return ["AVX512-BF16"] if cpu._is_avx512_bf16_supported() else []
 
 
 @contextlib.contextmanager

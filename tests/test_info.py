@@ -13,6 +13,7 @@ import torch
 
 import yolov9_fast
 from yolov9_fast import info
+from yolov9_fast.engine import device
 from yolov9_fast.ops import _probe
 from yolov9_fast.ops._backend import backends
 from yolov9_fast.ops._operator import operators
@@ -159,3 +160,20 @@ def test_an_old_driver_is_the_reason_for_no_gpu(monkeypatch: pytest.MonkeyPatch)
     ]
     monkeypatch.setattr(torch.version, "cuda", None)
     assert section("GPUs")[1] == "  none        this torch is built for CPUs"
+
+
+@pytest.mark.parametrize(
+    ("units", "wanted", "lines"),
+    [
+        ([], True, ["emulated: slow", "off: the processor has neither AVX512-BF16 nor AMX-BF16"]),
+        (["AVX512-BF16"], True, ["AVX512-BF16", "bf16: the processor has AVX512-BF16"]),
+        (["AVX512-BF16"], False, ["AVX512-BF16", "off: the processor has AVX512-BF16, which `--amp bf16` uses"]),
+    ],
+)
+def test_the_precision_of_auto_on_this_processor_and_why(
+    units: list[str], wanted: bool, lines: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (device, info):
+        monkeypatch.setattr(module, "cpu_bf16_units", lambda: units)
+    monkeypatch.setattr(device, "AUTOMATIC_BF16_ON_CPU", wanted)
+    assert section("Processor") == [f"  bf16        {lines[0]}", f"  amp auto    {lines[1]}"]

@@ -373,8 +373,10 @@ void input_gradient(const FeatureMap& dz, const FeatureMaps<B>& x, const std::ar
   }
   const auto slope = [&](int b, int64_t i) { return more.data() + 2 * b * padded + i; };
   const auto offset = [&](int b, int64_t i) { return more.data() + (2 * b + 1) * padded + i; };
+  // A dy kept in 16-bit passes is in the caches of the cores that computed it: the same shares, so the same least count.
+  const bool same_shares = Kept && sizeof(T) == 2;
   over_tiles(
-      tiling, Silu && !Kept ? kWithExponential : kWithout,
+      tiling, Silu && (!Kept || same_shares) ? kWithExponential : kWithout,
       [&](int64_t first, int64_t rows, int64_t) {
         const int64_t begin = first * tiling.fold, end = (first + rows) * tiling.fold, step = tiling.fold;
         over_columns<A>(tiling.width, [&](auto lanes, auto registers, int64_t c) {

@@ -106,7 +106,7 @@ def has_bf16(device: torch.device) -> bool:
     `torch.cuda.is_bf16_supported()` counts emulation too, and asks about the current device.
     """
     if device.type != "cuda":
-        return bool(cpu_bf16_units())
+        return cpu_bf16_units() != []
     return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
 
 

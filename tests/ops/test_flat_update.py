@@ -94,7 +94,7 @@ def test_adam_is_that_of_torch(backend: str, device: str, kind: str) -> None:
         with yf.backend(backend):
             arguments = parameters, gradients, first, second, averages, numbers, ENDS
             yf.ops.adam_update(*arguments, decoupled=kind == "AdamW")
-        # torch's square root is MKL's: by processor, a few hundredths of the numbers are rounded to the other neighbour.
+        # torch's square root is MKL's: by processor, a few hundredths of the numbers have the other neighbour.
         for ours, expected in ((parameters, theirs.parameters), (averages, theirs.average)):
             assert_updates(ours, expected, exact=False)
             assert backend != "cpu" or (ours != expected).double().mean() < 0.05

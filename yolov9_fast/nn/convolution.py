@@ -62,7 +62,7 @@ def is_same_size(conv: nn.Conv2d) -> bool:
 
 def convolve_small(x: Sources, *convolutions: nn.Conv2d) -> list[Tensor] | None:
     """The result of each convolution of `x`, all `is_same_size`, where `convs` is faster; None elsewhere."""
-    if not isinstance(x, Tensor):
+    if not isinstance(x, Tensor) or not x.is_cpu:
         return None
     weights = []
     for conv in convolutions:

@@ -112,6 +112,7 @@ class TrainingStep:
                 self.flat.write_rates()
                 self.flat.update(clip=10.0, scale=self.scale, processes=1)
                 clock.mark("optimiser")
+                clock.mark("ema")  # which is part of the optimiser's pass
             else:
                 nn.utils.clip_grad_norm_(self.model.parameters(), 10.0)
                 self.optimizer.step()

@@ -127,3 +127,21 @@ def test_a_signal_that_python_dropped_is_raised_again(capsys: pytest.CaptureFixt
             time.sleep(10)
         assert signals.received is signal.SIGINT
     assert capsys.readouterr().err == ""
+
+
+def test_signals_that_follow_a_dropped_one_are_ignored_until_it_is_raised_again(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    start = threading.Timer.start
+
+    def interrupted(timer: threading.Timer) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        start(timer)
+
+    monkeypatch.setattr(threading.Timer, "start", interrupted)
+    with CommandSignals(process_ends=False) as signals:
+        drop_an_interrupt()
+        with pytest.raises(KeyboardInterrupt):
+            time.sleep(5)
+        assert signals.received is signal.SIGINT
+    assert capsys.readouterr().err == ""

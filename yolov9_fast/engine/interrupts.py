@@ -98,8 +98,11 @@ class CommandSignals:
         if self.received is None or not issubclass(unraisable.exc_type, KeyboardInterrupt):
             self._previous_hook(unraisable)
             return
-        # A moment later: here it would be dropped again.
-        again, self.received = self.received, None
-        timer = threading.Timer(0.05, os.kill, (os.getpid(), again))
+        # A moment later: here it would be dropped again. Until then further ones are ignored, as after the first.
+        timer = threading.Timer(0.05, self._again, (self.received,))
         timer.daemon = True
         timer.start()
+
+    def _again(self, number: signal.Signals) -> None:
+        self.received = None
+        os.kill(os.getpid(), number)

@@ -9,10 +9,11 @@ import time
 from collections.abc import Callable, Iterator
 
 import pytest
+import tqdm
 
 from yolov9_fast.engine.callbacks import Callback, EpochResult
 from yolov9_fast.engine.config import TrainConfig
-from yolov9_fast.engine.interrupts import CommandSignals, InterruptMonitor
+from yolov9_fast.engine.interrupts import CommandSignals, InterruptMonitor, progress_bar
 from yolov9_fast.engine.trainer import Trainer
 
 
@@ -145,3 +146,31 @@ def test_signals_that_follow_a_dropped_one_are_ignored_until_it_is_raised_again(
             time.sleep(5)
         assert signals.received is signal.SIGINT
     assert capsys.readouterr().err == ""
+
+
+def test_a_signal_while_a_progress_bar_is_made_comes_when_it_can_be_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[str] = []
+
+    class Bar(tqdm.tqdm):  # type: ignore[type-arg]
+        def __init__(self, *args: object, **options: object) -> None:
+            made.append("begun")
+            os.kill(os.getpid(), signal.SIGINT)
+            super().__init__(*args, **options)  # type: ignore[call-overload]
+            made.append("made")
+
+        def close(self) -> None:
+            made.append("closed")
+            super().close()
+
+    monkeypatch.setattr(tqdm, "tqdm", Bar)
+    with pytest.raises(KeyboardInterrupt), progress_bar([1, 2], "title", shown=True):
+        made.append("used")
+    assert made[:3] == ["begun", "made", "closed"]
+    assert "used" not in made
+
+
+def test_a_progress_bar_is_closed_where_its_block_ends_early(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(KeyboardInterrupt), progress_bar([1, 2], "title", shown=True) as bar:
+        next(iter(bar))
+        raise KeyboardInterrupt
+    assert capsys.readouterr().err.endswith("\r")

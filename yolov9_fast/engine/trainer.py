@@ -21,7 +21,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from yolov9_fast._lazy import require
 from yolov9_fast.data import load_data_config
 from yolov9_fast.engine.callbacks import BatchResult, Callback, CallbackList, EpochResult
 from yolov9_fast.engine.clock import PhaseClock
@@ -31,7 +30,7 @@ from yolov9_fast.engine.distributed import ProcessGroup, clear_endings, join_pro
 from yolov9_fast.engine.ema import ModelEMA
 from yolov9_fast.engine.freed_memory import keeping_freed_memory
 from yolov9_fast.engine.initial_weights import build_model
-from yolov9_fast.engine.interrupts import InterruptMonitor
+from yolov9_fast.engine.interrupts import InterruptMonitor, progress_bar
 from yolov9_fast.engine.loss_scale import LossScale
 from yolov9_fast.engine.optimizer import Schedule, build_optimizer
 from yolov9_fast.engine.report import loss_text, validation_columns
@@ -312,23 +311,22 @@ class Trainer:
         self.step.reset_totals()
         updates = 0
         title = f"epoch {epoch + 1}/{config.epochs}"
-        tqdm = require("tqdm").tqdm
-        bar = tqdm(self.loader, desc=title, unit="batch", leave=False, disable=not self.process_group.is_main)
         clock = PhaseClock(*PHASES, device=self.process_group.device)
-        for index, batch in enumerate(bar):
-            self._interrupts.check()
-            iteration = state.iteration + index
-            accumulate = self.schedule.apply(state.optimizer, iteration, epoch)
-            update = iteration - state.last_step >= accumulate
-            size = self._image_size(iteration)
-            loss, skipped = self.step(batch.images, batch.targets, size=size, update=update, clock=clock)
-            if update:
-                updates, state.last_step = updates + 1, iteration
-            clock.end("step")
-            result = BatchResult(epoch, index, iteration, batch, loss, update, skipped)
-            self.callbacks.call(Callback.on_batch_end, self, result)
-            if not bar.disable and (index % 10 == 0 or index == batches - 1):
-                bar.set_postfix_str(loss_text(self._mean_loss(self.step.totals)), refresh=False)
+        with progress_bar(self.loader, title, shown=self.process_group.is_main) as bar:
+            for index, batch in enumerate(bar):
+                self._interrupts.check()
+                iteration = state.iteration + index
+                accumulate = self.schedule.apply(state.optimizer, iteration, epoch)
+                update = iteration - state.last_step >= accumulate
+                size = self._image_size(iteration)
+                loss, skipped = self.step(batch.images, batch.targets, size=size, update=update, clock=clock)
+                if update:
+                    updates, state.last_step = updates + 1, iteration
+                clock.end("step")
+                result = BatchResult(epoch, index, iteration, batch, loss, update, skipped)
+                self.callbacks.call(Callback.on_batch_end, self, result)
+                if not bar.disable and (index % 10 == 0 or index == batches - 1):
+                    bar.set_postfix_str(loss_text(self._mean_loss(self.step.totals)), refresh=False)
         skipped_steps = int(self.step.skipped)
         self._report_skipped(epoch, updates, skipped_steps)
         row: dict[str, float] = {"epoch": epoch + 1}

@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from yolov9_fast._lazy import require
 from yolov9_fast.data import (
     Batch,
     DataConfig,
@@ -32,6 +31,7 @@ from yolov9_fast.engine.device import computing_on
 from yolov9_fast.engine.distributed import ProcessGroup
 from yolov9_fast.engine.host_copy import HostCopy
 from yolov9_fast.engine.inference import Inference
+from yolov9_fast.engine.interrupts import progress_bar
 from yolov9_fast.errors import UserError
 from yolov9_fast.losses import DetectionLoss
 from yolov9_fast.metrics import CocoMetrics, ConfusionMatrix, detections_to_coco, evaluate_coco
@@ -196,10 +196,11 @@ def validate(
         raise UserError(f"model: expected {len(evaluation.names)} classes as the data has, got {model.num_classes}")
     clock = PhaseClock("data", "forward", "nms", "metrics", device=device)
     run = _Evaluation(model, evaluation, conf, iou, max_det, amp, criterion, channels_last, device, clock, capture)
-    tqdm = require("tqdm").tqdm
-    show_progress = progress and process_group.is_main
-    bar = tqdm(evaluation.loader, desc=title, unit="batch", leave=False, disable=not show_progress)
-    with _evaluating(model), computing_on(device, fixed_sizes=not evaluation.loader.dataset.rect):
+    with (
+        progress_bar(evaluation.loader, title, shown=progress and process_group.is_main) as bar,
+        _evaluating(model),
+        computing_on(device, fixed_sizes=not evaluation.loader.dataset.rect),
+    ):
         # A GPU computes a batch while the host reads the detections of the one before.
         unread: tuple[Batch, HostCopy] | None = None
         for batch in bar:

@@ -35,6 +35,7 @@ LAYERS = {
 SHARED_MODULES = {
     "_capture",
     "_collection",
+    "_signals",
     "_layout",
     "_lazy",
     "_numbers",

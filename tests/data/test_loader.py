@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils.data import DataLoader
 
 from tests.data.drawing import dataset_folder
 from yolov9_fast.data import (
@@ -324,3 +325,30 @@ def test_rect_dataset_needs_its_own_batches(records: list[ImageRecord]) -> None:
     dataset = DetectionDataset(records, image_size=64, augment=None, rect=True, batch_size=4)
     with pytest.raises(ValueError, match="expected shuffle=False and batch_size=4 with rect"):
         create_loader(dataset, batch_size=3, shuffle=False)
+
+
+def test_a_signal_while_workers_start_comes_when_they_can_be_ended(
+    records: list[ImageRecord], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    loader = create_loader(training_set(records), batch_size=1, shuffle=True, workers=1)
+    monkeypatch.setattr(DataLoader, "__iter__", _interrupted(DataLoader.__iter__))
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            list(loader)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    [worker] = loader._watch.workers  # it is known, so it can be ended
+    loader.close()
+    worker.join(5)
+    assert not worker.is_alive()
+    assert capfd.readouterr().err == ""
+
+
+def _interrupted(function: Any) -> Any:
+    def call(loader: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.01)  # without the hold the signal is raised here, by whichever thread takes it
+        return function(loader)
+
+    return call

@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from torch.utils.data._utils import signal_handling
 
 from yolov9_fast._lazy import require
+from yolov9_fast._signals import signals_held_back
 from yolov9_fast.data.dataset import DetectionDataset, SampleKey
 from yolov9_fast.data.sample import Batch, Sample, collate
 from yolov9_fast.data.watch import WorkerWatch
@@ -121,15 +122,16 @@ class DetectionLoader:
         """Begin a pass, the first with new workers."""
         if loader.num_workers == 0 or self._watch.workers:
             return iter(loader)
-        # A worker inherits this process's handlers of signals, and takes its own before it receives any.
-        before = set(multiprocessing.active_children())
-        masked = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
-        try:
-            iterator = iter(loader)
-            _leave_deaths_to_the_waiting(iterator)
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, masked)
-            self._watch.start([child for child in multiprocessing.active_children() if child not in before])
+        with signals_held_back():
+            # A worker inherits this process's handlers of signals, and takes its own before it receives any.
+            before = set(multiprocessing.active_children())
+            masked = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+            try:
+                iterator = iter(loader)
+                _leave_deaths_to_the_waiting(iterator)
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, masked)
+                self._watch.start([child for child in multiprocessing.active_children() if child not in before])
         return iterator
 
     def _raise_death(self, iterator: Any, error: Exception) -> None:

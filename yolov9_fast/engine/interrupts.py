@@ -17,6 +17,7 @@ from types import FrameType, TracebackType
 from typing import Any
 
 from yolov9_fast._lazy import require
+from yolov9_fast._signals import signals_held_back
 
 # A clean-up that takes longer than this may hang: the next signal ends the process.
 _PATIENCE_SECONDS = 10.0
@@ -121,28 +122,9 @@ def progress_bar(batches: Any, title: str, *, shown: bool) -> Iterator[Any]:
     tqdm = require("tqdm").tqdm
     bar = None
     try:
-        with _held_back():
+        with signals_held_back():
             bar = tqdm(batches, desc=title, unit="batch", leave=False, disable=not shown)
         yield bar
     finally:
         if bar is not None:
             bar.close()
-
-
-@contextlib.contextmanager
-def _held_back() -> Iterator[None]:
-    """Signals that Python handles wait for the end of the block; not by a mask, which other threads do not have."""
-    arrived: list[int] = []
-    previous: dict[signal.Signals, Any] = {}
-    if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGINT, signal.SIGTERM):
-            if callable(handler := signal.getsignal(number)):
-                previous[number] = handler
-                signal.signal(number, lambda received, frame: arrived.append(received))
-    try:
-        yield
-    finally:
-        for one, handler in previous.items():
-            signal.signal(one, handler)
-    for first in arrived[:1]:
-        signal.raise_signal(first)

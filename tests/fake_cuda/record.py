@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench.counting import works
 from tests.fake_cuda import ROOT, triton_launches
+from tests.recording import tensors
 
 _SHORT = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.uint8: "u8"}
 _OF_PROJECT = ("yolov9_fast", "kernels", "tests", "bench")
@@ -163,17 +164,6 @@ class Record(TorchDispatchMode):
             what = "map" if is_map(outputs[0]) else "weight" if outputs[0].dim() == 4 else f"{outputs[0].dim()}-d"
             before, after = (_SHORT.get(tensor.dtype, str(tensor.dtype)) for tensor in (inputs[0], outputs[0]))
             self.casts[f"{before} → {after}, {what}"] += 1
-
-
-def tensors(value: Any) -> Iterator[Tensor]:
-    """Those in nested lists, tuples and dicts."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, (list, tuple)):
-        for entry in value:
-            yield from tensors(entry)
-    elif isinstance(value, dict):
-        yield from tensors(list(value.values()))
 
 
 def place() -> str:

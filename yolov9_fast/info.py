@@ -37,6 +37,7 @@ class OptionalPackage:
 
 OPTIONAL = (
     OptionalPackage("cv2", "opencv-python-headless", "no reading of images and videos: no train, val, predict, demo"),
+    OptionalPackage("simplejpeg", "simplejpeg", "JPEG files are decoded by OpenCV, which takes longer"),
     OptionalPackage("pycocotools", "pycocotools", "no COCO AP: no val, and no AP while training"),
     OptionalPackage("tqdm", "tqdm", "no train, val and demo"),
     OptionalPackage("matplotlib", "matplotlib", "no plots"),

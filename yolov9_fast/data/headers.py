@@ -88,7 +88,7 @@ def _webp(data: bytes) -> tuple[int, int] | None:
 
 
 def _tiff(data: bytes) -> tuple[int, int] | None:
-    fields = _tiff_fields(data)
+    fields = tiff_fields(data)
     numbers = {tag: struct.unpack_from(field.format, data, field.position)[0] for tag, field in fields.items()}
     if _TIFF_WIDTH not in numbers or _TIFF_HEIGHT not in numbers:
         return None
@@ -97,7 +97,7 @@ def _tiff(data: bytes) -> tuple[int, int] | None:
     return height, max(numbers[_TIFF_WIDTH], numbers.get(_TIFF_TILE_WIDTH, 0))
 
 
-def _tiff_fields(data: bytes) -> dict[int, _Field]:
+def tiff_fields(data: bytes) -> dict[int, _Field]:
     """The fields of the first image that hold a small integer within the field itself, by tag; big TIFF too."""
     order = "<" if data.startswith(b"II") else ">"
     big = struct.unpack_from(order + "H", data, 2)[0] == 43
@@ -122,7 +122,7 @@ def without_alpha_scaling(data: bytes) -> bytes | bytearray:
     if not data.startswith((b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")):
         return data
     try:
-        field = _tiff_fields(data).get(_TIFF_EXTRA_SAMPLES)
+        field = tiff_fields(data).get(_TIFF_EXTRA_SAMPLES)
         if field is None or struct.unpack_from(field.format, data, field.position)[0] != _UNASSOCIATED_ALPHA:
             return data
     except struct.error:

@@ -16,6 +16,7 @@ from yolov9_fast import __version__
 from yolov9_fast._lazy import require
 from yolov9_fast._untrusted import MissingFileError, read_bytes, reason
 from yolov9_fast.data.headers import image_size, without_alpha_scaling
+from yolov9_fast.data.jpeg import decode_jpeg, simplejpeg
 from yolov9_fast.errors import DataError
 from yolov9_fast.limits import above_limit, limit
 from yolov9_fast.ops._boxes import STRIDES
@@ -24,7 +25,7 @@ Image = NDArray[np.uint8]
 
 GREY = 114
 # Raised when the same file is decoded to other pixels than before.
-_FORMAT = 1
+_FORMAT = 2
 IMAGE_SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".jp2", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 
 
@@ -35,15 +36,54 @@ def read_image(path: str | Path) -> Image:
     the alpha. Raises `DataError` for a file that is missing, damaged, too large (see `limits`), or truncated: decoders
     would fill the missing part, whose labels remain, with grey.
     """
-    try:
-        data = read_bytes(path, "image file", "IMAGE_BYTES")
-    except MissingFileError as error:
-        raise DataError(f"{path}: image file is missing") from error
-    return decode_image(data, str(path))
+    return decode_image(_contents(path), str(path))
+
+
+def read_resized(
+    path: str | Path, original: tuple[int, int], image_size: int, *, training: bool, out: Image | None = None
+) -> Image:
+    """As `read_image`, then the long side is scaled to `image_size` as by `resize_long_side`.
+
+    In training an ordinary JPEG file whose long side is at least 2, 4 or 8 times `image_size` is decoded at that
+    fraction of its size, then scaled.
+
+    Args:
+        path: the image file.
+        original: (height, width) that it has.
+        image_size: long side of the result in pixels.
+        training: whether it is for training.
+        out: uint8 [h, w, 3] of the result's size, contiguous, to be filled and returned.
+
+    Raises:
+        DataError: as `read_image`, or the file has another size than `original`.
+    """
+    data, name = _contents(path), str(path)
+    declared = _declared_size(data, name)
+    shape = scaled_size(*original, image_size)
+    factor = next((factor for factor in (8, 4, 2) if training and max(original) >= factor * image_size), 1)
+    image = decode_jpeg(data, factor, out) if factor > 1 and declared == original else None
+    if image is None:
+        image = _decoded(data, name, declared, out)
+        if image.shape[:2] != original:
+            expected, got = (f"{height}x{width}" for height, width in (original, image.shape[:2]))
+            raise DataError(f"{name}: file changed while in use: expected {expected} pixels, got {got}")
+    return _resized(image, shape, training=training, out=out)
 
 
 def decode_image(data: bytes, name: str) -> Image:
     """As `read_image`, from the contents of a file; errors begin with `name`."""
+    return _decoded(data, name, _declared_size(data, name), None)
+
+
+def _contents(path: str | Path) -> bytes:
+    try:
+        return read_bytes(path, "image file", "IMAGE_BYTES")
+    except MissingFileError as error:
+        raise DataError(f"{path}: image file is missing") from error
+
+
+def _declared_size(data: bytes, name: str) -> tuple[int, int]:
+    """(height, width) by the header, of a file that looks complete."""
     if not data:
         raise DataError(f"{name}: image file is empty")
     if _is_truncated(data):
@@ -52,6 +92,14 @@ def decode_image(data: bytes, name: str) -> Image:
     if size is None:
         raise DataError(f"{name}: image file cannot be decoded (its header is cut off, or of an unknown format)")
     check_pixels(*size, name)
+    return size
+
+
+def _decoded(data: bytes, name: str, size: tuple[int, int], out: Image | None) -> Image:
+    """The image of a file, in `out` if it is of that shape and decoded there."""
+    decoded = decode_jpeg(data, out=out)
+    if decoded is not None:
+        return decoded
     cv2 = require("cv2")
     encoded = np.frombuffer(without_alpha_scaling(data), dtype=np.uint8)
     try:
@@ -79,7 +127,9 @@ def _above_opencv_limit(what: str, size: tuple[int, int]) -> str:
 
 def decoder() -> str:
     """What the pixels of a decoded image depend on besides its file, for the keys of caches."""
-    return f"yolov9_fast {__version__} format {_FORMAT} OpenCV {require('cv2').__version__}"
+    jpeg = simplejpeg()
+    by = f"OpenCV {require('cv2').__version__} simplejpeg {jpeg.__version__ if jpeg else 'none'}"
+    return f"yolov9_fast {__version__} format {_FORMAT} {by}"
 
 
 def _is_truncated(data: bytes) -> bool:
@@ -112,14 +162,18 @@ def scaled_size(height: int, width: int, size: int) -> tuple[int, int]:
 
 def resize_long_side(image: Image, size: int, *, training: bool) -> Image:
     """Scale the long side of [H, W, 3] to `size`: bilinear in training or when enlarging, area average otherwise."""
-    cv2 = require("cv2")
-    height, width = image.shape[:2]
-    new_height, new_width = scaled_size(height, width, size)
-    if (new_height, new_width) == (height, width):
-        return image
-    interpolation = cv2.INTER_LINEAR if training or size > max(height, width) else cv2.INTER_AREA
-    result: Image = cv2.resize(image, (new_width, new_height), interpolation=interpolation)
-    return result
+    return _resized(image, scaled_size(image.shape[0], image.shape[1], size), training=training, out=None)
+
+
+def _resized(image: Image, shape: tuple[int, int], *, training: bool, out: Image | None) -> Image:
+    if image.shape[:2] != shape:
+        cv2 = require("cv2")
+        interpolation = cv2.INTER_LINEAR if training or max(shape) > max(image.shape[:2]) else cv2.INTER_AREA
+        image = cv2.resize(image, shape[::-1], dst=out, interpolation=interpolation)
+    if out is not None and image is not out:
+        out[...] = image
+        return out
+    return image
 
 
 @dataclass(frozen=True)

@@ -382,8 +382,9 @@ class StepWorker:
         return {"check": check, "package": package, "reports": getattr(self._step, "reports", [])}
 
     def sample(self) -> dict[str, Any]:
-        """One step: seconds, those of its phases, and whether the system took cores away from it."""
+        """One step behind an untimed one: seconds, those of its phases, whether the system took cores away from it."""
         assert self._step is not None
+        self._step(NoClock())  # as in a loop: since the last sample the caches went to the other rows
         before = preemptions()
         seconds, phases, _ = timed_phases(self._step, CPU)
         disturbed = preemptions() - before > _PREEMPTIONS_A_SECOND * max(seconds, 0.1)

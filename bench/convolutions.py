@@ -1,6 +1,6 @@
 """The convolutions of small maps by the operator `convs` and by the framework: microseconds, and of whole bottlenecks.
 
-    OMP_NUM_THREADS=2 python bench/convolutions.py
+    OMP_NUM_THREADS=2 python bench/convolutions.py [float32|bfloat16]
 
 Both are timed by turns in one process, and the lower third of the samples is taken: other processes only add time.
 """
@@ -8,6 +8,7 @@ Both are timed by turns in one process, and the lower third of the samples is ta
 from __future__ import annotations
 
 import itertools
+import sys
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -34,13 +35,13 @@ def by_turns(functions: Sequence[Callable[[], Any]]) -> list[float]:
     return [1e6 * sorted(one)[len(one) // 3] for one in samples]
 
 
-def rows(*shape: int) -> Tensor:
-    return torch.randn(shape).contiguous(memory_format=torch.channels_last)
+def rows(dtype: torch.dtype, *shape: int) -> Tensor:
+    return torch.randn(shape).to(dtype, memory_format=torch.channels_last)
 
 
-def products(channels: int, side: int) -> list[float]:
+def products(dtype: torch.dtype, channels: int, side: int) -> list[float]:
     """Forward, gradient of the map, gradient of the weight of a 3×3 convolution: the operator's, the framework's."""
-    x, weight = rows(BATCH, channels, side, side), rows(channels, channels, 3, 3)
+    x, weight = rows(dtype, BATCH, channels, side, side), rows(dtype, channels, channels, 3, 3)
     dy, kernels = torch.randn_like(x), torch.ops.yolov9_fast
 
     def gradient(mask: list[bool]) -> Any:
@@ -59,15 +60,17 @@ def products(channels: int, side: int) -> list[float]:
     )
 
 
-def bottleneck(channels: int, side: int) -> list[float]:
+def bottleneck(dtype: torch.dtype, channels: int, side: int) -> list[float]:
     """Forward and backward of a RepBottleneck: with the operator, with the framework's convolutions."""
     block: nn.Module = RepBottleneck(channels, channels).train()
     nn.Module.to(block, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    x, dz = rows(BATCH, channels, side, side).requires_grad_(), rows(BATCH, channels, side, side)
+    x, dz = (rows(dtype, BATCH, channels, side, side) for _ in range(2))
+    x.requires_grad_()
 
     def step(name: str) -> None:
-        with backend(name, "convs"):
-            block(x).backward(dz)
+        with backend(name, "convs"), torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            y = block(x)
+        y.backward(dz)
         block.zero_grad(set_to_none=True)
         x.grad = None
 
@@ -76,15 +79,16 @@ def bottleneck(channels: int, side: int) -> list[float]:
 
 def main() -> None:
     """Print one line for each shape, and the sum over the bottlenecks of yolov9-t that "auto" gives to the operator."""
+    dtype = getattr(torch, sys.argv[1] if len(sys.argv) > 1 else "float32")
     saved = 0.0
     for channels, side, count in SHAPES:
-        numbers = products(channels, side)
-        own, framework = bottleneck(channels, side)
+        numbers = products(dtype, channels, side)
+        own, framework = bottleneck(dtype, channels, side)
         pairs = zip(("y", "dx", "dw"), numbers[::2], numbers[1::2], strict=True)
         kernels = ", ".join(f"{name} {a:.0f} ({b:.0f})" for name, a, b in pairs)
         text = f"{channels} channels, {side}×{side}: {kernels}; RepBottleneck {own:.0f} ({framework:.0f}) µs"
-        map_ = torch.empty(BATCH, channels, side, side)
-        if _convs._is_faster(map_, torch.empty(channels, channels, 3, 3)):
+        map_ = torch.empty(BATCH, channels, side, side, dtype=dtype)
+        if _convs._is_faster(map_, torch.empty(channels, channels, 3, 3, dtype=dtype)):
             saved += count * (framework - own) / 1000
             text += f", {count} in a step"
         print(text, flush=True)

@@ -57,7 +57,7 @@ def environment_key() -> str:
     version = ".".join(torch.__version__.split("+")[0].split(".")[:2])
     if library.loaded.get("cpu") is not None:
         return f"torch {version}, no compiled operators"
-    return f"torch {version}, compiled{', AVX-512' if _convs.measured() else ''}"
+    return f"torch {version}, compiled{', AVX-512' if _convs.measured(torch.float32) else ''}"
 
 
 def counts() -> dict[str, dict[str, Any]]:

@@ -1,6 +1,6 @@
 // 3×3 and 1×1 convolutions of one map of few channels on the CPU (stride 1, zero padding k / 2), channels_last: products of
 // rows, as each pixel's 3×3 neighbourhood is three runs of adjacent numbers in a copy of the map with a border of zeros.
-// The copy is of a few rows at a time, which stay in the first-level cache. float32 and float64.
+// The copy is of a few rows at a time, which stay in the first-level cache. float32, float64 and bfloat16.
 #include <algorithm>
 #include <cstring>
 #include <optional>
@@ -18,10 +18,11 @@ constexpr char kOp[] = "convs";
 constexpr int64_t kMultiple = 8;  // of channels: whole half vectors, whatever the vector unit
 
 template <class Body>
-void dispatch_real(ScalarType type, const Body& body) {
-  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::Double, kOp, ": expected float32 or float64");
+void dispatch_type(ScalarType type, const Body& body) {
   if (type == ScalarType::Float) return body(float{});
-  return body(double{});
+  if (type == ScalarType::Double) return body(double{});
+  STD_TORCH_CHECK(type == ScalarType::BFloat16, kOp, ": expected float32, float64 or bfloat16");
+  return body(BFloat16{});
 }
 
 FeatureMap rows_of(const Tensor& x, const char* name) {
@@ -67,10 +68,10 @@ struct Strips {
 
 // Rows `first` - 1 to `first` + `count` of image n, each with a pixel of zeros before and after it, dense.
 template <class T>
-void copy_with_border(const FeatureMap& map, int64_t n, int64_t first, int64_t count, std::vector<T>& to) {
+void copy_with_border(const FeatureMap& map, int64_t n, int64_t first, int64_t count, std::vector<Element<T>>& to) {
   const int64_t channels = map.channels, line = (map.width + 2) * channels;
-  to.resize((count + 2) * line);
-  T* out = to.data();
+  to.resize((count + 2) * line / ElementOf<T>::numbers);
+  T* out = reinterpret_cast<T*>(to.data());
   for (int64_t y = first - 1; y <= first + count; ++y, out += line) {
     if (y < 0 || y >= map.height) {
       std::fill(out, out + line, T(0));
@@ -89,21 +90,40 @@ void copy_with_border(const FeatureMap& map, int64_t n, int64_t first, int64_t c
 }
 
 // to[r][c] = from[r][c] for matrices of any strides. One by one: gathers and scatters are slower on some processors.
-template <class T>
+template <class From, class To>
 #if defined(__GNUC__) && !defined(__clang__)
 [[gnu::noinline, gnu::optimize("no-tree-vectorize")]]
 #endif
-void copy_strided(const T* from, int64_t from_row, int64_t from_column, T* to, int64_t to_row, int64_t to_column,
+void copy_strided(const From* from, int64_t from_row, int64_t from_column, To* to, int64_t to_row, int64_t to_column,
                   int64_t rows, int64_t columns) {
   for (int64_t r = 0; r < rows; ++r)
-    for (int64_t c = 0; c < columns; ++c) to[r * to_row + c * to_column] = from[r * from_row + c * from_column];
+    for (int64_t c = 0; c < columns; ++c)
+      to[r * to_row + c * to_column] = static_cast<To>(from[r * from_row + c * from_column]);
+}
+
+Pair pair(BFloat16 first, BFloat16 second) {
+  return {static_cast<uint32_t>(first.x) | static_cast<uint32_t>(second.x) << 16};
+}
+
+// The inputs of a tap of the weight, [inputs][columns]: numbers, or pairs of inputs.
+template <class T>
+void pack(const T* from, int64_t in_step, int64_t out_step, Element<T>* to, int64_t inputs, int64_t columns) {
+  if constexpr (ElementOf<T>::numbers == 1) {
+    copy_strided(from, in_step, out_step, to, columns, 1, inputs, columns);
+  } else {
+    for (int64_t i = 0; i + 1 < inputs; i += 2)
+      for (int64_t o = 0; o < columns; ++o)
+        *to++ = pair(from[i * in_step + o * out_step], from[(i + 1) * in_step + o * out_step]);
+  }
 }
 
 // One convolution by packed weights: for each panel of outputs [k][k · inputs][columns of the panel].
 template <class T>
 struct Packed {
+  using E = Element<T>;
+  static constexpr int64_t kNumbers = ElementOf<T>::numbers;
   int64_t side, inputs, outputs;
-  std::vector<T> values;
+  std::vector<E> values;
 
   // `transposed`: of the gradient of the input, which convolves by the kernels mirrored, outputs and inputs exchanged.
   Packed(const Tensor& weight, bool transposed)
@@ -111,32 +131,32 @@ struct Packed {
     const T* from = static_cast<const T*>(weight.const_data_ptr());
     const int64_t out_step = weight.stride(transposed ? 1 : 0), in_step = weight.stride(transposed ? 0 : 1);
     const int64_t y_step = weight.stride(2), x_step = weight.stride(3);
-    values.resize(side * side * inputs * outputs);
-    T* to = values.data();
-    for (int64_t o = 0; o < outputs; o += panel<T>(outputs - o)) {
-      const int64_t columns = panel<T>(outputs - o);
+    values.resize(side * side * inputs * outputs / kNumbers);
+    E* to = values.data();
+    for (int64_t o = 0; o < outputs; o += panel<Sum<E>>(outputs - o)) {
+      const int64_t columns = panel<Sum<E>>(outputs - o);
       for (int64_t y = 0; y < side; ++y) {
         for (int64_t x = 0; x < side; ++x) {
           const T* corner = from + (transposed ? side - 1 - y : y) * y_step + (transposed ? side - 1 - x : x) * x_step;
-          copy_strided(corner + o * out_step, in_step, out_step, to, columns, 1, inputs, columns);
-          to += inputs * columns;
+          pack(corner + o * out_step, in_step, out_step, to, inputs, columns);
+          to += inputs / kNumbers * columns;
         }
       }
     }
   }
 
   // Writes, or adds, what belongs to `count` rows from `first` on of image n; `map` is their copy with a border.
-  void write(const std::vector<T>& map, const FeatureMap& out, int64_t n, int64_t first, int64_t count, bool add) const {
-    const int64_t line = (out.width + 2) * inputs, border = side == 3 ? 0 : line + inputs;
-    const T* weights = values.data();
+  void write(const std::vector<E>& map, const FeatureMap& out, int64_t n, int64_t first, int64_t count, bool add) const {
+    const int64_t pixel = inputs / kNumbers, line = (out.width + 2) * pixel, border = side == 3 ? 0 : line + pixel;
+    const E* weights = values.data();
     for (int64_t o = 0; o < outputs;) {
-      const int64_t columns = panel<T>(outputs - o);
+      const int64_t columns = panel<Sum<E>>(outputs - o);
       for (int64_t y = 0; y < count; ++y) {
-        Rows<T> rows{map.data() + border + y * line,           inputs, line,      side, side * inputs, weights,
+        Rows<T> rows{map.data() + border + y * line,           pixel, line,      side, side * pixel, weights,
                      out.at<T>(n, o, (first + y) * out.width), out.pixel, add};
         multiply_rows(rows, out.width, columns);
       }
-      weights += side * side * inputs * columns;
+      weights += side * side * pixel * columns;
       o += columns;
     }
   }
@@ -166,15 +186,15 @@ std::vector<Tensor> convs_forward(const Tensor& x, const std::vector<Tensor>& we
     out.push_back(rows_of(results.back(), "weights"));
     outputs += weight.size(0);
   }
-  dispatch_real(x.scalar_type(), [&](auto zero) {
+  dispatch_type(x.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
     const std::vector<Packed<T>> all = packed<T>(weights, false);
     const Strips strips(in, in.channels, sizeof(T));
     torch::stable::parallel_for(0, strips.count, grain(strips, in, outputs), [&](int64_t begin, int64_t end) {
-      std::vector<T> rows;
+      std::vector<Element<T>> rows;
       for (int64_t s = begin; s < end; ++s) {
         const int64_t n = strips.image(s), first = strips.first(s), count = strips.extent(s);
-        copy_with_border(in, n, first, count, rows);
+        copy_with_border<T>(in, n, first, count, rows);
         for (size_t i = 0; i < all.size(); ++i) all[i].write(rows, out[i], n, first, count, false);
       }
     });
@@ -205,16 +225,16 @@ Tensor convs_input_grad(const std::vector<Tensor>& dys, const std::vector<Tensor
   }
   Tensor gradient = channels_last_map(dys.front(), channels);
   const FeatureMap out = rows_of(gradient, "weights");
-  dispatch_real(gradient.scalar_type(), [&](auto zero) {
+  dispatch_type(gradient.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
     const std::vector<Packed<T>> all = packed<T>(weights, true);
     const Strips strips(in.front(), widest, sizeof(T));
     torch::stable::parallel_for(0, strips.count, grain(strips, in.front(), channels), [&](int64_t begin, int64_t end) {
-      std::vector<T> rows;
+      std::vector<Element<T>> rows;
       for (int64_t s = begin; s < end; ++s) {
         const int64_t n = strips.image(s), first = strips.first(s), count = strips.extent(s);
         for (size_t i = 0; i < all.size(); ++i) {
-          copy_with_border(in[i], n, first, count, rows);
+          copy_with_border<T>(in[i], n, first, count, rows);
           all[i].write(rows, out, n, first, count, i > 0);
         }
       }
@@ -223,6 +243,59 @@ Tensor convs_input_grad(const std::vector<Tensor>& dys, const std::vector<Tensor
   return gradient;
 }
 
+// What the sums over pixels multiply, in a strip: numbers where they are; of bfloat16, each with that of the next pixel.
+template <class T>
+struct Operands {
+  using E = Element<T>;
+  static constexpr int64_t kNumbers = ElementOf<T>::numbers;
+  std::vector<E> rows, a, b;
+
+  void read_map(const FeatureMap& x, int64_t n, int64_t first, int64_t count) {
+    copy_with_border<T>(x, n, first, count, rows);
+    if constexpr (kNumbers == 2) {
+      const int64_t line = (x.width + 2) * x.channels;
+      const BFloat16* from = reinterpret_cast<const BFloat16*>(rows.data());
+      a.resize((count + 2) * line);
+      Pair* to = a.data();
+      for (int64_t y = 0; y < count + 2; ++y, from += line, to += line) {
+        for (int64_t k = 0; k < line - x.channels; ++k) to[k] = pair(from[k], from[k + x.channels]);
+        for (int64_t k = line - x.channels; k < line; ++k) to[k] = pair(from[k], BFloat16(0));
+      }
+    }
+  }
+
+  void read_gradient(const FeatureMap& dy, int64_t n, int64_t first, int64_t count) {
+    if constexpr (kNumbers == 2) {
+      const int64_t steps = (dy.width + 1) / 2;
+      b.resize(count * steps * dy.channels);
+      Pair* to = b.data();
+      for (int64_t y = 0; y < count; ++y) {
+        for (int64_t p = 0; p < dy.width; p += 2, to += dy.channels) {
+          const BFloat16* from = dy.at<const BFloat16>(n, 0, (first + y) * dy.width + p);
+          const BFloat16* next = from + dy.pixel;
+          if (p + 1 < dy.width) {
+            for (int64_t c = 0; c < dy.channels; ++c) to[c] = pair(from[c], next[c]);
+          } else {
+            for (int64_t c = 0; c < dy.channels; ++c) to[c] = pair(from[c], BFloat16(0));
+          }
+        }
+      }
+    }
+  }
+
+  // Taps of line y of the kernel for outputs from o on, added to `sum`.
+  Pixels<E> pixels(const FeatureMap& x, const FeatureMap& dy, int64_t side, int64_t y, int64_t n, int64_t o,
+                   int64_t first, int64_t count, Sum<E>* sum) const {
+    const int64_t line = (x.width + 2) * x.channels, corner = (side == 3 ? 0 : line + x.channels) + y * line;
+    if constexpr (kNumbers == 2) {
+      return {a.data() + corner, line, 2 * x.channels, b.data() + o, dy.channels, count, (x.width + 1) / 2, sum};
+    } else {
+      return {rows.data() + corner, line,    x.channels, dy.at<const T>(n, o, first * x.width), dy.pixel, count,
+              x.width,              sum};
+    }
+  }
+};
+
 // A weight's gradient is a sum over pixels: those of a strip are summed from zero (small rounding error), the strips of
 // a share are added in order, and so are the shares. Both depend on the shape alone, so any number of threads gives the
 // same bits.
@@ -230,30 +303,27 @@ constexpr int64_t kShares = 8;
 
 template <class T>
 void weight_grad(const FeatureMap& x, const std::vector<FeatureMap>& dys, const std::vector<Tensor>& gradients) {
-  const Strips strips(x, x.channels, sizeof(T));
+  using S = Sum<Element<T>>;
+  const Strips strips(x, x.channels, sizeof(Element<T>));
   const int64_t shares = std::min(kShares, strips.count);
   std::vector<int64_t> starts{0};
   for (const Tensor& gradient : gradients) starts.push_back(starts.back() + gradient.numel());
   const int64_t size = starts.back();
-  std::vector<T> sums(shares * size);
+  std::vector<S> sums(shares * size);
   torch::stable::parallel_for(0, shares, 1, [&](int64_t begin, int64_t end) {
-    std::vector<T> rows;
+    Operands<T> operands;
     for (int64_t share = begin; share < end; ++share) {
       for (int64_t s = share * strips.count / shares; s < (share + 1) * strips.count / shares; ++s) {
         const int64_t n = strips.image(s), first = strips.first(s), count = strips.extent(s);
-        copy_with_border(x, n, first, count, rows);
-        const int64_t line = (x.width + 2) * x.channels;
+        operands.read_map(x, n, first, count);
         for (size_t i = 0; i < dys.size(); ++i) {
+          operands.read_gradient(dys[i], n, first, count);
           const int64_t side = gradients[i].size(2), run = side * x.channels;
-          const T* corner = rows.data() + (side == 3 ? 0 : line + x.channels);
-          T* sum = sums.data() + share * size + starts[i];  // for each panel [side][side · C][columns]
+          S* sum = sums.data() + share * size + starts[i];  // for each panel [side][side · C][columns]
           for (int64_t o = 0; o < dys[i].channels;) {
-            const int64_t columns = panel<T>(dys[i].channels - o);
-            for (int64_t y = 0; y < side; ++y, sum += run * columns) {
-              Pixels<T> pixels{corner + y * line, line,         x.channels, dys[i].at<const T>(n, o, first * x.width),
-                               dys[i].pixel,      count, x.width, sum};
-              add_products(pixels, run, columns);
-            }
+            const int64_t columns = panel<S>(dys[i].channels - o);
+            for (int64_t y = 0; y < side; ++y, sum += run * columns)
+              add_products(operands.pixels(x, dys[i], side, y, n, o, first, count, sum), run, columns);
             o += columns;
           }
         }
@@ -267,9 +337,9 @@ void weight_grad(const FeatureMap& x, const std::vector<FeatureMap>& dys, const 
     const Tensor& gradient = gradients[i];
     T* to = static_cast<T*>(gradient.mutable_data_ptr());
     const int64_t side = gradient.size(2), outputs = gradient.size(0);
-    const T* from = sums.data() + starts[i];
+    const S* from = sums.data() + starts[i];
     for (int64_t o = 0; o < outputs;) {
-      const int64_t columns = panel<T>(outputs - o);
+      const int64_t columns = panel<S>(outputs - o);
       for (int64_t y = 0; y < side; ++y) {
         for (int64_t column = 0; column < side; ++column, from += x.channels * columns) {
           T* corner = to + o * gradient.stride(0) + y * gradient.stride(2) + column * gradient.stride(3);
@@ -292,7 +362,7 @@ std::vector<Tensor> convs_weight_grad(const std::vector<Tensor>& dys, const Tens
     side_of(weights[i], x, maps[i].channels, in.channels);
     gradients.push_back(torch::stable::empty_like(weights[i]));
   }
-  dispatch_real(x.scalar_type(), [&](auto zero) { weight_grad<decltype(zero)>(in, maps, gradients); });
+  dispatch_type(x.scalar_type(), [&](auto zero) { weight_grad<decltype(zero)>(in, maps, gradients); });
   return gradients;
 }
 

@@ -248,20 +248,19 @@ inline Floats sigmoid(Floats x) {
 
 inline Doubles sigmoid(Doubles x) { return 1 / (1 + inverse_exponential(x)); }
 
-// The sigmoid for results of 16 bits, to 2^-20 where it is above 1e-6: 10 operations instead of 17.
-// 1 / (1 + 2^t), t = -x log2(e): 2^t = 2^floor(t) p(t - floor(t)), p to 9e-8. The instructions take every t: beyond the
-// range 2^t is 0 or infinite, as are its limits.
+// The sigmoid for results of 16 bits, to 2^-14 of itself: 1 / (1 + 2^t), t = -x log2(e), by an estimate of the
+// reciprocal; 2^t = 2^floor(t) p(t - floor(t)), p to 3e-6. The instructions take every t: beyond the range 2^t is 0 or
+// infinite, as are its limits.
 inline Floats short_sigmoid(Floats x) {
 #if defined(YF_AVX512_HALVES)
   const Floats t = x * -1.44269504f;
   const Floats r = (Floats)_mm512_reduce_ps((__m512)t, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
-  Floats p = broadcast(0x1.e97926p-10f);
-  p = multiply_add(p, r, broadcast(0x1.27773ap-7f));
-  p = multiply_add(p, r, broadcast(0x1.c91d18p-5f));
-  p = multiply_add(p, r, broadcast(0x1.ebdb54p-3f));
-  p = multiply_add(p, r, broadcast(0x1.62e4bap-1f));
+  Floats p = broadcast(0x1.b7f756p-7f);
+  p = multiply_add(p, r, broadcast(0x1.abf85ap-5f));
+  p = multiply_add(p, r, broadcast(0x1.ee2452p-3f));
+  p = multiply_add(p, r, broadcast(0x1.62d6c6p-1f));
   p = multiply_add(p, r, broadcast(1.0f));
-  return 1 / (1 + (Floats)_mm512_scalef_ps((__m512)p, (__m512)t));
+  return (Floats)_mm512_rcp14_ps((__m512)(1 + (Floats)_mm512_scalef_ps((__m512)p, (__m512)t)));
 #else
   return sigmoid(x);
 #endif

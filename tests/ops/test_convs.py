@@ -56,7 +56,7 @@ def results(x: Tensor, weights: Sequence[Tensor], dys: Sequence[Tensor], backend
 
 @needs_cpu
 @pytest.mark.parametrize("sliced", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("case", CASES)
 def test_as_exact_as_eager(case: str, dtype: torch.dtype, sliced: bool) -> None:
     x, weights, dys = given(case, dtype, sliced=sliced)
@@ -83,8 +83,9 @@ def test_gradients_by_differences() -> None:
 
 
 @needs_cpu
-def test_the_bits_do_not_depend_on_threads() -> None:
-    arguments = given("several strips", torch.float32)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_bits_do_not_depend_on_threads(dtype: torch.dtype) -> None:
+    arguments = given("several strips", dtype)
     with threads(1):
         one = results(*arguments, "cpu")
     with threads(3):
@@ -146,7 +147,7 @@ def test_another_dtype_is_an_error() -> None:
 @pytest.fixture
 def measured(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a processor on which the kernels are faster."""
-    monkeypatch.setattr(_convs, "measured", lambda: True)
+    monkeypatch.setattr(_convs, "measured", lambda dtype: True)
 
 
 def block_results(block: nn.Module, x: Tensor, backend: str) -> list[Tensor]:
@@ -190,18 +191,23 @@ def test_auto_takes_small_maps_of_few_channels_alone() -> None:
     assert not taken(8, 16, 20, 20, kernel=1)
     assert not taken(8, 12, 20, 20)
     assert not taken(8, 16, 20, 20, dtype=torch.float64)
-    assert not taken(8, 16, 20, 20, dtype=torch.bfloat16)
+    assert not taken(8, 16, 20, 20, dtype=torch.float16)
+    assert taken(8, 48, 20, 20, outputs=48, dtype=torch.bfloat16)
+    assert not taken(8, 16, 20, 20, kernel=1, dtype=torch.bfloat16)
+    assert not taken(8, 72, 10, 10, dtype=torch.bfloat16)
     x, weight = torch.zeros(2, 16, 8, 8), torch.zeros(16, 16, 3, 3)
     assert convs_where_faster(x, [weight]) is None, "planes"
     rows = x.contiguous(memory_format=torch.channels_last)
     with torch.autocast("cpu", torch.bfloat16):
         assert convs_where_faster(rows, [weight]) is None
+        assert convs_where_faster(rows.bfloat16(), [weight]) is None
+        assert convs_where_faster(rows.bfloat16(), [weight.bfloat16()]) is not None
     with yf.backend("eager"):
         assert convs_where_faster(rows, [weight]) is None
 
 
 def test_without_measured_vector_units_the_framework_computes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_convs, "measured", lambda: False)
+    monkeypatch.setattr(_convs, "measured", lambda dtype: False)
     x = torch.zeros(2, 16, 8, 8).contiguous(memory_format=torch.channels_last)
     assert convs_where_faster(x, [torch.zeros(16, 16, 3, 3)]) is None
     for own, expected in zip(

@@ -23,7 +23,7 @@ from torch.nn.modules import module as torch_module
 from yolov9_fast.nn.convolution import Upsampled, joined
 from yolov9_fast.nn.host_time import is_captured, least_bytes
 from yolov9_fast.nn.sync_batch_norm import counted_together, counting
-from yolov9_fast.nn.weight_casts import DEVICE_TYPE, cast_together
+from yolov9_fast.nn.weight_casts import cast_together, is_autocast_enabled
 from yolov9_fast.ops import _backend, _bn_silu
 from yolov9_fast.ops._recording import recorded
 
@@ -253,7 +253,7 @@ def run(block: nn.Module, planner: Planner, definition: Callable[..., Any], x: A
             plan = block.__dict__[PLAN] = Plan.of(block, planner)
         step = plan.step
         if step is not None:
-            if len(plan.convolutions) > 1 and torch.is_autocast_enabled(DEVICE_TYPE) and torch.is_grad_enabled():
+            if len(plan.convolutions) > 1 and torch.is_grad_enabled() and is_autocast_enabled():
                 with cast_together(plan.convolutions), counted_together():
                     return step(x)
             if block.training and counting.pending is None:

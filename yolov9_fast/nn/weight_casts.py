@@ -12,8 +12,12 @@ from torch import Tensor, nn
 
 from yolov9_fast.ops._operator import AutogradFunction, once_differentiable
 
-DEVICE_TYPE = "cuda"
-"""Where it is done: on a CPU a launch costs nothing."""
+DEVICE_TYPES = ("cuda", "cpu")
+
+
+def is_autocast_enabled(*device_types: str) -> bool:
+    """Whether autocast is in force for one of these (without arguments: of those whose weights are converted)."""
+    return any(kind in DEVICE_TYPES and torch.is_autocast_enabled(kind) for kind in device_types or DEVICE_TYPES)
 
 
 class _Casting(threading.local):
@@ -29,18 +33,19 @@ casting = _Casting()
 def cast_together(convolutions: Sequence[nn.Conv2d]) -> Iterator[None]:
     """Within the block `weight_of` gives the weights of these convolutions as autocast would convert them."""
     weights = [conv._parameters.get("weight") for conv in convolutions]
+    device_type = next((weight.device.type for weight in weights if weight is not None), "")
     chosen = [
         weight
         for weight in weights
         if weight is not None
         and weight.requires_grad
         and weight.dtype == torch.float32
-        and weight.device.type == DEVICE_TYPE
+        and weight.device.type == device_type
     ]
-    if casting.weights is not None or len(chosen) < 2:
+    if casting.weights is not None or len(chosen) < 2 or not is_autocast_enabled(device_type):
         yield
         return
-    cast = _Cast.apply(torch.get_autocast_dtype(DEVICE_TYPE), *chosen)
+    cast = _Cast.apply(torch.get_autocast_dtype(device_type), *chosen)
     casting.weights = dict(zip(map(id, chosen), cast, strict=True))
     try:
         yield

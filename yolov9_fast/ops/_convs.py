@@ -25,11 +25,20 @@ from yolov9_fast.ops._supports import not_on
 
 _MULTIPLE = 8
 """Of channels, in the kernels."""
-_MOST_CHANNELS = 32
-_MOST_PRODUCTS = 4 << 20
-"""Numbers of the map times outputs. `bench/convolutions.py` on two Zen 4 cores with AVX-512, float32, batch 8: a
-RepBottleneck of 24 channels of 20×20 pixels (1.8 million) is 1.35 times as fast as with oneDNN's convolutions, of 32 of
-10×10 (0.8) 1.24, of 16 of 40×40 (3.3) 1.08; 48 of 20×20 0.97, 64 of 10×10 0.99, 32 of 40×40 0.97, 16 of 80×80 0.89."""
+
+
+class _Most(NamedTuple):
+    """Up to which channels, and numbers of the map times outputs, the kernels are faster than oneDNN's convolutions."""
+
+    channels: int
+    products: int
+
+
+_MOST = {torch.float32: _Most(32, 4 << 20), torch.bfloat16: _Most(64, 14 << 20)}
+"""`bench/convolutions.py` on two Zen 4 cores with AVX-512, batch 8. A RepBottleneck of 24 channels of 20×20 pixels (1.8
+million numbers times outputs) is 1.32 times as fast as with oneDNN's convolutions in float32, 1.19 times in bfloat16;
+of 32 of 10×10 (0.8) 1.24 and 1.34, of 16 of 40×40 (3.3) 1.00 and 1.19; in bfloat16 48 of 20×20 (7.4) 1.09, 64 of 10×10
+(3.3) 1.12, 32 of 40×40 (13.1) 1.11, 16 of 80×80 (13.1) 1.04; all four 0.90 to 1.02 in float32."""
 
 
 def convs(x: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
@@ -62,9 +71,12 @@ def convs(x: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
 def convs_where_faster(x: Tensor, weights: Sequence[Tensor]) -> list[Tensor] | None:
     """`convs(x, weights)`, arguments unchecked, where a backend has kernels for them (under "auto": faster ones).
 
-    None elsewhere, under autocast and while torch.compile traces.
+    None elsewhere, while torch.compile traces, and under autocast unless all have its dtype.
     """
-    if torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type):
+    if torch.compiler.is_compiling():
+        return None
+    kind = x.device.type
+    if torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) != x.dtype:
         return None
     name = get_backend("convs")
     if name != "auto" and OPERATOR.why_not(name, x, weights) is not None:
@@ -83,19 +95,26 @@ def convs_reference(x: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
 
 def _is_faster(x: Tensor, weight: Tensor) -> bool:
     """Whether the kernels are faster than the framework's 3×3 convolution of `x` [B, C, H, W] by `weight`."""
+    most = _MOST.get(x.dtype)
     return (
-        x.numel() * weight.shape[0] <= _MOST_PRODUCTS
-        and x.dtype == torch.float32
-        and x.shape[1] <= _MOST_CHANNELS
-        and weight.shape[0] <= _MOST_CHANNELS
-        and measured()
+        most is not None
+        and x.numel() * weight.shape[0] <= most.products
+        and max(weight.shape[:2]) <= most.channels
+        and measured(x.dtype)
     )
 
 
 @functools.cache
-def measured() -> bool:
-    """Whether the compiled kernels have the vector units on which they were measured."""
-    return torch.backends.cpu.get_cpu_capability() == "AVX512" and not _library.build_info().get("portable", False)
+def measured(dtype: torch.dtype) -> bool:
+    """Whether the compiled kernels have the vector units on which they were measured: bfloat16 without AMX."""
+    built = _library.build_info()
+    if torch.backends.cpu.get_cpu_capability() != "AVX512" or built.get("portable", False):
+        return False
+    return dtype != torch.bfloat16 or (
+        "avx512_bf16" in built.get("cpu_features", ())
+        and torch.cpu._is_avx512_bf16_supported()
+        and not torch.cpu._is_amx_tile_supported()
+    )
 
 
 # ---- kernels
@@ -202,8 +221,8 @@ class _Convs(AutogradFunction):
 def _supports_cpu(x: Tensor, weights: Sequence[Tensor]) -> str | None:
     if not x.is_cpu:
         return not_on("cpu", x)
-    if x.dtype not in (torch.float32, torch.float64):
-        return f"it computes in float32 and float64, got {x.dtype}"
+    if x.dtype not in (torch.float32, torch.float64, torch.bfloat16):
+        return f"it computes in float32, float64 and bfloat16, got {x.dtype}"
     if row_stride(x) is None:
         return "it reads channels_last maps"
     for weight in weights:

@@ -57,6 +57,7 @@ KNOWN = {
         *("ops/_detection_loss.py:detection_loss_reference", "ops/_detection_loss.py:class_loss"),
         *("ops/_detection_loss.py:unless_ones_reference", "ops/_nms_boxes.py:nms_boxes_reference"),
         *("ops/_nms.py:_candidates", "ops/_nms.py:_resolve"),
+        *("ops/_augment.py:augment_reference", "ops/_augment.py:_canvas"),
     ),
     "a cumulative average (momentum=None), as in torch's own BatchNorm": ("nn/sync_batch_norm.py:arguments",),
     "boxes that the caller knows, or classes that it chooses, in other code's NMS": (

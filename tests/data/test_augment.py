@@ -7,21 +7,70 @@ from dataclasses import replace
 import cv2
 import numpy as np
 import pytest
+import torch
 
 from tests.data.drawing import box_of_colour, paint
-from yolov9_fast.data import AugmentConfig, augment
-from yolov9_fast.data.augment import LabelledImage, copy_paste, mixup, random_affine, random_flips, random_hsv
+from yolov9_fast.data import AugmentConfig, LabelledImage
+from yolov9_fast.data.augment import Objects, copy_paste, mixup, random_affine, random_flips, random_hsv
+from yolov9_fast.data.plan import map_to_canvas, paste
+from yolov9_fast.ops import augment
 
 NOTHING = AugmentConfig(0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0)
 
 
 def labelled(
-    *objects: tuple[int, int, int, int, int], height: int = 120, width: int = 160, polygons: bool = False
+    *objects: tuple[int, int, int, int, int], height: int = 160, width: int = 160, polygons: bool = False
 ) -> LabelledImage:
     boxes = np.array([item[1:] for item in objects], np.float32).reshape(-1, 4)
     corners = [np.array([[a, b], [c, b], [c, d], [a, d]], np.float32) for a, b, c, d in boxes]
     classes = np.array([item[0] for item in objects], np.float32)
     return LabelledImage(paint(height, width, list(objects)), classes, boxes, list(corners) if polygons else [])
+
+
+def objects_of(start: LabelledImage) -> Objects:
+    return Objects(start.classes, start.boxes, start.polygons)
+
+
+def rendered(
+    start: LabelledImage,
+    size: int,
+    *,
+    matrix: np.ndarray | None = None,
+    tables: np.ndarray | None = None,
+    flips: tuple[bool, bool] = (False, False),
+    perspective: bool = False,
+) -> np.ndarray:
+    """The image by the operator, BGR [size, size, 3]; `matrix` from canvas to image, as `random_affine` gives it."""
+    found = augment(
+        torch.from_numpy(start.image.reshape(-1)),
+        torch.tensor([[[[0, *start.size, 0, 0]]]]),
+        torch.tensor([[start.size]]),
+        torch.from_numpy(map_to_canvas(np.eye(3) if matrix is None else matrix, perspective))[None, None],
+        None if tables is None else torch.from_numpy(tables)[None],
+        torch.tensor([flips]),
+        torch.ones(1, dtype=torch.float64),
+        size,
+        perspective,
+    )
+    return np.ascontiguousarray(found[0].flip(0).permute(1, 2, 0).numpy())
+
+
+def affine(start: LabelledImage, size: int, config: AugmentConfig, rng: np.random.Generator) -> LabelledImage:
+    matrix, objects = random_affine(objects_of(start), start.size, (size, size), config, rng)
+    image = rendered(start, size, matrix=matrix, perspective=config.perspective > 0)
+    return LabelledImage(image, objects.classes, objects.boxes)
+
+
+def coloured(image: np.ndarray, config: AugmentConfig, rng: np.random.Generator) -> np.ndarray:
+    start = LabelledImage(image, np.zeros(0, np.float32), np.zeros((0, 4), np.float32))
+    return rendered(start, len(image), tables=random_hsv(config, rng))
+
+
+def pasted(start: LabelledImage, share: float) -> LabelledImage:
+    polygons, objects = copy_paste(objects_of(start), start.size[1], share, rng())
+    image = start.image.copy()
+    paste(image, polygons)
+    return LabelledImage(image, objects.classes, objects.boxes, objects.polygons)
 
 
 def rng(seed: int = 0) -> np.random.Generator:
@@ -31,10 +80,11 @@ def rng(seed: int = 0) -> np.random.Generator:
 @pytest.mark.parametrize("kind", ["flipud", "fliplr"])
 def test_flip_moves_the_box_with_the_pixels(kind: str) -> None:
     start = labelled((0, 10, 20, 50, 40), (1, 100, 70, 130, 110))
-    result = random_flips(start, replace(NOTHING, **{kind: 1.0}), rng())
-    assert not np.array_equal(result.image, start.image)
-    for label, box in zip(result.classes, result.boxes, strict=True):
-        assert box_of_colour(result.image, int(label)) == tuple(box)
+    flips, objects = random_flips(objects_of(start), (160, 160), replace(NOTHING, **{kind: 1.0}), rng())
+    image = rendered(start, 160, flips=flips)
+    assert not np.array_equal(image, start.image)
+    for label, box in zip(objects.classes, objects.boxes, strict=True):
+        assert box_of_colour(image, int(label)) == tuple(box)
 
 
 @pytest.mark.parametrize(
@@ -53,7 +103,7 @@ def test_affine_moves_the_box_with_the_pixels(change: dict, tolerance: float, po
     found = 0
     for seed in range(12):
         start = labelled((0, 40, 40, 90, 80), polygons=polygons)
-        result = random_affine(start, (120, 160), replace(NOTHING, **change), rng(seed))
+        result = affine(start, 160, replace(NOTHING, **change), rng(seed))
         seen = box_of_colour(result.image, 0)
         if len(result.boxes) == 0:
             continue
@@ -64,24 +114,14 @@ def test_affine_moves_the_box_with_the_pixels(change: dict, tolerance: float, po
 
 
 @pytest.mark.parametrize("extra", [{}, {"degrees": 45.0, "shear": 20.0, "scale": 0.9, "translate": 0.5}])
-def test_the_strongest_perspective_leaves_every_label_on_its_object(
-    extra: dict, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    matrices = []
-
-    def keep_matrix(image: np.ndarray, matrix: np.ndarray, shape: tuple[int, int], *, perspective: bool) -> np.ndarray:
-        matrices.append(matrix)
-        return np.zeros((*shape, 3), np.uint8)
-
-    monkeypatch.setattr(augment, "_warp", keep_matrix)
-    canvas = np.zeros((2560, 2560, 3), np.uint8)
+def test_the_strongest_perspective_leaves_every_label_on_its_object(extra: dict) -> None:
     corners = [(x, y) for x in (0, 1200, 2400) for y in (0, 1200, 2400)]
     boxes = np.array([(x, y, x + 160, y + 160) for x, y in corners], np.float32)
     inner = np.stack(np.meshgrid(np.linspace(0, 160, 33), np.linspace(0, 160, 33)), axis=-1).reshape(-1, 2)
     for seed in range(40):
-        start = LabelledImage(canvas, np.arange(9, dtype=np.float32), boxes)
-        result = random_affine(start, (1280, 1280), replace(NOTHING, perspective=0.001, **extra), rng(seed))
-        matrix = matrices[-1]
+        start = Objects(np.arange(9, dtype=np.float32), boxes)
+        config = replace(NOTHING, perspective=0.001, **extra)
+        matrix, result = random_affine(start, (2560, 2560), (1280, 1280), config, rng(seed))
         assert (matrix[2, :2] @ np.array([[0, 0, 2560, 2560], [0, 2560, 0, 2560]]) + matrix[2, 2] > 0).all()
         for label, (x1, y1, x2, y2) in zip(result.classes, result.boxes, strict=True):
             x, y, w = matrix @ np.column_stack((inner + corners[int(label)], np.ones(len(inner)))).T
@@ -91,16 +131,16 @@ def test_the_strongest_perspective_leaves_every_label_on_its_object(
 
 def test_affine_without_strength_changes_nothing() -> None:
     start = labelled((0, 40, 40, 90, 80))
-    result = random_affine(start, (120, 160), NOTHING, rng())
+    result = affine(start, 160, NOTHING, rng())
     assert np.array_equal(result.image, start.image)
     np.testing.assert_allclose(result.boxes, start.boxes, atol=1e-4)
 
 
 def test_affine_to_a_smaller_canvas_keeps_the_centre() -> None:
-    result = random_affine(labelled((0, 60, 50, 100, 70)), (60, 80), NOTHING, rng())
-    assert result.image.shape == (60, 80, 3)
-    np.testing.assert_allclose(result.boxes, [[20, 20, 60, 40]], atol=1e-4)
-    assert box_of_colour(result.image, 0) == (20, 20, 60, 40)
+    result = affine(labelled((0, 60, 50, 100, 70), height=120), 80, NOTHING, rng())
+    assert result.image.shape == (80, 80, 3)
+    np.testing.assert_allclose(result.boxes, [[20, 30, 60, 50]], atol=1e-4)
+    assert box_of_colour(result.image, 0) == (20, 30, 60, 50)
 
 
 def test_rotated_polygon_gives_a_smaller_box_than_its_rotated_box() -> None:
@@ -108,7 +148,7 @@ def test_rotated_polygon_gives_a_smaller_box_than_its_rotated_box() -> None:
     diamond = np.array([[80, 20], [120, 60], [80, 100], [40, 60]], np.float32)
     with_polygon = replace_polygon(start, diamond)
     config = replace(NOTHING, degrees=45.0)
-    loose, tight = (random_affine(item, (120, 160), config, rng(1)).boxes[0] for item in (start, with_polygon))
+    loose, tight = (affine(item, 160, config, rng(1)).boxes[0] for item in (start, with_polygon))
     assert np.prod(tight[2:] - tight[:2]) < 0.8 * np.prod(loose[2:] - loose[:2])
 
 
@@ -130,16 +170,17 @@ def replace_polygon(start: LabelledImage, polygon: np.ndarray) -> LabelledImage:
 )
 def test_only_visible_objects_are_kept(box: tuple[int, int, int, int], polygons: bool, kept: bool) -> None:
     start = labelled((0, *box), height=140, width=160, polygons=polygons)
-    result = random_affine(start, (60, 80), NOTHING, rng())  # the canvas is x 40..120, y 40..100
+    _, result = random_affine(objects_of(start), start.size, (60, 80), NOTHING, rng())  # sees x 40..120, y 40..100
     assert (len(result.boxes) == 1) == kept
 
 
 def test_hsv_without_strength_is_the_same_image_and_with_it_changes_within_bounds() -> None:
     image = rng().integers(0, 255, (30, 30, 3), np.uint8)
-    assert random_hsv(image, NOTHING, rng()) is image
+    assert random_hsv(NOTHING, rng()) is None
+    assert np.array_equal(coloured(image, NOTHING, rng()), image)
     value = np.full((8, 8, 3), 100, np.uint8)
     config = replace(NOTHING, hsv_v=0.4)
-    levels = {int(random_hsv(value, config, rng(seed))[0, 0, 0]) for seed in range(200)}
+    levels = {int(coloured(value, config, rng(seed))[0, 0, 0]) for seed in range(200)}
     assert min(levels) >= 60
     assert max(levels) <= 140
     assert min(levels) < 65
@@ -151,22 +192,21 @@ def test_hue_wraps_around() -> None:
     red[..., 2] = 255
     red[..., 0] = 10  # hue just below 180
     for seed in range(20):
-        hue = cv2.cvtColor(random_hsv(red, replace(NOTHING, hsv_h=0.1), rng(seed)), cv2.COLOR_BGR2HSV)[0, 0, 0]
+        hue = cv2.cvtColor(coloured(red, replace(NOTHING, hsv_h=0.1), rng(seed)), cv2.COLOR_BGR2HSV)[0, 0, 0]
         assert hue < 22 or hue > 158
 
 
 def test_mixup_blends_and_keeps_the_objects_of_both() -> None:
     first, second = labelled((0, 10, 10, 60, 60)), labelled((1, 80, 50, 120, 100))
-    result = mixup(first, second, rng())
+    share, result = mixup(objects_of(first), objects_of(second), rng())
     assert result.classes.tolist() == [0, 1]
-    assert len(result.boxes) == 2
-    assert 70 < result.image[30, 30, 2] < 185
-    assert 70 < result.image[75, 100, 1] < 185
+    assert np.array_equal(result.boxes, np.concatenate((first.boxes, second.boxes)))
+    assert 0.2 < share < 0.8
 
 
 def test_copy_paste_mirrors_object_and_box() -> None:
     start = labelled((0, 10, 20, 50, 60), polygons=True)
-    result = copy_paste(start, 1.0, rng())
+    result = pasted(start, 1.0)
     assert result.classes.tolist() == [0, 0]
     assert result.boxes[1].tolist() == [110, 20, 150, 60]
     assert box_of_colour(result.image[:, 80:], 0) == (30, 20, 70, 60)
@@ -177,29 +217,29 @@ def test_copy_paste_mirrors_object_and_box() -> None:
 def test_copy_paste_never_covers_an_object() -> None:
     start = labelled((0, 10, 20, 50, 60), (1, 105, 15, 140, 65), polygons=True)
     start.polygons[1] = None
-    before = start.image.copy()
-    result = copy_paste(start, 1.0, rng())
+    result = pasted(start, 1.0)
     assert len(result.boxes) == 2
-    assert np.array_equal(result.image, before)
+    assert np.array_equal(result.image, start.image)
 
 
 def test_copy_paste_leaves_boxes_without_polygon_alone() -> None:
     start = labelled((0, 10, 20, 50, 60))
-    assert copy_paste(start, 1.0, rng()) is start
+    objects = objects_of(start)
+    assert copy_paste(objects, 160, 1.0, rng()) == ([], objects)
 
 
 def test_copy_paste_copies_the_given_share() -> None:
     objects = [(0, 2, y, 12, y + 8) for y in range(0, 100, 10)]
-    result = copy_paste(labelled(*objects, polygons=True), 0.3, rng())
+    result = pasted(labelled(*objects, polygons=True), 0.3)
     assert len(result.boxes) == 13
 
 
 def test_every_augmentation_takes_an_image_without_objects() -> None:
-    empty = LabelledImage(np.zeros((64, 64, 3), np.uint8), np.zeros(0, np.float32), np.zeros((0, 4), np.float32))
     config = AugmentConfig()
-    result = copy_paste(empty, 1.0, rng())
-    result = random_flips(random_affine(result, (64, 64), config, rng()), config, rng())
-    assert mixup(result, result, rng()).boxes.shape == (0, 4)
+    _, result = copy_paste(Objects(np.zeros(0, np.float32), np.zeros((0, 4), np.float32)), 128, 1.0, rng())
+    _, result = random_affine(result, (128, 128), (64, 64), config, rng())
+    _, result = random_flips(result, (64, 64), config, rng())
+    assert mixup(result, result, rng())[1].boxes.shape == (0, 4)
 
 
 @pytest.mark.parametrize(

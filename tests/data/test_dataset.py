@@ -18,9 +18,9 @@ from yolov9_fast.data import (
     SampleKey,
     load_data_config,
     load_split,
+    plan,
     scale_boxes_to_original,
 )
-from yolov9_fast.data import dataset as dataset_module
 from yolov9_fast.errors import DataError
 
 PLAIN = AugmentConfig(hsv_h=0, hsv_s=0, hsv_v=0, translate=0, scale=0)
@@ -119,8 +119,8 @@ def test_without_mosaic_there_is_no_mixup_or_copy_paste(
     def refuse(*_: object) -> None:
         raise AssertionError("called without mosaic")
 
-    for name in ("mosaic4", "mixup", "copy_paste"):
-        monkeypatch.setattr(dataset_module, name, refuse)
+    for name in ("mosaic", "mixup", "copy_paste"):
+        monkeypatch.setattr(plan, name, refuse)
     dataset = DetectionDataset(records, image_size=64, augment=AugmentConfig(mixup=1.0, copy_paste=1.0))
     with pytest.raises(AssertionError):
         dataset[0]

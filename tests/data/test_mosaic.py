@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from tests.data.drawing import box_of_colour, paint
-from yolov9_fast.data.augment import LabelledImage
-from yolov9_fast.data.mosaic import mosaic4
+from yolov9_fast.data.augment import LabelledImage, Objects, mosaic
+from yolov9_fast.ops._augment import canvas_of
 
 
 def tile(height: int, width: int, *objects: tuple[int, int, int, int, int], polygons: bool = False) -> LabelledImage:
@@ -15,6 +15,13 @@ def tile(height: int, width: int, *objects: tuple[int, int, int, int, int], poly
     corners = [np.array([[a, b], [c, b], [c, d], [a, d]], np.float32) for a, b, c, d in boxes]
     classes = np.array([item[0] for item in objects], np.float32)
     return LabelledImage(paint(height, width, list(objects)), classes, boxes, list(corners) if polygons else [])
+
+
+def mosaic4(tiles: list[LabelledImage], size: int, rng: np.random.Generator) -> LabelledImage:
+    parts = [Objects(tile.classes, tile.boxes, tile.polygons) for tile in tiles]
+    places, objects = mosaic(parts, [tile.size for tile in tiles], size, rng)
+    canvas = canvas_of(zip((tile.image for tile in tiles), places, strict=True), (2 * size, 2 * size))
+    return LabelledImage(canvas, objects.classes, objects.boxes, objects.polygons)
 
 
 @pytest.mark.parametrize("seed", range(8))

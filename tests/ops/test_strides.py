@@ -127,6 +127,16 @@ def arguments(kernel: str, m: Make, n: int, c: int, h: int, w: int) -> tuple[Any
         "nms": lambda: (m(n, 5 + c, h, w).flatten(2).contiguous(), 0.1, 0.5, c > 1, h > 1, None, 5, 100),
         "nms_boxes": lambda: (torch.rand(h * w, 4), torch.rand(h * w), None, 0.5, n),
         "box_iou": lambda: (torch.rand(h, 4), torch.rand(w, 4)),
+        "augment": lambda: (
+            torch.randint(0, 256, (3 * h * w,)).byte(),
+            torch.tensor([0, h, w, 1, -1]).repeat(n, 2, 1, 1),
+            torch.full((n, 2, 2), 4 + c),
+            torch.eye(3, dtype=torch.float64).repeat(n, 2, 1, 1),
+            torch.arange(256).byte().repeat(n, 3, 1) if c else None,
+            torch.rand(n, 2) > 0.5,
+            torch.rand(n, dtype=torch.float64),
+            *(h + 1, c > 1),
+        ),
     }
     return makes[kernel]()
 

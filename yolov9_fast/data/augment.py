@@ -1,16 +1,19 @@
-"""Built-in augmentations of a labelled image; every random number comes from the given generator."""
+"""Built-in augmentations: what they draw, and the objects they leave; `plan.py` puts them together.
+
+Every random number comes from the given generator, and none depends on a pixel.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 
 import numpy as np
 from numpy.random import Generator
 from numpy.typing import NDArray
 
-from yolov9_fast._lazy import require
 from yolov9_fast.data.geometry import Floats, clip, covered_share, resample, transform
-from yolov9_fast.data.images import GREY, Image
+from yolov9_fast.data.images import Image
 
 # Of a corner of the image towards the horizon of a perspective: there it is enlarged to 1 / (1 - 0.8) = 5 times.
 _LARGEST_REACH = 0.8
@@ -68,111 +71,131 @@ class LabelledImage:
         return self.image.shape[0], self.image.shape[1]
 
 
-def random_hsv(image: Image, config: AugmentConfig, rng: Generator) -> Image:
-    """Scale hue, saturation and value of uint8 BGR by 1 + U(−1, 1) · strength; hue wraps around."""
+@dataclass
+class Objects:
+    """Objects of an image, in pixels: `classes`, `boxes` and `polygons` as in `LabelledImage`."""
+
+    classes: Floats
+    boxes: Floats
+    polygons: list[Floats | None] = field(default_factory=list)
+
+
+def random_hsv(config: AugmentConfig, rng: Generator) -> NDArray[np.uint8] | None:
+    """New hue, saturation and value by the old one, scaled by 1 + U(−1, 1) · strength; hue wraps around.
+
+    uint8 [3, 256], or None without strength: colours do not change.
+    """
     strengths = np.array([config.hsv_h, config.hsv_s, config.hsv_v])
     if not strengths.any():
-        return image
-    cv2 = require("cv2")
+        return None
     gains = 1 + rng.uniform(-1, 1, 3) * strengths
-    ramp = np.arange(256, dtype=np.float64)
-    tables = np.stack(
-        (ramp * gains[0] % 180, np.clip(ramp * gains[1], 0, 255), np.clip(ramp * gains[2], 0, 255)), axis=1
-    )
-    changed = cv2.LUT(cv2.cvtColor(image, cv2.COLOR_BGR2HSV), tables.astype(np.uint8)[None])
-    result: Image = cv2.cvtColor(changed, cv2.COLOR_HSV2BGR)
+    tables = np.arange(256, dtype=np.float64) * gains[:, None]
+    tables[0] %= 180
+    np.clip(tables, 0, 255, out=tables)
+    result: NDArray[np.uint8] = tables.astype(np.uint8)
     return result
 
 
-def random_flips(labelled: LabelledImage, config: AugmentConfig, rng: Generator) -> LabelledImage:
-    """Mirror vertically and horizontally with their probabilities; polygons are dropped."""
-    height, width = labelled.size
-    image, boxes = labelled.image, labelled.boxes
-    if rng.random() < config.flipud:
-        image = require("cv2").flip(image, 0)
+def random_flips(
+    objects: Objects, shape: tuple[int, int], config: AugmentConfig, rng: Generator
+) -> tuple[tuple[bool, bool], Objects]:
+    """Whether an image of `shape` (height, width) is mirrored (vertically, horizontally); polygons are dropped."""
+    (height, width), boxes = shape, objects.boxes
+    vertical = rng.random() < config.flipud
+    if vertical:
         boxes = np.stack((boxes[:, 0], height - boxes[:, 3], boxes[:, 2], height - boxes[:, 1]), axis=1)
-    if rng.random() < config.fliplr:
-        image = require("cv2").flip(image, 1)
+    horizontal = rng.random() < config.fliplr
+    if horizontal:
         boxes = np.stack((width - boxes[:, 2], boxes[:, 1], width - boxes[:, 0], boxes[:, 3]), axis=1)
-    return LabelledImage(image, labelled.classes, boxes)
+    return (vertical, horizontal), Objects(objects.classes, boxes)
 
 
 def random_affine(
-    labelled: LabelledImage, shape: tuple[int, int], config: AugmentConfig, rng: Generator
-) -> LabelledImage:
-    """Scale, rotate, shear and translate around the centre, onto a grey canvas of `shape` (height, width).
+    objects: Objects, size: tuple[int, int], shape: tuple[int, int], config: AugmentConfig, rng: Generator
+) -> tuple[NDArray[np.float64], Objects]:
+    """Scale, rotate, shear and translate a canvas of `size` around its centre, onto an image of `shape`.
 
-    Boxes come from the polygons where there are any (a rotated box would be too large) and are clipped to the canvas.
-    A box is kept if both sides are longer than 2 px, the ratio of its sides is below 100, and more than 10 % of its
-    area is visible (1 % of a polygon's box).
+    Both are (height, width). Returns the matrix [3, 3] from canvas to image, with centres of pixels at n + 0.5. Boxes
+    come from the polygons where there are any (a rotated box would be too large) and are clipped to the image. A box is
+    kept if both sides are longer than 2 px, the ratio of its sides is below 100, and more than 10 % of its area is
+    visible (1 % of a polygon's box).
     """
-    matrix, scale = _random_matrix(labelled.size, shape, config, rng)
-    image = _warp(labelled.image, matrix, shape, perspective=config.perspective > 0)
-    if not len(labelled.boxes):
-        return LabelledImage(image, labelled.classes, labelled.boxes)
-    boxes = _transform_boxes(labelled.boxes, matrix)
+    matrix, scale = _random_matrix(size, shape, config, rng)
+    if not len(objects.boxes):
+        return matrix, Objects(objects.classes, objects.boxes)
+    boxes = _transform_boxes(objects.boxes, matrix)
     least = np.full(len(boxes), 0.10)
-    for index, polygon in enumerate(labelled.polygons):
+    for index, polygon in enumerate(objects.polygons):
         if polygon is not None:
             boxes[index] = _polygon_box(transform(resample(polygon), matrix), shape)
             least[index] = 0.01
     boxes = clip(boxes, shape[1], shape[0])
-    keep = _still_visible(labelled.boxes * scale, boxes, least)
-    return LabelledImage(image, labelled.classes[keep], boxes[keep])
+    keep = _still_visible(objects.boxes * scale, boxes, least)
+    return matrix, Objects(objects.classes[keep], boxes[keep])
 
 
-def mixup(first: LabelledImage, second: LabelledImage, rng: Generator) -> LabelledImage:
-    """Blend two images of the same size by a share from Beta(32, 32); keep the objects of both (Zhang et al., 2018)."""
-    share = float(rng.beta(32.0, 32.0))
-    image = require("cv2").addWeighted(first.image, share, second.image, 1 - share, 0)
-    return LabelledImage(
-        image, np.concatenate((first.classes, second.classes)), np.concatenate((first.boxes, second.boxes))
-    )
+def mosaic(
+    parts: Sequence[Objects], sizes: Sequence[tuple[int, int]], size: int, rng: Generator
+) -> tuple[list[tuple[int, int]], Objects]:
+    """Four images of `sizes` (height, width) around a point of a canvas [2 · size, 2 · size]: upper left, upper right,
+    lower left, lower right of a point drawn uniformly from its middle half.
 
-
-def copy_paste(labelled: LabelledImage, share: float, rng: Generator) -> LabelledImage:
-    """Paste mirrored copies of round(share · n) objects with a polygon at their mirrored positions.
-
-    A copy is omitted if its box would cover 30 % or more of another box. Changes `labelled.image` in place.
+    Returns where they are, (left, top), and their objects, moved and clipped to the canvas.
     """
-    eligible = [index for index, polygon in enumerate(labelled.polygons) if polygon is not None]
+    side = 2 * size
+    centre_y, centre_x = (int(value) for value in rng.uniform(size / 2, 3 * size / 2, 2))
+    places = [
+        (centre_x if position % 2 else centre_x - width, centre_y if position // 2 else centre_y - height)
+        for position, (height, width) in enumerate(sizes)
+    ]
+    boxes, polygons = [], []
+    with_polygons = any(part.polygons for part in parts)
+    for part, place in zip(parts, places, strict=True):
+        offset = np.array(place, dtype=np.float32)
+        boxes.append(clip(part.boxes + np.tile(offset, 2), side, side))
+        if with_polygons:
+            polygons += _shift(part, offset, side)
+    classes = np.concatenate([part.classes for part in parts])
+    return places, Objects(classes, np.concatenate(boxes), polygons)
+
+
+def mixup(first: Objects, second: Objects, rng: Generator) -> tuple[float, Objects]:
+    """The share of the first of two images from Beta(32, 32), and the objects of both (Zhang et al., 2018)."""
+    share = float(rng.beta(32.0, 32.0))
+    classes, boxes = np.concatenate((first.classes, second.classes)), np.concatenate((first.boxes, second.boxes))
+    return share, Objects(classes, boxes)
+
+
+def copy_paste(objects: Objects, width: int, share: float, rng: Generator) -> tuple[list[Floats], Objects]:
+    """Choose round(share · n) objects with a polygon, whose mirrored copies appear at their mirrored positions.
+
+    A copy is omitted if its box would cover 30 % or more of another box. Returns the polygons of the copies, on a
+    canvas of this width, and all objects.
+    """
+    eligible = [index for index, polygon in enumerate(objects.polygons) if polygon is not None]
     chosen = rng.permutation(eligible)[: round(share * len(eligible))]
     if not len(chosen):
-        return labelled
-    width = labelled.size[1]
-    boxes, classes, polygons = [*labelled.boxes], [*labelled.classes], list(labelled.polygons)
-    # Cut all patches before pasting any, so that no patch contains another.
-    patches = []
+        return [], objects
+    boxes, classes, polygons = [*objects.boxes], [*objects.classes], list(objects.polygons)
+    pasted = []
     for index in chosen:
-        x1, y1, x2, y2 = labelled.boxes[index]
+        x1, y1, x2, y2 = objects.boxes[index]
         box = np.array([width - x2, y1, width - x1, y2], dtype=np.float32)
         if (covered_share(box, np.stack(boxes)) >= 0.30).any():
             continue
-        polygon = labelled.polygons[index]
+        polygon = objects.polygons[index]
         assert polygon is not None
         mirrored = polygon * np.array([-1, 1], dtype=np.float32) + np.array([width, 0], dtype=np.float32)
-        patches.append(_mirrored_patch(labelled.image, mirrored))
+        pasted.append(mirrored)
         boxes.append(box)
-        classes.append(labelled.classes[index])
+        classes.append(objects.classes[index])
         polygons.append(mirrored)
-    for left, top, patch, mask in patches:
-        region = labelled.image[top : top + patch.shape[0], left : left + patch.shape[1]]
-        np.copyto(region, patch, where=mask)
-    return LabelledImage(labelled.image, np.asarray(classes, np.float32), np.stack(boxes), polygons)
+    return pasted, Objects(np.asarray(classes, np.float32), np.stack(boxes), polygons)
 
 
-def _mirrored_patch(image: Image, polygon: Floats) -> tuple[int, int, Image, NDArray[np.bool_]]:
-    """(left, top, pixels [h, w, 3], mask [h, w, 1]) of the mirrored image inside `polygon`."""
-    height, width = image.shape[:2]
-    left, top = (int(value) for value in np.maximum(np.floor(polygon.min(0)), 0))
-    right, bottom = (int(value) for value in np.minimum(np.ceil(polygon.max(0)) + 1, (width, height)))
-    # Pixel centres have coordinates n + 0.5 in labels and n in fillPoly.
-    points = np.round(polygon - (left + 0.5, top + 0.5)).astype(np.int32)
-    mask = np.zeros((max(bottom - top, 0), max(right - left, 0)), dtype=np.uint8)
-    if mask.size:
-        require("cv2").fillPoly(mask, [points], 1)
-    patch = image[top:bottom, width - right : width - left][:, ::-1].copy()
-    return left, top, patch, mask[:, :, None].astype(bool)
+def _shift(part: Objects, offset: Floats, side: int) -> list[Floats | None]:
+    polygons = part.polygons or [None] * len(part.boxes)
+    return [None if polygon is None else np.clip(polygon + offset, 0, side) for polygon in polygons]
 
 
 def _random_matrix(
@@ -193,19 +216,6 @@ def _random_matrix(
         shape[0],
     )
     return translation @ shear @ rotation @ perspective @ centre, scale
-
-
-def _warp(image: Image, matrix: NDArray[np.float64], shape: tuple[int, int], *, perspective: bool) -> Image:
-    if image.shape[:2] == shape and np.array_equal(matrix, np.eye(3)):
-        return image
-    cv2 = require("cv2")
-    # Pixel centres have coordinates n + 0.5 in labels and n in warpAffine.
-    half = np.eye(3)
-    half[:2, 2] = 0.5
-    matrix = np.linalg.inv(half) @ matrix @ half
-    function, matrix = (cv2.warpPerspective, matrix) if perspective else (cv2.warpAffine, matrix[:2])
-    result: Image = function(image, matrix, dsize=(shape[1], shape[0]), borderValue=(GREY, GREY, GREY))
-    return result
 
 
 def _transform_boxes(boxes: Floats, matrix: NDArray[np.float64]) -> Floats:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 
 import numpy as np
 from numpy.random import Generator
 
-from yolov9_fast._lazy import import_callable, require
+from yolov9_fast._lazy import import_callable
 from yolov9_fast.data.augment import LabelledImage
 from yolov9_fast.errors import DataError, UserError
 
@@ -37,15 +36,11 @@ def resolve_augmentations(augmentations: Sequence[Augmentation | str]) -> tuple[
 def apply_augmentations(
     augmentations: Sequence[Augmentation], labelled: LabelledImage, rng: Generator
 ) -> LabelledImage:
-    """Call each function on a BGR image with its objects, and check what it returns.
+    """Call each function on an RGB image with its objects, and check what it returns.
 
     Raises:
         DataError: one line that names the function and what is wrong with its result.
     """
-    if not augmentations:
-        return labelled
-    cv2 = require("cv2")
-    labelled = replace(labelled, image=cv2.cvtColor(labelled.image, cv2.COLOR_BGR2RGB))
     shape = labelled.image.shape
     for augmentation in augmentations:
         result = augmentation(labelled, rng)
@@ -54,8 +49,7 @@ def apply_augmentations(
             name = getattr(augmentation, "__name__", type(augmentation).__name__)
             raise DataError(f"augmentation {name}: {problem}")
         labelled = result
-    image = cv2.cvtColor(np.ascontiguousarray(labelled.image), cv2.COLOR_RGB2BGR)
-    return LabelledImage(image, labelled.classes.astype(np.float32), labelled.boxes.astype(np.float32))
+    return LabelledImage(labelled.image, labelled.classes.astype(np.float32), labelled.boxes.astype(np.float32))
 
 
 def _problem(result: object, shape: tuple[int, ...]) -> str | None:

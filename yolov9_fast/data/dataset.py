@@ -9,28 +9,23 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from numpy.random import Generator
+from numpy.typing import NDArray
+from torch import Tensor
 from torch.utils.data import Dataset
 
-from yolov9_fast.data.augment import (
-    AugmentConfig,
-    LabelledImage,
-    copy_paste,
-    mixup,
-    random_affine,
-    random_flips,
-    random_hsv,
-)
+from yolov9_fast.data.augment import AugmentConfig, LabelledImage
 from yolov9_fast.data.custom import Augmentation, apply_augmentations, resolve_augmentations
-from yolov9_fast.data.geometry import corners_from_normalised, normalised_from_corners
+from yolov9_fast.data.geometry import Floats, corners_from_normalised, normalised_from_corners
 from yolov9_fast.data.images import Image, check_size, pad_to, read_image, resize_long_side, scaled_size, to_tensor
-from yolov9_fast.data.mosaic import mosaic4
 from yolov9_fast.data.packed import PackedRecords
+from yolov9_fast.data.plan import Plan, paste, plan_sample, stack
 from yolov9_fast.data.records import ImageRecord
 from yolov9_fast.data.rectangles import rectangular_batches
 from yolov9_fast.data.sample import Sample
 from yolov9_fast.data.stores import DiskStore, ImageStore, MemoryStore, NoStore, fits_memory
 from yolov9_fast.errors import DataError
+from yolov9_fast.ops import augment as augmented
+from yolov9_fast.ops._augment import canvas_of
 from yolov9_fast.ops._boxes import STRIDES
 
 
@@ -103,7 +98,7 @@ class DetectionDataset(Dataset[Sample]):
             raise IndexError(f"sample {key.index} of {len(self)}")
         if self.augment is None:
             return self._evaluation_sample(key.index)
-        return self._training_sample(key, self.augment)
+        return self._training_samples([key], self.augment)[0]
 
     def __getstate__(self) -> dict[str, Any]:
         # A spawned worker needs the packed arrays only. It imports again what was given by import path: the working
@@ -114,6 +109,12 @@ class DetectionDataset(Dataset[Sample]):
         self.__dict__.update(state)
         self._augmentations = resolve_augmentations(self._given_augmentations)
 
+    def plan(self, key: SampleKey) -> Plan:
+        """All that is drawn for a training sample, and its objects; reads no image."""
+        assert self.augment is not None
+        rng = np.random.default_rng((self.seed, key.epoch, key.index))
+        return plan_sample(self._packed, key.index, self.image_size, self.augment, rng, with_mosaic=key.mosaic)
+
     def _evaluation_sample(self, index: int) -> Sample:
         image = self._store.get(index)
         height, width = image.shape[:2]
@@ -121,48 +122,84 @@ class DetectionDataset(Dataset[Sample]):
         canvas, pad = pad_to(image, shape)
         rows = self._packed.boxes(index)
         boxes = corners_from_normalised(rows[:, 1:], width, height) + np.array([*pad, *pad], dtype=np.float32)
-        return self._sample(LabelledImage(canvas, rows[:, 0], boxes), index, (height, width), pad)
+        return self._sample(to_tensor(canvas), rows[:, 0], boxes, index, (height, width), pad)
 
-    def _training_sample(self, key: SampleKey, augment: AugmentConfig) -> Sample:
-        rng = np.random.default_rng((self.seed, key.epoch, key.index))
-        size = self.image_size
-        if key.mosaic and rng.random() < augment.mosaic:
-            labelled = self._mosaic(key.index, augment, rng)
-            if rng.random() < augment.mixup:
-                labelled = mixup(labelled, self._mosaic(int(rng.integers(len(self))), augment, rng), rng)
-            resized, pad = scaled_size(*self._packed.size(key.index), size), (0, 0)
+    def _training_samples(self, keys: Sequence[SampleKey], augment: AugmentConfig) -> list[Sample]:
+        plans = [self.plan(key) for key in keys]
+        return [
+            self._training_sample(key.index, plan, image)
+            for key, plan, image in zip(keys, plans, self._rendered(plans, augment), strict=True)
+        ]
+
+    def _training_sample(self, index: int, plan: Plan, image: Tensor) -> Sample:
+        classes, boxes = plan.objects.classes, plan.objects.boxes
+        if self._augmentations:
+            pixels = np.ascontiguousarray(image.permute(1, 2, 0).numpy())
+            labelled = apply_augmentations(self._augmentations, LabelledImage(pixels, classes, boxes), plan.rng)
+            image = torch.from_numpy(np.ascontiguousarray(labelled.image.transpose(2, 0, 1)))
+            classes, boxes = labelled.classes, labelled.boxes
+        return self._sample(
+            image, classes, boxes, index, scaled_size(*self._packed.size(index), self.image_size), plan.pad
+        )
+
+    def _rendered(self, plans: Sequence[Plan], augment: AugmentConfig) -> Tensor:
+        """uint8 RGB [B, 3, size, size] of these plans."""
+        arrays = stack(plans)
+        if isinstance(self._store, MemoryStore) and not any(view.pasted for plan in plans for view in plan.views):
+            pixels = self._store.pixels
+            arrays.tiles[..., 0] = self._store.offsets[arrays.members]
         else:
-            plain = self._labelled(key.index)
-            resized = plain.size
-            canvas, pad = pad_to(plain.image, (size, size))
-            moved = plain.boxes + np.array([*pad, *pad], dtype=np.float32)
-            labelled = random_affine(LabelledImage(canvas, plain.classes, moved), (size, size), augment, rng)
-        image = random_hsv(labelled.image, augment, rng)
-        labelled = random_flips(LabelledImage(image, labelled.classes, labelled.boxes), augment, rng)
-        labelled = apply_augmentations(self._augmentations, labelled, rng)
-        return self._sample(labelled, key.index, resized, pad)
+            pixels = self._gathered(plans, arrays.tiles)
+        sources, tiles, canvases, matrices = (torch.from_numpy(each) for each in (pixels, *arrays[1:4]))
+        tables = None if arrays.tables is None else torch.from_numpy(arrays.tables)
+        flips, shares = torch.from_numpy(arrays.flips), torch.from_numpy(arrays.shares)
+        projective = augment.perspective > 0
+        return augmented(sources, tiles, canvases, matrices, tables, flips, shares, self.image_size, projective)
 
-    def _mosaic(self, index: int, augment: AugmentConfig, rng: Generator) -> LabelledImage:
-        members = rng.permutation([index, *rng.integers(len(self), size=3)])
-        canvas = mosaic4([self._labelled(int(member)) for member in members], self.image_size, rng)
-        canvas = copy_paste(canvas, augment.copy_paste, rng)
-        return random_affine(canvas, (self.image_size, self.image_size), augment, rng)
+    def _gathered(self, plans: Sequence[Plan], tiles: NDArray[np.int64]) -> Image:
+        """The images of these plans one after the other, whose offsets are written to `tiles`.
 
-    def _labelled(self, index: int) -> LabelledImage:
+        A canvas that objects are pasted on is one image.
+        """
+        parts, end = [], 0
+        for sample, plan in enumerate(plans):
+            for which, view in enumerate(plan.views):
+                images = [self._image(member, tile[:2]) for member, tile in zip(view.members, view.tiles, strict=True)]
+                places = [(*image.shape[:2], *tile[2:]) for image, tile in zip(images, view.tiles, strict=True)]
+                if view.pasted:
+                    canvas = canvas_of(zip(images, (tile[2:] for tile in view.tiles), strict=True), view.canvas)
+                    paste(canvas, view.pasted)
+                    images, places = [canvas], [(*view.canvas, 0, 0)]
+                tiles[sample, which] = 0
+                for number, (image, place) in enumerate(zip(images, places, strict=True)):
+                    tiles[sample, which, number] = (end, *place)
+                    parts.append(image.reshape(-1))
+                    end += image.size
+        return np.concatenate(parts)
+
+    def _image(self, index: int, shape: tuple[int, int]) -> Image:
+        """The image of a record at the size of the network's input, which its record gives."""
         image = self._store.get(index)
-        height, width = image.shape[:2]
-        rows = self._packed.boxes(index)
-        scale = np.array([width, height], dtype=np.float32)
-        polygons = [None if polygon is None else polygon * scale for polygon in self._packed.polygons(index)]
-        return LabelledImage(image, rows[:, 0], corners_from_normalised(rows[:, 1:], width, height), polygons)
+        if image.shape[:2] != shape:
+            expected, got = ("x".join(map(str, size)) for size in (shape, image.shape[:2]))
+            raise DataError(f"{self._packed.path(index)}: cached image of another size: expected {expected}, got {got}")
+        return image
 
-    def _sample(self, labelled: LabelledImage, index: int, resized: tuple[int, int], pad: tuple[int, int]) -> Sample:
-        height, width = labelled.size
-        boxes = normalised_from_corners(labelled.boxes, width, height)
-        targets = np.concatenate((labelled.classes[:, None], boxes), axis=1).astype(np.float32)
+    def _sample(
+        self,
+        image: Tensor,
+        classes: Floats,
+        boxes: Floats,
+        index: int,
+        resized: tuple[int, int],
+        pad: tuple[int, int],
+    ) -> Sample:
+        height, width = image.shape[1:]
+        rows = normalised_from_corners(boxes, width, height)
+        targets = np.concatenate((classes[:, None], rows), axis=1).astype(np.float32)
         original = self._packed.size(index)
         ratio = (resized[0] / original[0], resized[1] / original[1])
-        return Sample(to_tensor(labelled.image), torch.from_numpy(targets), index, original, ratio, pad)
+        return Sample(image, torch.from_numpy(targets), index, original, ratio, pad)
 
     def _load(self, index: int) -> Image:
         image = read_image(self._packed.path(index))

@@ -36,22 +36,26 @@ class NoStore:
 
 
 class MemoryStore:
-    """All images in one array, which threads fill at construction and forked workers share."""
+    """All images in one array, which threads fill at construction and forked workers share.
+
+    `pixels`: uint8 [n]; the image of a record begins at its place in `offsets`, int64.
+    """
 
     def __init__(self, load: Callable[[int], Image], sizes: Sequence[tuple[int, int]], image_size: int) -> None:
         self._shapes = [scaled_size(height, width, image_size) for height, width in sizes]
-        self._ends = np.cumsum([0, *(height * width * 3 for height, width in self._shapes)])
-        self._pixels = np.empty(int(self._ends[-1]), dtype=np.uint8)
+        self.offsets = np.cumsum([0, *(height * width * 3 for height, width in self._shapes)])
+        self.pixels = np.empty(int(self.offsets[-1]), dtype=np.uint8)
 
         def fill(index: int) -> None:
-            self._pixels[self._ends[index] : self._ends[index + 1]] = load(index).reshape(-1)
+            self.pixels[self.offsets[index] : self.offsets[index + 1]] = load(index).reshape(-1)
 
         with ThreadPoolExecutor(max_workers=min(os.cpu_count() or 1, 16)) as pool:
             list(pool.map(fill, range(len(self._shapes))))
-        self._pixels.setflags(write=False)
 
     def get(self, index: int) -> Image:
-        return self._pixels[self._ends[index] : self._ends[index + 1]].reshape(*self._shapes[index], 3)
+        image = self.pixels[self.offsets[index] : self.offsets[index + 1]].reshape(*self._shapes[index], 3)
+        image.setflags(write=False)
+        return image
 
 
 class DiskStore:

@@ -5,6 +5,7 @@
 
 from yolov9_fast.ops._adown_pool import adown_pool
 from yolov9_fast.ops._assign import Assignment, assign
+from yolov9_fast.ops._augment import augment
 from yolov9_fast.ops._backend import (
     BackendUnavailable,
     UnknownBackend,
@@ -54,6 +55,7 @@ __all__ = [
     "adam_update",
     "adown_pool",
     "assign",
+    "augment",
     "backend",
     "bias_silu",
     "bn_silu",

@@ -352,3 +352,19 @@ def _interrupted(function: Any) -> Any:
         return function(loader)
 
     return call
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_the_time_in_which_batches_are_waited_for_is_counted(records: list[ImageRecord], workers: int) -> None:
+    def slow(labelled: LabelledImage, rng: Any) -> LabelledImage:
+        time.sleep(0.05)
+        return labelled
+
+    dataset = DetectionDataset(records, image_size=64, augment=AugmentConfig(), augmentations=[slow])
+    loader = create_loader(dataset, batch_size=6, workers=workers, shuffle=True)
+    start = time.perf_counter()
+    for _ in loader:
+        time.sleep(0.5)  # which is not waiting
+    seconds = time.perf_counter() - start
+    loader.close()
+    assert 0.3 <= loader.waited <= seconds - 1.0

@@ -60,6 +60,7 @@ def test_a_run_writes_weights_state_table_and_plots(tiny_config: Make) -> None:
     rows = _rows(run)
     assert [row["epoch"] for row in rows] == ["1", "2"]
     assert all(float(row[key]) > 0 for row in rows for key in ("train/box", "val/box", "val/cls", "val/dfl", "seconds"))
+    assert all(0 < float(row["seconds_waiting"]) <= float(row["seconds/data"]) for row in rows)
     model = load_checkpoint(run / "weights/last.safetensors")
     state = load_state(run / "weights/state.pt")
     assert all(torch.equal(v, state["ema"][k]) for k, v in model.state_dict().items())

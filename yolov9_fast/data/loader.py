@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 import multiprocessing
+import os
 import signal
 import sys
+import time
 import weakref
 from collections.abc import Iterator, Sequence
 from multiprocessing.connection import wait
@@ -22,9 +24,11 @@ from yolov9_fast._lazy import require
 from yolov9_fast._signals import signals_held_back
 from yolov9_fast.data.dataset import DetectionDataset, SampleKey
 from yolov9_fast.data.sample import Batch, Sample, collate
+from yolov9_fast.data.shm import loader_memory
 from yolov9_fast.data.watch import WorkerWatch
 from yolov9_fast.errors import ProcessError, UserError
 from yolov9_fast.limits import above_limit, limit
+from yolov9_fast.ops._boxes import STRIDES
 
 
 def create_loader(
@@ -46,7 +50,8 @@ def create_loader(
     ranks together get the batches that one process would get. With `shuffle`, the last global batch is filled up from
     the start of the order until it divides evenly and each rank has at least `smallest` samples; without it, no sample
     is repeated and ranks may have different numbers of batches. `pin_memory`: in page-locked memory, which the GPU that
-    is current when a pass begins reads without the host waiting for it.
+    is current when a pass begins reads without the host waiting for it. `workers` send their batches through shared
+    memory; where it is too small they prepare fewer, or are fewer, with a warning.
     """
     return DetectionLoader(
         dataset,
@@ -62,23 +67,40 @@ def create_loader(
         ),
         workers,
         pin_memory,
+        local_processes(world_size),
     )
+
+
+def local_processes(world_size: int) -> int:
+    """How many of a run's processes are on this machine; all, unless a launcher says otherwise."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", world_size)) if world_size > 1 else 1
 
 
 class DetectionLoader:
     """Iterable over `Batch`. Call `set_epoch` before each pass. Worker processes end with `close`.
 
+    Attributes:
+        dataset: the dataset.
+        memory: processes, batches that they prepare ahead, and the shared memory that these take.
+        waited: seconds in which this process has waited for batches, so far.
+
     Iterating raises the `UserError` of a sample that cannot be read, and `ProcessError` if a worker dies, or sends
     nothing for long (`SILENT_SECONDS` of `limits`).
     """
 
-    def __init__(self, dataset: DetectionDataset, order: BatchOrder, workers: int, pin_memory: bool = False) -> None:
+    def __init__(
+        self, dataset: DetectionDataset, order: BatchOrder, workers: int, pin_memory: bool = False, sharers: int = 1
+    ) -> None:
         if workers < 0:
             raise ValueError(f"workers: expected at least 0, got {workers}")
         if workers > limit("WORKERS"):
             raise UserError(f"workers: {above_limit('WORKERS', workers)}")
         self.dataset = dataset
+        side = dataset.image_size + (STRIDES[-1] if dataset.rect else 0)
+        self.memory = loader_memory(workers, order.batch_size * 3 * side**2, sharers)
+        workers = self.memory.workers
         self._order = order
+        self.waited = 0.0
         self._watch = WorkerWatch()
         weakref.finalize(self, self._watch.close)
         self._loader: DataLoader[Sample | UserError] | None = DataLoader(
@@ -88,6 +110,7 @@ class DetectionLoader:
             collate_fn=_collate,
             worker_init_fn=_prepare_worker if workers else None,
             persistent_workers=workers > 0,
+            prefetch_factor=self.memory.prefetch if workers else None,
             pin_memory=pin_memory,
             # Each pass draws a seed for the workers: from this generator instead of the global one.
             generator=torch.Generator(),
@@ -105,10 +128,12 @@ class DetectionLoader:
         iterator: Iterator[Batch | UserError] | None = None
         while True:
             try:
+                start = time.perf_counter()
                 with self._watch.waiting():
                     if iterator is None:
                         iterator = self._start(loader)
                     batch = next(iterator, None)
+                self.waited += time.perf_counter() - start
             except (ConnectionError, EOFError, FileNotFoundError, RuntimeError) as error:
                 self._raise_death(iterator, error)
                 raise
@@ -167,7 +192,7 @@ class DetectionLoader:
 
 
 class BatchOrder(Sampler[list[SampleKey]]):
-    """Batches of sample keys of one rank; see `create_loader`."""
+    """Batches of `batch_size` sample keys of one rank; see `create_loader`."""
 
     def __init__(
         self,
@@ -192,7 +217,7 @@ class BatchOrder(Sampler[list[SampleKey]]):
             )
         self.epoch, self.mosaic = 0, True
         self._base = np.asarray(dataset.order)
-        self._batch_size, self._shuffle, self._seed = batch_size, shuffle, seed
+        self.batch_size, self._shuffle, self._seed = batch_size, shuffle, seed
         self._rank, self._world_size, self._drop_last, self._smallest = rank, world_size, drop_last, smallest
 
     def __len__(self) -> int:
@@ -208,13 +233,13 @@ class BatchOrder(Sampler[list[SampleKey]]):
 
     def _cuts(self) -> list[tuple[int, int]]:
         """(start, end) of this rank's batches in the global order, which is cyclic: `end` may exceed its length."""
-        total, global_batch = len(self._base), self._batch_size * self._world_size
+        total, global_batch = len(self._base), self.batch_size * self._world_size
         cuts = []
         for start in range(0, total, global_batch):
             count = min(global_batch, total - start)
             if count < global_batch and self._drop_last:
                 break
-            part = max(math.ceil(count / self._world_size), self._smallest) if self._shuffle else self._batch_size
+            part = max(math.ceil(count / self._world_size), self._smallest) if self._shuffle else self.batch_size
             first = start + self._rank * part
             last = first + part if self._shuffle else min(first + part, start + count)
             if last > first:

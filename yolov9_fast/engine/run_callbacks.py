@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 _PLOTTED_BATCHES = 3
+_MUCH_WAITING = 0.1
 
 
 def run_callbacks(config: TrainConfig) -> list[Callback]:
@@ -184,11 +185,13 @@ class Messages(Callback):
     def on_epoch_end(self, trainer: Trainer, result: EpochResult) -> None:
         row, losses = result.row, result.validation.loss
         assert losses is not None
+        share = row["seconds_waiting"] / max(row["seconds"], 1e-9)
+        waiting = f" ({share:.0%} waiting for images)" if share >= _MUCH_WAITING else ""
         log.info(
             f"epoch {result.epoch + 1}/{trainer.config.epochs}: "
             f"train {loss_text({name: row[f'train/{name}'] for name in losses})} | "
             f"val {loss_text(losses)} | "
-            f"AP {row['metrics/ap']:.4f} AP50 {row['metrics/ap50']:.4f} | {row['seconds']:.1f} s"
+            f"AP {row['metrics/ap']:.4f} AP50 {row['metrics/ap50']:.4f} | {row['seconds']:.1f} s{waiting}"
         )
 
     def on_evaluation_end(self, trainer: Trainer, result: ValidationResult) -> None:

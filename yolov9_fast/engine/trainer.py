@@ -312,6 +312,7 @@ class Trainer:
         updates = 0
         title = f"epoch {epoch + 1}/{config.epochs}"
         clock = PhaseClock(*PHASES, device=self.process_group.device)
+        waited = self.loader.waited
         with progress_bar(self.loader, title, shown=self.process_group.is_main) as bar:
             for index, batch in enumerate(bar):
                 self._interrupts.check()
@@ -334,9 +335,8 @@ class Trainer:
         row |= {f"train/{name}": value for name, value in self._mean_loss(totals).items()}
         groups = zip(("bias", "weight", "bn"), state.optimizer.param_groups, strict=True)
         row |= {f"lr/{name}": group["lr"] for name, group in groups}
-        return (
-            row | {"skipped_steps": skipped_steps} | {f"seconds/{name}": value for name, value in clock.seconds.items()}
-        )
+        row |= {"skipped_steps": skipped_steps, "seconds_waiting": self.loader.waited - waited}
+        return row | {f"seconds/{name}": value for name, value in clock.seconds.items()}
 
     def _mean_loss(self, totals: Tensor) -> dict[str, float]:
         """`totals`: the sum of each loss term over batches, then the number of batches."""

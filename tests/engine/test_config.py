@@ -43,6 +43,13 @@ def test_a_written_config_reads_back_the_same(tmp_path: Path) -> None:
     assert read_config(tmp_path / "config.yaml") == config
 
 
+@pytest.mark.parametrize(("text", "cache"), [("off", "off"), ("null", None), ("ram", "ram"), ("'off'", "off")])
+def test_the_cache_of_a_recipe(text: str, cache: str | None, tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text(f"cache: {text}\n")  # YAML takes off for false
+    assert read_config(tmp_path / "recipe.yaml").cache == cache
+    assert TrainConfig().cache == "auto"
+
+
 def test_augmentation_options_may_be_among_the_others() -> None:
     config = config_from_dict({"epochs": 5, "mosaic": 0.0, "lr0": 1}, "recipe")
     assert (config.epochs, config.augment.mosaic, config.lr0) == (5, 0.0, 1.0)
@@ -72,7 +79,7 @@ def test_a_wrong_recipe_is_named(data: object, message: str) -> None:
         ({"workers": -1}, "workers: expected a finite value of at least 0, got -1"),
         ({"conf": 1.5}, r"conf: expected a value in \[0, 1\], got 1.5"),
         ({"amp": "fp8"}, "amp: expected one of auto, off, bf16, fp16, got 'fp8'"),
-        ({"cache": "tape"}, "cache: expected one of ram, disk, got 'tape'"),
+        ({"cache": "tape"}, "cache: expected one of auto, ram, disk, off, got 'tape'"),
     ],
 )
 def test_values_that_no_run_can_use_are_refused(changes: dict[str, object], message: str) -> None:

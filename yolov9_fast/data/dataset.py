@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,9 +17,9 @@ from torch.utils.data import Dataset
 from yolov9_fast.data.augment import AugmentConfig, LabelledImage
 from yolov9_fast.data.custom import Augmentation, apply_augmentations, resolve_augmentations
 from yolov9_fast.data.geometry import Floats, corners_from_normalised, normalised_from_corners
-from yolov9_fast.data.images import Image, check_size, pad_to, read_image, resize_long_side, scaled_size, to_tensor
+from yolov9_fast.data.images import Image, check_size, pad_to, read_resized, scaled_size, to_tensor
 from yolov9_fast.data.packed import PackedRecords
-from yolov9_fast.data.plan import Plan, paste, plan_sample, stack
+from yolov9_fast.data.plan import Plan, hide_unseen, paste, plan_sample, stack
 from yolov9_fast.data.records import ImageRecord
 from yolov9_fast.data.rectangles import rectangular_batches
 from yolov9_fast.data.sample import Sample
@@ -27,6 +28,16 @@ from yolov9_fast.errors import DataError
 from yolov9_fast.ops import augment as augmented
 from yolov9_fast.ops._augment import canvas_of
 from yolov9_fast.ops._boxes import STRIDES
+
+_own = threading.local()
+
+
+def _scratch(size: int) -> Image:
+    """uint8 [size] of this thread, the same at every call: new memory would be mapped page by page."""
+    if not hasattr(_own, "pixels") or len(_own.pixels) < size:
+        _own.pixels = np.empty(size, dtype=np.uint8)
+    pixels: Image = _own.pixels[:size]
+    return pixels
 
 
 @dataclass(frozen=True)
@@ -87,7 +98,8 @@ class DetectionDataset(Dataset[Sample]):
         self._shapes: list[tuple[int, int]] | None = None
         if rect:
             self.order, self._shapes = rectangular_batches(self._packed.sizes, batch_size, image_size, stride, rect_pad)
-        self._store = self._make_store(cache, None if cache_dir is None else Path(cache_dir))
+        self._store: ImageStore
+        self.keep_images(cache, cache_dir)
 
     def __len__(self) -> int:
         return len(self._packed)
@@ -145,11 +157,14 @@ class DetectionDataset(Dataset[Sample]):
     def _rendered(self, plans: Sequence[Plan], augment: AugmentConfig) -> Tensor:
         """uint8 RGB [B, 3, size, size] of these plans."""
         arrays = stack(plans)
-        if isinstance(self._store, MemoryStore) and not any(view.pasted for plan in plans for view in plan.views):
-            pixels = self._store.pixels
-            arrays.tiles[..., 0] = self._store.offsets[arrays.members]
-        else:
+        hide_unseen(arrays, self.image_size)
+        pixels = self._store.pixels if isinstance(self._store, MemoryStore) else None
+        if pixels is None or any(view.pasted for plan in plans for view in plan.views):
             pixels = self._gathered(plans, arrays.tiles)
+        else:
+            assert isinstance(self._store, MemoryStore)
+            self._store.fill(arrays.members[arrays.tiles[..., 1] > 0])
+            arrays.tiles[..., 0] = self._store.offsets[arrays.members]
         sources, tiles, canvases, matrices = (torch.from_numpy(each) for each in (pixels, *arrays[1:4]))
         tables = None if arrays.tables is None else torch.from_numpy(arrays.tables)
         flips, shares = torch.from_numpy(arrays.flips), torch.from_numpy(arrays.shares)
@@ -157,33 +172,30 @@ class DetectionDataset(Dataset[Sample]):
         return augmented(sources, tiles, canvases, matrices, tables, flips, shares, self.image_size, projective)
 
     def _gathered(self, plans: Sequence[Plan], tiles: NDArray[np.int64]) -> Image:
-        """The images of these plans one after the other, whose offsets are written to `tiles`.
+        """The images of these plans one after the other, whose offsets are written to `tiles`; until the next call.
 
         A canvas that objects are pasted on is one image.
         """
-        parts, end = [], 0
         for sample, plan in enumerate(plans):
             for which, view in enumerate(plan.views):
-                images = [self._image(member, tile[:2]) for member, tile in zip(view.members, view.tiles, strict=True)]
-                places = [(*image.shape[:2], *tile[2:]) for image, tile in zip(images, view.tiles, strict=True)]
                 if view.pasted:
-                    canvas = canvas_of(zip(images, (tile[2:] for tile in view.tiles), strict=True), view.canvas)
-                    paste(canvas, view.pasted)
-                    images, places = [canvas], [(*view.canvas, 0, 0)]
-                tiles[sample, which] = 0
-                for number, (image, place) in enumerate(zip(images, places, strict=True)):
-                    tiles[sample, which, number] = (end, *place)
-                    parts.append(image.reshape(-1))
-                    end += image.size
-        return np.concatenate(parts)
-
-    def _image(self, index: int, shape: tuple[int, int]) -> Image:
-        """The image of a record at the size of the network's input, which its record gives."""
-        image = self._store.get(index)
-        if image.shape[:2] != shape:
-            expected, got = ("x".join(map(str, size)) for size in (shape, image.shape[:2]))
-            raise DataError(f"{self._packed.path(index)}: cached image of another size: expected {expected}, got {got}")
-        return image
+                    tiles[sample, which] = 0
+                    tiles[sample, which, 0, 1:3] = view.canvas
+        sizes = tiles[..., 1] * tiles[..., 2] * 3
+        ends = np.cumsum(sizes).reshape(sizes.shape)
+        tiles[..., 0] = ends - sizes
+        pixels = _scratch(int(ends[-1, -1, -1]))
+        for place in zip(*np.nonzero(sizes), strict=True):
+            sample, which, number = (int(each) for each in place)
+            start, height, width = tiles[sample, which, number, :3]
+            out, view = pixels[start : ends[place]].reshape(height, width, 3), plans[sample].views[which]
+            if view.pasted:
+                images = [self._store.get(member) for member in view.members]
+                out[...] = canvas_of(zip(images, (tile[2:] for tile in view.tiles), strict=True), view.canvas)
+                paste(out, view.pasted)
+            else:
+                self._store.read(view.members[number], out)
+        return pixels
 
     def _sample(
         self,
@@ -201,20 +213,19 @@ class DetectionDataset(Dataset[Sample]):
         ratio = (resized[0] / original[0], resized[1] / original[1])
         return Sample(image, torch.from_numpy(targets), index, original, ratio, pad)
 
-    def _load(self, index: int) -> Image:
-        image = read_image(self._packed.path(index))
-        if image.shape[:2] != self._packed.size(index):
-            expected, got = ("x".join(map(str, size)) for size in (self._packed.size(index), image.shape[:2]))
-            raise DataError(
-                f"{self._packed.path(index)}: file changed while in use: expected {expected} pixels, got {got}"
-            )
-        return resize_long_side(image, self.image_size, training=self.augment is not None)
+    def _load(self, index: int, out: Image | None = None) -> Image:
+        training = self.augment is not None
+        path, original = self._packed.path(index), self._packed.size(index)
+        return read_resized(path, original, self.image_size, training=training, out=out)
 
-    def _make_store(self, cache: str | None, folder: Path | None) -> ImageStore:
+    def keep_images(self, cache: Literal["ram", "disk"] | None, folder: str | Path | None = None) -> None:
+        """Keep resized images in memory or on disk (in `folder`), or no longer; before loader processes start."""
         sizes = [self._packed.size(index) for index in range(len(self))]
         if cache == "ram" and fits_memory(sizes, self.image_size):
-            return MemoryStore(self._load, sizes, self.image_size)
-        if cache == "disk":
+            self._store = MemoryStore(self._load, sizes, self.image_size)
+        elif cache == "disk":
             mode = "train" if self.augment is not None else "eval"
-            return DiskStore(self._load, self._packed.path, folder, self.image_size, mode)
-        return NoStore(self._load)
+            place = None if folder is None else Path(folder)
+            self._store = DiskStore(self._load, self._packed.path, place, self.image_size, mode)
+        else:
+            self._store = NoStore(self._load)

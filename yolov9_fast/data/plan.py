@@ -164,6 +164,22 @@ def stack(plans: Sequence[Plan]) -> Arrays:
     return Arrays(members, tiles, canvases, matrices, np.stack(tables) if tables else None, flips, shares)
 
 
+def hide_unseen(arrays: Arrays, size: int) -> None:
+    """Remove the tiles of which no pixel of a sample of `size` pixels is made: their images need not be read."""
+    last = size - 1
+    corners = np.array([[0, last, 0, last], [0, 0, last, last], [1, 1, 1, 1]], dtype=np.float64)
+    points = arrays.matrices @ corners
+    depth = points[..., 2:, :]
+    known = depth.min((-1, -2)) > 0  # Beyond a horizon the corners are no bounds.
+    places = points[..., :2, :] / np.where(depth > 0, depth, 1)
+    # Bilinear weights reach one pixel further, and coordinates are rounded.
+    first, end = (places.min(-1) - 2)[..., None, :], (places.max(-1) + 2)[..., None, :]
+    begins = arrays.tiles[..., 3:]
+    ends = begins + arrays.tiles[..., 2:0:-1]
+    unseen = ((begins > end) | (ends < first)).any(-1) & known[..., None]
+    arrays.tiles[unseen] = 0
+
+
 def paste(canvas: Image, polygons: Sequence[Floats]) -> None:
     """Copy what is at the mirrored position into each polygon of a canvas uint8 [H, W, 3]."""
     # Cut all patches before pasting any, so that no patch contains another.

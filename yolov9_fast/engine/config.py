@@ -12,7 +12,7 @@ import typing
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from yolov9_fast._lazy import require
 from yolov9_fast._text import printable
@@ -124,7 +124,11 @@ class TrainConfig:
 
     close_mosaic: int = _option(15, "last epochs without mosaic, mixup and copy-paste")
     rect: bool = _option(False, "rectangular batches in validation (less padding; AP differs a little)")
-    cache: Literal["ram", "disk"] | None = _option(None, "keep decoded images", choices=("ram", "disk"))
+    cache: str | None = _option(
+        "auto",
+        "keep decoded images: auto (in memory where they fit in half of the free), ram, disk or off",
+        choices=("auto", "ram", "disk", "off"),
+    )
     save_period: int = _option(0, "keep the weights of every n-th epoch (0: only last and best)")
     conf: float = _option(0.001, "confidence threshold of validation")
     iou: float = _option(0.7, "IoU threshold of NMS in validation")
@@ -162,11 +166,13 @@ def plain_type(cls: type, name: str) -> tuple[type, bool]:
     optional = isinstance(hint, types.UnionType | typing._UnionGenericAlias)  # type: ignore[attr-defined]
     if optional:
         hint = next(t for t in typing.get_args(hint) if t is not type(None))
-    return str if typing.get_origin(hint) is Literal else hint, optional
+    return hint, optional
 
 
 def _converted(cls: type, name: str, value: Any, origin: str) -> Any:
     kind, optional = plain_type(cls, name)
+    if value is False and kind is str:
+        value = "off"  # which YAML reads as false
     if value is None and optional:
         return None
     if kind is float and isinstance(value, int | float) and not isinstance(value, bool):

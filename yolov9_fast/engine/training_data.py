@@ -20,6 +20,8 @@ from yolov9_fast.data import (
     load_data_config,
     load_split,
 )
+from yolov9_fast.data.loader import local_processes
+from yolov9_fast.data.stores import choose_cache
 from yolov9_fast.engine.config import TrainConfig
 from yolov9_fast.engine.device import default_workers
 from yolov9_fast.engine.distributed import ProcessGroup
@@ -99,11 +101,13 @@ def open_training_data(config: TrainConfig, process_group: ProcessGroup) -> Trai
         batch_size=2 * local_batch,
         workers=workers,
         rect=config.rect,
-        cache=config.cache,
         process_group=process_group,
     )
     if process_group.is_main:
         process_group.barrier()
+    sizes = [(record.height, record.width) for record in (*records, *evaluation.records)]
+    cache = choose_cache(config.cache or "off", sizes, config.imgsz, local_processes(process_group.size))
+    evaluation.loader.dataset.keep_images(cache)
     log.info(f"train: {report.summary()}", extra={"lines": True})
     log.info(f"val: {evaluation.report.summary()}", extra={"lines": True})
     if config.imgsz <= MAX_STRIDE and len(records) < 2:
@@ -117,7 +121,7 @@ def open_training_data(config: TrainConfig, process_group: ProcessGroup) -> Trai
         records,
         image_size=config.imgsz,
         augment=config.augment,
-        cache=config.cache,
+        cache=cache,
         seed=config.seed,
         augmentations=[path for path in config.augmentations.split(",") if path],
     )
@@ -132,6 +136,7 @@ def open_training_data(config: TrainConfig, process_group: ProcessGroup) -> Trai
         smallest=smallest,
         pin_memory=process_group.device.type == "cuda",
     )
+    log.info(f"loader: {loader.memory}")
     labels = np.concatenate([record.boxes for record in records]) if records else np.zeros((0, 5), np.float32)
     description = {
         "names": list(data.names.values()),

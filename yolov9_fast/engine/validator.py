@@ -6,7 +6,7 @@ import contextlib
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -97,7 +97,6 @@ def open_evaluation_set(
     batch_size: int,
     workers: int = 0,
     rect: bool = True,
-    cache: Literal["ram", "disk"] | None = None,
     process_group: ProcessGroup | None = None,
 ) -> EvaluationSet:
     """Read a split's images and labels and make its loader, for `process_group`; by default one process on a CPU.
@@ -113,7 +112,6 @@ def open_evaluation_set(
         augment=None,
         rect=rect,
         batch_size=batch_size,
-        cache=cache,
     )
     group = process_group or ProcessGroup(0, 1, torch.device("cpu"))
     loader = create_loader(

@@ -101,12 +101,30 @@ def convolve(
     if memory_format is not None:
         weight = weight.contiguous(memory_format=memory_format)
     if isinstance(x, Tensor):
+        if not pointwise and _needs_centre_alone(x, conv):
+            row, column = (size // 2 for size in weight.shape[2:])
+            weight = weight[:, :, row : row + 1, column : column + 1]
+            return F.conv2d(x, weight, bias, 1, 0, 1, conv.groups)
         if not pointwise or x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last):
             return F.conv2d(x, weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups)
         return conv1x1(x, weight, bias)
     if pointwise and isinstance(x[-1], Tensor):
         return _sum_of_products(x, weight, bias)
     return F.conv2d(joined(x), weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups)
+
+
+def _needs_centre_alone(x: Tensor, conv: nn.Conv2d) -> bool:
+    """Whether `conv` of a map of one pixel is left to the centre of its kernel, which alone meets the pixel.
+
+    PyTorch's gradient of the other weights (3×3, stride 2, bfloat16, CPU) is what lay in memory.
+    """
+    return (
+        x.shape[2:] == (1, 1)
+        and x.is_cpu
+        and x.dtype == torch.bfloat16
+        and tuple(conv.padding) == tuple(size // 2 for size in conv.kernel_size)
+        and tuple(conv.dilation) == (1, 1)
+    )
 
 
 def _sum_of_products(parts: Sequence[Tensor | Upsampled], weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from yolov9_fast.kernels import (
     adown_pool,
+    augment,
     bn_silu,
     cbfuse,
     concat,
@@ -93,8 +94,24 @@ def call_all(shape: tuple[int, int, int, int], dtype: torch.dtype, layout: torch
         ends = [0, 16, len(flat)]
         flat_update.sgd_update(flat, flat, flat, flat, numbers[:9], ends, option)
         flat_update.adam_update(flat, flat, flat, flat, flat, numbers, ends, 1e-8, option)
+    _call_augment(n, h)
     for _ in _precisions(dtype):
         _call_conv1x1(shape, dtype, x, new)
+
+
+def _call_augment(batch: int, size: int) -> None:
+    def new(dtype: torch.dtype, *size: int) -> Tensor:
+        return torch.empty(size, dtype=dtype, device="meta")
+
+    for views in (1, 2):
+        tiles, canvases = new(torch.int64, batch, views, 4, 5), new(torch.int64, batch, views, 2)
+        matrices, shares = new(torch.float64, batch, views, 3, 3), new(torch.float64, batch)
+        flips = new(torch.bool, batch, 2)
+        for tables in (None, new(torch.uint8, batch, 3, 256)):
+            for perspective in (False, True):
+                augment.augment(
+                    new(torch.uint8, 4096), tiles, canvases, matrices, tables, flips, shares, size, perspective
+                )
 
 
 def _precisions(dtype: torch.dtype) -> Iterator[str]:

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from yolov9_fast._lazy import require
 from yolov9_fast.ops._checks import check_like, check_one_device, described
-from yolov9_fast.ops._operator import Compiled, Kernel, Operator
-from yolov9_fast.ops._supports import not_for_compiled
+from yolov9_fast.ops._operator import Compiled, Kernel, Operator, Python
+from yolov9_fast.ops._supports import not_for_compiled, not_for_triton
 
 GREY = 114
 LARGEST_SIDE = 32_766
@@ -230,10 +230,20 @@ def _supports(device: str, pixels: Tensor, *rest: Any) -> str | None:
     return not_for_compiled(device, pixels)
 
 
+def _supports_triton(pixels: Tensor, *rest: Any) -> str | None:
+    return not_for_triton("augment", pixels)
+
+
+def _triton() -> _Kernels:
+    from yolov9_fast.kernels.augment import augment
+
+    return _Kernels(augment)
+
+
 OPERATOR = Operator(
     "augment",
     "augmented training images from their sources",
     reference=augment_reference,
     kernels=KERNELS,
-    backends={"cpu": Compiled(functools.partial(_supports, "cpu"))},
+    backends={"cpu": Compiled(functools.partial(_supports, "cpu")), "triton": Python(_triton, _supports_triton)},
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ from torch import Tensor
 
 import yolov9_fast as yf
 from yolov9_fast import ops
+from yolov9_fast.ops import _library
 
 GREY = 114
 
@@ -34,6 +36,117 @@ def expected() -> Tensor:
     canvas = torch.full((10, 10, 3), GREY, dtype=torch.uint8)
     canvas[2:8, 1:9] = torch.arange(10, 154, dtype=torch.uint8).view(6, 8, 3)
     return canvas.flip(2).permute(2, 0, 1)
+
+
+def same(found: Tensor, expected: Tensor) -> bool:
+    """Bit for bit where the kernel has the multiply-add that OpenCV's code has; else but for few pixels."""
+    if torch.equal(found, expected):
+        return True
+    fused = "fma" in _library.build_info().get("cpu_features", [])
+    return not fused and bool(((found.int() - expected.int()).abs() > 1).double().mean() < 1e-3)
+
+
+def drawn(seed: int) -> dict[str, Any]:
+    """Samples of one or two views of random images, maps and tables; the images are noise, its worst input."""
+    rng = np.random.default_rng(seed)
+    size = int(rng.choice([1, 2, 5, 31, 32, 47, 64, 65, 96, 130]))
+    batch, views, count = int(rng.integers(1, 4)), int(rng.integers(1, 3)), int(rng.choice([1, 4, 8]))
+    side = int(rng.choice([1, 2, 3, size, 2 * size, 3 * size]))
+    tiles = np.zeros((batch, views, count, 5), np.int64)
+    end = 0
+    for view in tiles.reshape(-1, count, 5):
+        # Rows of at most three tiles around random places, which do not overlap; some are outside of the canvas.
+        tops = np.cumsum([rng.integers(-side, side // 2 + 1), *rng.integers(1, side + 2, 3)])
+        for index in range(count):
+            row, column = divmod(index, 3)
+            height, width = (int(each) for each in rng.integers(0, tops[row + 1] - tops[row] + 1, 2))
+            left = (column - 1) * (tops[row + 1] - tops[row]) + int(rng.integers(0, side + 1)) // 2 * (count == 1)
+            view[index] = (end, height, width, left, tops[row])
+            end += height * width * 3
+    matrices = np.tile(np.eye(3), (batch, views, 1, 1))
+    perspective = bool(rng.random() < 0.4)
+    if rng.random() < 0.8:
+        matrices[..., :2, :2] += rng.normal(0, rng.choice([1e-3, 0.3, 2]), (batch, views, 2, 2))
+        matrices[..., :2, 2] = rng.uniform(-side / 2, side, (batch, views, 2))
+        matrices[..., 2, :2] = rng.uniform(-0.4, 0.4, (batch, views, 2)) / size * perspective
+    canvases = np.full((batch, views, 2), side)
+    canvases[:, 1:] *= rng.random((batch, views - 1, 1)) < 0.7
+    tables = rng.integers(0, 256, (batch, 3, 256), np.uint8)
+    return {
+        "pixels": torch.from_numpy(rng.integers(0, 256, end + int(rng.integers(0, 3)), np.uint8)),
+        "tiles": torch.from_numpy(tiles),
+        "canvases": torch.from_numpy(canvases),
+        "matrices": torch.from_numpy(matrices),
+        "tables": torch.from_numpy(tables) if rng.random() < 0.6 else None,
+        "flips": torch.from_numpy(rng.random((batch, 2)) < 0.5),
+        "shares": torch.from_numpy(rng.random(batch)),
+        "size": size,
+        "perspective": perspective,
+    }
+
+
+COMPILED = pytest.mark.skipif(
+    _library.why_not_compiled("augment", "cpu") is not None, reason="the operator is not compiled"
+)
+
+
+@COMPILED
+@pytest.mark.parametrize("seed", range(150))
+def test_the_kernel_is_opencv_bit_for_bit(seed: int) -> None:
+    given = drawn(seed)
+    with yf.backend("eager"):
+        wanted = ops.augment(**given)
+    with yf.backend("cpu"):
+        assert same(ops.augment(**given), wanted)
+
+
+@COMPILED
+def test_a_large_image_on_a_large_canvas() -> None:
+    tiles = torch.tensor([[[[0, 4000, 3000, 100, 200]]]])
+    matrix = torch.tensor([[1.01, 0.02, 5.5], [-0.03, 0.99, 7.25], [0, 0, 1]], dtype=torch.float64)[None, None]
+    pixels = torch.randint(0, 256, (36_000_000,), generator=torch.Generator().manual_seed(1)).byte()
+    given = arguments(pixels=pixels, tiles=tiles, matrices=matrix, canvases=torch.full((1, 1, 2), 4200), size=3200)
+    with yf.backend("eager"):
+        wanted = ops.augment(**given)
+    assert same(ops.augment(**given), wanted)
+
+
+@COMPILED
+@pytest.mark.parametrize("threads", [1, 3])
+def test_a_batch_is_its_samples(threads: int) -> None:
+    given = drawn(3)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        together = ops.augment(**given)
+    finally:
+        torch.set_num_threads(before)
+    for index in range(len(together)):
+        one = {
+            name: each[index : index + 1] if isinstance(each, Tensor) and name != "pixels" else each
+            for name, each in given.items()
+        }
+        assert torch.equal(ops.augment(**one)[0], together[index])
+
+
+@COMPILED
+def test_every_colour_changes_as_in_opencv() -> None:
+    colours = torch.arange(2**24, dtype=torch.int32)[:: 1 if os.environ.get("YOLOV9_FAST_EVERY_COLOUR") else 61]
+    side = int(len(colours) ** 0.5)
+    colours = colours[: side * side]
+    pixels = torch.stack((colours & 255, colours >> 8 & 255, colours >> 16), 1).byte().reshape(-1)
+    tables = torch.randint(0, 256, (1, 3, 256), generator=torch.Generator().manual_seed(0)).byte()
+    for tables_of in (tables, torch.arange(256).byte().repeat(1, 3, 1)):
+        given = arguments(
+            pixels=pixels,
+            tiles=torch.tensor([[[[0, side, side, 0, 0]]]]),
+            canvases=torch.tensor([[[side, side]]]),
+            tables=tables_of,
+            size=side,
+        )
+        with yf.backend("eager"):
+            wanted = ops.augment(**given)
+        assert torch.equal(ops.augment(**given), wanted)
 
 
 def test_an_image_on_a_canvas_becomes_rgb_planes() -> None:

@@ -20,6 +20,11 @@ GREY = 114
 LARGEST_SIDE = 32_766
 """Of a canvas and of the result, in pixels: OpenCV takes no larger ones."""
 _LARGEST_PLACE = 2**30
+_COLUMNS = 32
+"""OpenCV's vector code makes whole groups of this many columns; it rounds the rest of a row otherwise, which is not
+part of the definition."""
+_LEAST_SIDE = 3
+"""OpenCV reads beyond images of fewer rows."""
 
 
 def augment(
@@ -163,7 +168,7 @@ def augment_reference(
             changed = cv2.LUT(cv2.cvtColor(image, cv2.COLOR_BGR2HSV), np.ascontiguousarray(colours[sample].T)[None])
             image = cv2.cvtColor(changed, cv2.COLOR_HSV2BGR)
         vertical, horizontal = mirrored[sample]
-        image = image[:: -1 if vertical else 1, :: -1 if horizontal else 1]
+        image = image[:: -1 if vertical else 1, :size][:, :: -1 if horizontal else 1]
         made[sample] = image[:, :, ::-1].transpose(2, 0, 1)
     return result.to(pixels.device)
 
@@ -192,12 +197,13 @@ def canvas_of(images: Iterable[tuple[NDArray[np.uint8], tuple[int, int]]], sides
 
 
 def _warped(canvas: NDArray[np.uint8], matrix: NDArray[np.float64], size: int, perspective: bool) -> NDArray[np.uint8]:
-    if canvas.shape[:2] == (size, size) and np.array_equal(matrix, np.eye(3)):
-        return canvas
     cv2 = require("cv2")
     function, matrix = (cv2.warpPerspective, matrix) if perspective else (cv2.warpAffine, matrix[:2])
+    if min(canvas.shape[:2]) < _LEAST_SIDE:
+        canvas = np.pad(canvas, ((0, _LEAST_SIDE), (0, _LEAST_SIDE), (0, 0)), constant_values=GREY)
     flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
-    result: NDArray[np.uint8] = function(canvas, matrix, dsize=(size, size), flags=flags, borderValue=[GREY] * 3)
+    width = -(-size // _COLUMNS) * _COLUMNS
+    result: NDArray[np.uint8] = function(canvas, matrix, dsize=(width, size), flags=flags, borderValue=[GREY] * 3)
     return result
 
 

@@ -20,7 +20,7 @@ from yolov9_fast.errors import UserError
 Record = dict[str, Any]
 RESULTS = Path(__file__).resolve().parent / "results"
 KINDS = ("run", "ceilings", "measure", "absent")
-STEP_TABLE, COMMANDS = "step_table.jsonl", "commands.jsonl"
+STEP_TABLE, COMMANDS, DATA = "step_table.jsonl", "commands.jsonl", "data.jsonl"
 """Records beside other people's code: one file of each kind for a device, besides those of its runs."""
 
 
@@ -118,7 +118,7 @@ def newest_runs(folder: Path) -> dict[str, Path]:
     """For each device folder below `folder` the newest file of records (their names begin with the time)."""
     found = {}
     for device in sorted(path for path in folder.glob("*") if path.is_dir()) if folder.is_dir() else []:
-        files = sorted(path for path in device.glob("*.jsonl") if path.name not in (STEP_TABLE, COMMANDS))
+        files = sorted(path for path in device.glob("*.jsonl") if path.name not in (STEP_TABLE, COMMANDS, DATA))
         if files:
             found[device.name] = files[-1]
     return found

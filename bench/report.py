@@ -13,9 +13,9 @@ from yolov9_fast._untrusted import read_json
 from yolov9_fast.atomic import atomic_write
 from yolov9_fast.errors import UserError
 
-from . import commands, plots, step_table
+from . import commands, data_table, plots, step_table
 from .cases import PHASES
-from .records import COMMANDS, STEP_TABLE, Record, Run, newest_runs, read
+from .records import COMMANDS, DATA, STEP_TABLE, Record, Run, newest_runs, read
 from .stats import Ratio
 
 NOTHING = "not measured"
@@ -86,6 +86,7 @@ def _beside(folder: Path) -> str:
     for title, name, text in (
         ("A whole training step", STEP_TABLE, step_table.text),
         ("Whole training commands", COMMANDS, commands.text),
+        ("Training images", DATA, data_table.text),
     ):
         if (folder / name).is_file():
             found = read(folder / name)

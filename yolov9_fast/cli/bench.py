@@ -20,6 +20,7 @@ _EPILOG = """examples:
   yolov9-fast bench compare old.jsonl new.jsonl                 two files of records
   yolov9-fast bench step-table --peers /opt/peers/bin/python    a training step beside other people's code
   yolov9-fast bench commands --data bccd.yaml --peers PYTHON    whole training commands beside theirs
+  yolov9-fast bench data --data bccd.yaml --peers PYTHON        training images: what a core makes, and theirs
   yolov9-fast bench report                                      docs/benchmarks.md and its plots from the records
   yolov9-fast bench guard                                       kernels, copies, bytes of a step against the file
   yolov9-fast bench guard --update                              rewrite the file
@@ -49,6 +50,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     guard.add_argument("--update", action="store_true", help="rewrite the file")
     _configure_step_table(_sub(commands, "step-table", "a training step beside other people's code, in turns"))
     _configure_commands(_sub(commands, "commands", "whole training commands beside other people's"))
+    _configure_data(_sub(commands, "data", "training images: decoding, augmentation, collation, the loader"))
     _configure_predict(_sub(commands, "predict", "predicted times of a step or of inference on GPUs, without a GPU"))
 
 
@@ -116,6 +118,19 @@ def _configure_commands(parser: argparse.ArgumentParser) -> None:
     add("--out", metavar="DIR", help="folder of records (default bench/results)")
 
 
+def _configure_data(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--data", metavar="FILE", help="data file with the split train (default: rendered photographs)")
+    add("--peers", metavar="PYTHON", help=_PEERS)
+    add("--rows", nargs="+", metavar="ROW", help="some of them (default all)")
+    add("--imgsz", type=int, nargs="+", default=[640, 320], metavar="N", help="image sizes (default 640 320)")
+    add("--batch", type=int, default=16, metavar="N", help="images per batch (default %(default)s)")
+    add("--workers", type=int, default=2, metavar="N", help="loader processes (default %(default)s; 0: no loader)")
+    add("--large", type=int, default=1280, metavar="N", help="also copies of this long side (default %(default)s)")
+    add("--seconds", type=float, default=20.0, metavar="S", help="for each size and set (default %(default)s)")
+    add("--out", metavar="DIR", help="folder of records (default bench/results)")
+
+
 def _configure_predict(parser: argparse.ArgumentParser) -> None:
     parser.epilog = "A device's file: see docs/benchmarks.md. Needs a source checkout, a C++ compiler, no GPU."
     add = parser.add_argument
@@ -137,6 +152,7 @@ def run(arguments: argparse.Namespace) -> int:
         "predict": _predict,
         "step-table": _step_table,
         "commands": _commands,
+        "data": _data,
         None: _first,
     }
     return actions[arguments.action](arguments)
@@ -159,8 +175,9 @@ def _first(arguments: argparse.Namespace) -> int:
 
 
 def _check_step(arguments: argparse.Namespace) -> None:
-    if arguments.imgsz % 32 or arguments.imgsz < 32:
-        raise UserError(f"--imgsz: expected a positive multiple of 32, got {arguments.imgsz}")
+    for size in arguments.imgsz if isinstance(arguments.imgsz, list) else [arguments.imgsz]:
+        if size % 32 or size < 32:
+            raise UserError(f"--imgsz: expected a positive multiple of 32, got {size}")
     for name in ("batch", "epochs", "workers", "rounds", "threads"):
         value = getattr(arguments, name, None)
         if value is not None and value < (name != "workers"):
@@ -294,6 +311,29 @@ def _commands(arguments: argparse.Namespace) -> int:
         peers=arguments.peers,
         **({"rows": arguments.rows} if arguments.rows else {}),
         rounds=arguments.rounds,
+        out=user_path(arguments.out, "--out", UserError) if arguments.out else None,
+    )
+    print(text(read(path)))
+    print(f"records in {path}")
+    return 0
+
+
+def _data(arguments: argparse.Namespace) -> int:
+    from yolov9_fast.bench.data_table import run_data_table, text
+    from yolov9_fast.bench.records import read
+
+    _check_step(arguments)
+    if arguments.large < 0:
+        raise UserError(f"--large: expected at least 0, got {arguments.large}")
+    path = run_data_table(
+        user_path(arguments.data, "--data", UserError) if arguments.data else None,
+        sizes=arguments.imgsz,
+        batch=arguments.batch,
+        workers=arguments.workers,
+        large=arguments.large,
+        peers=arguments.peers,
+        **({"rows": arguments.rows} if arguments.rows else {}),
+        seconds=arguments.seconds,
         out=user_path(arguments.out, "--out", UserError) if arguments.out else None,
     )
     print(text(read(path)))

@@ -167,3 +167,82 @@ def test_only_training_has_augmentations(records: list[ImageRecord]) -> None:
 def test_an_import_path_of_nothing_is_a_user_error(records: list[ImageRecord], path: str) -> None:
     with pytest.raises(UserError, match=r"^augmentations: "):
         make(records, path)
+
+
+def before(records: list[ImageRecord], *augmentations: Augmentation | str, **options: object) -> DetectionDataset:
+    config = AugmentConfig(mixup=0.5, copy_paste=1)
+    return DetectionDataset(records, image_size=64, augment=config, augmentations_before=augmentations, **options)
+
+
+def test_source_images_are_rgb_at_the_size_of_training_with_their_objects(records: list[ImageRecord]) -> None:
+    seen: list[LabelledImage] = []
+
+    def keep(labelled: LabelledImage, rng: Generator) -> LabelledImage:
+        seen.append(labelled)
+        return labelled
+
+    plain, kept = before(records), before(records, keep)
+    for key in (SampleKey(3), SampleKey(3, 1), SampleKey(4, 2), SampleKey(3, 0, mosaic=False)):
+        seen.clear()
+        assert torch.equal(plain[key].image, kept[key].image)
+        assert torch.allclose(plain[key].targets, kept[key].targets, atol=1e-5)
+        members = [member for view in plain.plan(key).views for member in view.members]
+        assert len(seen) == 2 * len(members)  # the sample, and its targets
+        for labelled, member in zip(seen, members, strict=False):
+            source = plain._store.get(member)
+            np.testing.assert_array_equal(labelled.image, source[:, :, ::-1])
+            np.testing.assert_array_equal(labelled.classes, records[member].boxes[:, 0])
+            assert (labelled.boxes >= 0).all()
+
+
+@pytest.mark.parametrize("cache", [None, "ram"])
+def test_changed_source_images_and_objects_become_the_mosaic(records: list[ImageRecord], cache: str | None) -> None:
+    def empty(labelled: LabelledImage, rng: Generator) -> LabelledImage:
+        return LabelledImage(np.full_like(labelled.image, 114), labelled.classes[:0], labelled.boxes[:0])
+
+    plain = before(records, cache=cache)
+    made = before(records, empty, cache=cache)
+    for index in range(4):
+        sample = made[index]
+        assert not len(sample.targets)
+        assert len(sample.image.unique()) <= 3  # grey, by the colours of this sample
+    for index in range(4):  # what is kept stays as it was
+        np.testing.assert_array_equal(made._store.get(index), plain._store.get(index))
+
+
+def test_draws_before_do_not_move_those_of_the_sample(records: list[ImageRecord]) -> None:
+    plain, made = before(records), before(records, noise)
+    for index in range(4):
+        first, second = plain.plan(SampleKey(index)), made.plan(SampleKey(index))
+        assert [view.tiles for view in first.views] == [view.tiles for view in second.views]
+        assert all((a.matrix == b.matrix).all() for a, b in zip(first.views, second.views, strict=True))
+    one = made.plan(SampleKey(0)).views[0]
+    assert len({image[:8].tobytes() for image in one.images}) == len(one.images)
+    assert not np.array_equal(one.images[0][:8], made.plan(SampleKey(0, 1)).views[0].images[0][:8])
+
+
+def test_samples_with_changed_sources_are_the_same_from_any_process(records: list[ImageRecord]) -> None:
+    batches = []
+    for workers in (0, 2):
+        loader = create_loader(before(records, noise, mirror), batch_size=3, workers=workers, shuffle=True)
+        batches.append(list(loader))
+        loader.close()
+    assert all(torch.equal(a.images, b.images) for a, b in zip(*batches, strict=True))
+    assert all(torch.equal(a.targets, b.targets) for a, b in zip(*batches, strict=True))
+
+
+def test_what_a_function_before_gets_wrong_is_one_line(records: list[ImageRecord]) -> None:
+    def smaller(labelled: LabelledImage, rng: Generator) -> LabelledImage:
+        return LabelledImage(labelled.image[1:], labelled.classes, labelled.boxes)
+
+    def points(labelled: LabelledImage, rng: Generator) -> LabelledImage:
+        return LabelledImage(labelled.image, labelled.classes, labelled.boxes, [np.zeros((3, 3), np.float32)])
+
+    with pytest.raises(DataError, match=r"augmentation smaller: image: expected uint8 \[\d+, \d+, 3\], got uint8"):
+        before(records, smaller)[0]
+    with pytest.raises(DataError, match="augmentation points: polygons: expected an empty list, or of"):
+        before(records, points)[0]
+    with pytest.raises(UserError, match="augmentations_before: "):
+        before(records, "nothing_there:f")
+    with pytest.raises(ValueError, match="augmentations_before: expected none with augment=None, got 1"):
+        DetectionDataset(records, image_size=64, augment=None, augmentations_before=[noise])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 
@@ -12,7 +13,7 @@ from tests.extending.pages import code_blocks, commands, write_files
 from yolov9_fast.cli.main import main
 
 PAGE = "augmentation.md"
-[COMMAND] = commands(PAGE)
+COMMAND, BEFORE = commands(PAGE)
 
 
 @pytest.fixture(autouse=True)
@@ -25,6 +26,15 @@ def test_the_command_trains_with_the_augmentation(train: Train) -> None:
     assert "augmentations: cutout:cutout" in (augmented / "config.yaml").read_text()
     assert not same_weights(augmented, plain)
     assert same_weights(augmented, train(COMMAND, "workers", "--workers", "2"))
+
+
+def test_the_command_that_changes_source_images_trains_and_draws(train: Train) -> None:
+    changed, plain = train(BEFORE, "changed"), train(["train"], "plain")
+    assert not same_weights(changed, plain)
+    assert same_weights(changed, train(BEFORE, "workers", "--workers", "2"))
+    pictures = [cv2.imread(str(changed / f"augment_preview{number}.jpg")) for number in range(4)]
+    assert all(picture is not None and picture.std() > 0 for picture in pictures)
+    assert not (plain / "augment_preview0.jpg").exists()
 
 
 def test_the_dataset_of_the_page_has_grey_squares(

@@ -1,4 +1,4 @@
-"""Augmentations from outside the package: they change the finished training image and its objects."""
+"""Augmentations from outside the package: they change source images, or the finished training image, with objects."""
 
 from __future__ import annotations
 
@@ -8,18 +8,21 @@ import numpy as np
 from numpy.random import Generator
 
 from yolov9_fast._lazy import import_callable
+from yolov9_fast._untrusted import shown
 from yolov9_fast.data.augment import LabelledImage
 from yolov9_fast.errors import DataError, UserError
 
 Augmentation = Callable[[LabelledImage, Generator], LabelledImage]
-"""`augmentation(labelled, rng)`: gets and returns uint8 RGB [H, W, 3] of one size with its objects, without polygons.
+"""`augmentation(labelled, rng)`: gets and returns uint8 RGB [H, W, 3] of one size with its objects.
 
 It may change what it is given in place. Its random draws must come from `rng`, which depends on the seed, the epoch and
 the index of the sample alone.
 """
 
 
-def resolve_augmentations(augmentations: Sequence[Augmentation | str]) -> tuple[Augmentation, ...]:
+def resolve_augmentations(
+    augmentations: Sequence[Augmentation | str], option: str = "augmentations"
+) -> tuple[Augmentation, ...]:
     """The functions; those given by import path `module:function` are imported.
 
     Raises:
@@ -30,7 +33,7 @@ def resolve_augmentations(augmentations: Sequence[Augmentation | str]) -> tuple[
     try:
         return tuple(import_callable(each) if isinstance(each, str) else each for each in augmentations)
     except ValueError as error:
-        raise UserError(f"augmentations: {error}") from error
+        raise UserError(f"{option}: {error}") from error
 
 
 def apply_augmentations(
@@ -49,7 +52,8 @@ def apply_augmentations(
             name = getattr(augmentation, "__name__", type(augmentation).__name__)
             raise DataError(f"augmentation {name}: {problem}")
         labelled = result
-    return LabelledImage(labelled.image, labelled.classes.astype(np.float32), labelled.boxes.astype(np.float32))
+    classes, boxes = labelled.classes.astype(np.float32), labelled.boxes.astype(np.float32)
+    return LabelledImage(labelled.image, classes, boxes, labelled.polygons)
 
 
 def _problem(result: object, shape: tuple[int, ...]) -> str | None:
@@ -68,8 +72,17 @@ def _problem(result: object, shape: tuple[int, ...]) -> str | None:
     bad = ~((boxes[:, :2] >= 0) & (boxes[:, :2] < boxes[:, 2:]) & (boxes[:, 2:] <= (width, height))).all(1)
     if bad.any():
         return f"boxes: expected 0 <= x1 < x2 <= {width} and 0 <= y1 < y2 <= {height}, got {boxes[bad][0].tolist()}"
+    polygons = result.polygons
+    if not isinstance(polygons, list) or len(polygons) not in (0, count) or not all(map(_is_polygon, polygons)):
+        return f"polygons: expected an empty list, or of {count} float32 [k, 2] or None, got {shown(polygons)}"
     bad = ~((classes >= 0) & (classes == np.floor(classes)))
     return f"classes: expected whole numbers from 0, got {classes[bad][0]}" if bad.any() else None
+
+
+def _is_polygon(points: object) -> bool:
+    if points is None:
+        return True
+    return isinstance(points, np.ndarray) and points.shape[1:] == (2,) and points.dtype.kind == "f"
 
 
 def _kind(values: object) -> str:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,12 +16,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from yolov9_fast.data.augment import AugmentConfig, LabelledImage
+from yolov9_fast._lazy import require
+from yolov9_fast.data.augment import AugmentConfig, LabelledImage, Objects
 from yolov9_fast.data.custom import Augmentation, apply_augmentations, resolve_augmentations
-from yolov9_fast.data.geometry import Floats, corners_from_normalised, normalised_from_corners
+from yolov9_fast.data.geometry import Floats, clip, corners_from_normalised, normalised_from_corners
 from yolov9_fast.data.images import Image, check_size, pad_to, read_resized, scaled_size, to_tensor
 from yolov9_fast.data.packed import PackedRecords
-from yolov9_fast.data.plan import Plan, hide_unseen, paste, plan_sample, stack
+from yolov9_fast.data.plan import Plan, hide_unseen, paste, plan_sample, record_objects, stack
 from yolov9_fast.data.records import ImageRecord
 from yolov9_fast.data.rectangles import rectangular_batches
 from yolov9_fast.data.sample import Sample
@@ -58,8 +61,8 @@ class DetectionDataset(Dataset[Sample]):
     `augment`: the training pipeline, or None for evaluation (letterbox only). `image_size`: side in pixels, a multiple
     of `stride`. `rect`: evaluation canvases of `rectangular_batches` for loaders of `batch_size`. `cache`: keep resized
     images in "ram" or on "disk" (`cache_dir`). `augmentations`: further functions, or import paths `module:function` of
-    them, called in this order on the augmented image. All random draws of a sample come from (`seed`, epoch, index)
-    alone.
+    them, called in this order on the augmented image; `augmentations_before`: likewise, on each source image at the
+    size of training, before the mosaic. All random draws of a sample come from (`seed`, epoch, index) alone.
     """
 
     def __init__(
@@ -76,6 +79,7 @@ class DetectionDataset(Dataset[Sample]):
         cache_dir: str | Path | None = None,
         seed: int = 0,
         augmentations: Sequence[Augmentation | str] = (),
+        augmentations_before: Sequence[Augmentation | str] = (),
     ) -> None:
         check_size(image_size, stride)
         if not records:
@@ -86,13 +90,14 @@ class DetectionDataset(Dataset[Sample]):
             raise ValueError("rect: expected False with augmentation, got True")
         if cache not in (None, "ram", "disk"):
             raise ValueError(f"cache: expected None, 'ram' or 'disk', got {cache!r}")
-        if augmentations and augment is None:
-            raise ValueError(f"augmentations: expected none with augment=None, got {len(augmentations)}")
+        for name, given in (("augmentations", augmentations), ("augmentations_before", augmentations_before)):
+            if given and augment is None:
+                raise ValueError(f"{name}: expected none with augment=None, got {len(given)}")
         self.records: list[ImageRecord] | None = list(records)
         self.image_size, self.augment, self.seed = image_size, augment, seed
         self.rect, self.batch_size = rect, batch_size
-        self._given_augmentations = tuple(augmentations)
-        self._augmentations = resolve_augmentations(augmentations)
+        self._given = (augmentations, augmentations_before)
+        self._resolve()
         self._packed = PackedRecords(records)
         self.order = list(range(len(records)))
         self._shapes: list[tuple[int, int]] | None = None
@@ -115,17 +120,34 @@ class DetectionDataset(Dataset[Sample]):
     def __getstate__(self) -> dict[str, Any]:
         # A spawned worker needs the packed arrays only. It imports again what was given by import path: the working
         # folder, which `resolve_augmentations` searches, is not on its module path.
-        return {**self.__dict__, "records": None, "_augmentations": None}
+        return {**self.__dict__, "records": None, "_augmentations": None, "_before": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._augmentations = resolve_augmentations(self._given_augmentations)
+        self._resolve()
+
+    def _resolve(self) -> None:
+        self._augmentations = resolve_augmentations(self._given[0])
+        self._before = resolve_augmentations(self._given[1], "augmentations_before")
 
     def plan(self, key: SampleKey) -> Plan:
-        """All that is drawn for a training sample, and its objects; reads no image."""
+        """All that is drawn for a training sample, and its objects; reads no image without `augmentations_before`."""
         assert self.augment is not None
         rng = np.random.default_rng((self.seed, key.epoch, key.index))
-        return plan_sample(self._packed, key.index, self.image_size, self.augment, rng, with_mosaic=key.mosaic)
+        size, source = self.image_size, partial(self._changed, key, itertools.count(1)) if self._before else None
+        return plan_sample(self._packed, key.index, size, self.augment, rng, with_mosaic=key.mosaic, source=source)
+
+    def _changed(
+        self, key: SampleKey, numbers: Iterator[int], index: int, shape: tuple[int, int]
+    ) -> tuple[Objects, Image]:
+        """A source image of the sample `key` and its objects, changed by `augmentations_before`."""
+        rng = np.random.default_rng((self.seed, key.epoch, key.index, next(numbers)))
+        objects, cv2 = record_objects(self._packed, index, shape), require("cv2")
+        image = cv2.cvtColor(self._store.get(index), cv2.COLOR_BGR2RGB)
+        labelled = LabelledImage(image, objects.classes.copy(), clip(objects.boxes, *shape[::-1]), objects.polygons)
+        labelled = apply_augmentations(self._before, labelled, rng)
+        image = cv2.cvtColor(np.ascontiguousarray(labelled.image), cv2.COLOR_RGB2BGR)
+        return Objects(labelled.classes, labelled.boxes, labelled.polygons), image
 
     def _evaluation_sample(self, index: int) -> Sample:
         image = self._store.get(index)
@@ -159,7 +181,7 @@ class DetectionDataset(Dataset[Sample]):
         arrays = stack(plans)
         hide_unseen(arrays, self.image_size)
         pixels = self._store.pixels if isinstance(self._store, MemoryStore) else None
-        if pixels is None or any(view.pasted for plan in plans for view in plan.views):
+        if pixels is None or any(view.pasted or view.images for plan in plans for view in plan.views):
             pixels = self._gathered(plans, arrays.tiles)
         else:
             assert isinstance(self._store, MemoryStore)
@@ -190,9 +212,11 @@ class DetectionDataset(Dataset[Sample]):
             start, height, width = tiles[sample, which, number, :3]
             out, view = pixels[start : ends[place]].reshape(height, width, 3), plans[sample].views[which]
             if view.pasted:
-                images = [self._store.get(member) for member in view.members]
+                images = view.images or [self._store.get(member) for member in view.members]
                 out[...] = canvas_of(zip(images, (tile[2:] for tile in view.tiles), strict=True), view.canvas)
                 paste(out, view.pasted)
+            elif view.images:
+                out[...] = view.images[number]
             else:
                 self._store.read(view.members[number], out)
         return pixels

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import multiprocessing
 import os
@@ -182,6 +183,10 @@ class DetectionLoader:
     def set_epoch(self, epoch: int, *, mosaic: bool = True) -> None:
         """Choose the order and the random draws of the next pass; without `mosaic` also no mixup and no copy-paste."""
         self._order.epoch, self._order.mosaic = epoch, mosaic
+
+    def keys(self) -> Iterator[SampleKey]:
+        """The samples of the next pass, in its order."""
+        return itertools.chain.from_iterable(self._order)
 
     def close(self) -> None:
         """End the worker processes."""

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
@@ -32,7 +32,8 @@ class View:
 
     `members`: the record of each image; `tiles`: (height, width, left, top) of each, at the size of the network's
     input; `canvas`: (height, width); `matrix`: float64 [3, 3], as in `ops.augment`; `pasted`: polygons float32 [k, 2]
-    on the canvas that show what is at their mirrored positions.
+    on the canvas that show what is at their mirrored positions; `images`: uint8 BGR, those of the members where they
+    are not the records' own.
     """
 
     members: list[int]
@@ -40,6 +41,7 @@ class View:
     canvas: tuple[int, int]
     matrix: NDArray[np.float64]
     pasted: list[Floats]
+    images: list[Image] = field(default_factory=list)
 
 
 @dataclass
@@ -75,20 +77,32 @@ class Arrays(NamedTuple):
     shares: NDArray[np.float64]
 
 
+Source = Callable[[int, tuple[int, int]], tuple[Objects, Image | None]]
+"""`source(index, shape)`: the objects of a record's image of that (height, width), and an image in place of it."""
+
+
 def plan_sample(
-    records: PackedRecords, index: int, size: int, config: AugmentConfig, rng: Generator, *, with_mosaic: bool
+    records: PackedRecords,
+    index: int,
+    size: int,
+    config: AugmentConfig,
+    rng: Generator,
+    *,
+    with_mosaic: bool,
+    source: Source | None = None,
 ) -> Plan:
     """Draw the sample of record `index` at `size` pixels; without mosaic there is no mixup or copy-paste either."""
+    source = source or (lambda member, shape: (record_objects(records, member, shape), None))
     share, pad = 1.0, (0, 0)
     if with_mosaic and rng.random() < config.mosaic:
-        view, objects = _mosaic_view(records, index, size, config, rng)
+        view, objects = _mosaic_view(records, index, size, config, rng, source)
         views = [view]
         if rng.random() < config.mixup:
-            view, others = _mosaic_view(records, int(rng.integers(len(records))), size, config, rng)
+            view, others = _mosaic_view(records, int(rng.integers(len(records))), size, config, rng, source)
             views.append(view)
             share, objects = mixup(objects, others, rng)
     else:
-        view, objects = _single_view(records, index, size, config, rng)
+        view, objects = _single_view(records, index, size, config, rng, source)
         views, pad = [view], view.tiles[0][2:]
     tables = random_hsv(config, rng)
     flips, objects = random_flips(objects, (size, size), config, rng)
@@ -96,32 +110,35 @@ def plan_sample(
 
 
 def _single_view(
-    records: PackedRecords, index: int, size: int, config: AugmentConfig, rng: Generator
+    records: PackedRecords, index: int, size: int, config: AugmentConfig, rng: Generator, source: Source
 ) -> tuple[View, Objects]:
     height, width = scaled_size(*records.size(index), size)
     left, top = round((size - width) / 2 - 0.1), round((size - height) / 2 - 0.1)
-    objects = _objects(records, index, (height, width))
+    objects, image = source(index, (height, width))
     moved = Objects(objects.classes, objects.boxes + np.array([left, top, left, top], dtype=np.float32))
     matrix, objects = random_affine(moved, (size, size), (size, size), config, rng)
-    return View(
-        [index], [(height, width, left, top)], (size, size), map_to_canvas(matrix, config.perspective > 0), []
-    ), objects
+    place = (height, width, left, top)
+    back = map_to_canvas(matrix, config.perspective > 0)
+    return View([index], [place], (size, size), back, [], [] if image is None else [image]), objects
 
 
 def _mosaic_view(
-    records: PackedRecords, index: int, size: int, config: AugmentConfig, rng: Generator
+    records: PackedRecords, index: int, size: int, config: AugmentConfig, rng: Generator, source: Source
 ) -> tuple[View, Objects]:
     members = rng.permutation([index, *rng.integers(len(records), size=3)]).tolist()
     sizes = [scaled_size(*records.size(member), size) for member in members]
-    parts = [_objects(records, member, shape) for member, shape in zip(members, sizes, strict=True)]
-    places, objects = mosaic(parts, sizes, size, rng)
+    parts = [source(member, shape) for member, shape in zip(members, sizes, strict=True)]
+    images = [image for _, image in parts if image is not None]
+    places, objects = mosaic([part for part, _ in parts], sizes, size, rng)
     pasted, objects = copy_paste(objects, 2 * size, config.copy_paste, rng)
     matrix, objects = random_affine(objects, (2 * size, 2 * size), (size, size), config, rng)
     tiles = [(*shape, *place) for shape, place in zip(sizes, places, strict=True)]
-    return View(members, tiles, (2 * size, 2 * size), map_to_canvas(matrix, config.perspective > 0), pasted), objects
+    back = map_to_canvas(matrix, config.perspective > 0)
+    return View(members, tiles, (2 * size, 2 * size), back, pasted, images), objects
 
 
-def _objects(records: PackedRecords, index: int, shape: tuple[int, int]) -> Objects:
+def record_objects(records: PackedRecords, index: int, shape: tuple[int, int]) -> Objects:
+    """The objects of a record, on its image of (height, width) `shape`."""
     height, width = shape
     rows, scale = records.boxes(index), np.array([width, height], dtype=np.float32)
     polygons = [None if polygon is None else polygon * scale for polygon in records.polygons(index)]

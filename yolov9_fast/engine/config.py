@@ -137,6 +137,8 @@ class TrainConfig:
     tensorboard: bool = _option(True, "write TensorBoard events if tensorboard is installed")
     callbacks: str = _option("", "callbacks of your own: module:class, comma-separated")
     augmentations: str = _option("", "augmentations of your own: module:function, comma-separated")
+    augmentations_before: str = _option("", "likewise, on each source image before the mosaic")
+    augment_preview: int = _option(0, "draw so many training samples with their boxes before training")
     augment: AugmentConfig = field(default_factory=AugmentConfig)
 
     def __post_init__(self) -> None:

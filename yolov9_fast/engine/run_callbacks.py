@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +11,7 @@ import numpy as np
 from yolov9_fast import viz
 from yolov9_fast._lazy import import_callable, require
 from yolov9_fast.atomic import atomic_write
+from yolov9_fast.data.sample import collate
 from yolov9_fast.engine.callbacks import BatchResult, Callback, EpochResult
 from yolov9_fast.engine.config import TrainConfig, with_absolute_paths, write_config
 from yolov9_fast.engine.report import loss_text, save_evaluation, try_plot
@@ -34,6 +36,7 @@ def run_callbacks(config: TrainConfig) -> list[Callback]:
         SaveRun(config.save_period),
         tensorboard,
         Plots(tensorboard) if config.plots else None,
+        Preview(config.augment_preview) if config.augment_preview else None,
         Messages(),
     ]
     return [callback for callback in callbacks if callback is not None]
@@ -167,6 +170,22 @@ class Plots(Callback):
         atomic_write(trainer.run_folder.path / f"{name}.jpg", require("cv2").imencode(".jpg", image)[1].tobytes())
         if self._tensorboard is not None:
             self._tensorboard.add_image(name, np.ascontiguousarray(image[..., ::-1]))
+
+
+class Preview(Callback):
+    """The first `count` training samples of the next epoch with their boxes, a picture each, before training."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+
+    def on_train_start(self, trainer: Trainer) -> None:
+        epoch, config, dataset = trainer.state.epoch + 1, trainer.config, trainer.loader.dataset
+        trainer.loader.set_epoch(epoch, mosaic=epoch < config.epochs - config.close_mosaic)
+        for number, key in enumerate(itertools.islice(trainer.loader.keys(), self.count)):
+            batch = collate([dataset[key]])
+            image = viz.draw_targets(batch.images, batch.targets, trainer.class_names)
+            data = require("cv2").imencode(".jpg", image)[1].tobytes()
+            atomic_write(trainer.run_folder.path / f"augment_preview{number}.jpg", data)
 
 
 class Messages(Callback):

@@ -124,6 +124,7 @@ def open_training_data(config: TrainConfig, process_group: ProcessGroup) -> Trai
         cache=cache,
         seed=config.seed,
         augmentations=[path for path in config.augmentations.split(",") if path],
+        augmentations_before=[path for path in config.augmentations_before.split(",") if path],
     )
     loader = create_loader(
         dataset,

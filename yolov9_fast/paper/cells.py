@@ -40,6 +40,7 @@ _NOT_PART_OF_A_CELL = [
     "cache",
     "save_period",
     "plots",
+    "augment_preview",
     "tensorboard",
     "seed",
     "rect",

@@ -44,6 +44,29 @@ def test_memory_is_flat(tmp_path: Path) -> None:
     assert [part["flat"] for part in result.values() if isinstance(part, dict)] == [True] * 3
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="this system has no proportional memory")
+def test_the_loader_takes_no_more_shared_memory_than_it_says(tmp_path: Path) -> None:
+    words = ["--workers", "3", "--imgsz", "320", "--batch", "4", "--images", "24", "--batches", "12"]
+    for run in _run("loader", tmp_path, *words)["runs"]:
+        assert 0 < run["shared_peak_mib"] <= run["shared_bound_mib"]
+
+
+@pytest.mark.slow
+def test_a_small_dev_shm_makes_fewer_batches_and_no_sigbus(tmp_path: Path) -> None:
+    limited = ["unshare", "--mount", "sh", "-c", 'mount -t tmpfs -o size=6M tmpfs /dev/shm && exec "$@"', "sh"]
+    if shutil.which("unshare") is None or subprocess.run([*limited, "true"], capture_output=True).returncode:
+        pytest.skip("a file system cannot be mounted here")
+    words = ["--workers", "2", "--imgsz", "320", "--batch", "4", "--images", "24", "--batches", "12"]
+    command = [*limited, sys.executable, "-m", "tests.stress.loader", *words, "--out", str(tmp_path / "out.json")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "/dev/shm has 6 MiB free" in done.stderr
+    for run in json.loads((tmp_path / "out.json").read_text())["runs"]:
+        assert "2 loader processes with a batch of 1 MiB ahead" in run["loader"]
+        assert run["shared_peak_mib"] <= 6
+
+
 def test_growth_is_not_flat() -> None:
     mib = 2**20
     assert memory.summary([300 * mib] * 40)["flat"]

@@ -140,7 +140,7 @@ def _measured(
                 "per_core": 1 / (stages[whole].median + stages["collate"].median),
             }
             if shape["workers"]:
-                content["loader"] = process.ask("loader", workers=shape["workers"], seconds=max(seconds / 4, 2.0))
+                content["loader"] = process.ask("loader", workers=shape["workers"], seconds=max(seconds / 4, 0.2))
             contents.append(("measure", content))
     return contents
 

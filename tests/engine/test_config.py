@@ -133,7 +133,8 @@ def test_a_hostile_recipe_is_one_short_error(tmp_path: Path, text: str, message:
 
 
 FREE_TEXT = {
-    *("augmentations", "auxiliary", "callbacks", "data", "loss_terms", "model", "name", "project", "weights"),
+    *("augmentations", "augmentations_before", "auxiliary", "callbacks", "data", "loss_terms", "model", "name"),
+    *("project", "weights"),
 }
 
 

@@ -71,6 +71,7 @@ View read_view(const uint8_t* pixels, int64_t bytes, const int64_t* rows, int64_
         "sides of 1..32766");
   view.height = static_cast<int>(canvas[0]);
   view.width = static_cast<int>(canvas[1]);
+  view.end = pixels + bytes;
   for (int i = 0; i < 9; ++i) view.matrix[i] = static_cast<float>(matrix[i]);
   for (int64_t t = 0; t < count; ++t, rows += 5) {
     const int64_t height = rows[1], width = rows[2], left = rows[3], top = rows[4];

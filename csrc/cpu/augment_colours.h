@@ -7,10 +7,6 @@
 
 #include "cpu/augment_rows.h"
 
-#if defined(__AVX512VBMI__)
-#include <immintrin.h>
-#endif
-
 namespace yolov9_fast {
 
 inline void look_up(const uint8_t* table, uint8_t* values) {
@@ -23,13 +19,6 @@ inline void look_up(const uint8_t* table, uint8_t* values) {
 #else
   for (int k = 0; k < kBlock; ++k) values[k] = table[values[k]];
 #endif
-}
-
-inline int32_t rounded(float value) {
-  const float shifted = value + 12582912.0f;
-  int32_t bits;
-  std::memcpy(&bits, &shifted, 4);
-  return bits - 0x4b400000;
 }
 
 // In place: blue, green, red. `tables`: 256 hues, saturations and values.

@@ -6,6 +6,10 @@
 #include <cstring>
 #include <vector>
 
+#if defined(__AVX512VBMI__)
+#include <immintrin.h>
+#endif
+
 namespace yolov9_fast {
 
 constexpr int kBlock = 64;
@@ -29,6 +33,7 @@ struct View {
   int height = 0, width = 0;
   float matrix[9];
   std::vector<Tile> tiles;
+  const uint8_t* end = nullptr;  // of the memory that all images are in
 };
 
 // Upper left of the four canvas pixels that each pixel is between, and how far it is from it.
@@ -43,6 +48,14 @@ inline float multiply_add(float a, float b, float c) {
 #else
   return a * b + c;
 #endif
+}
+
+// To the nearest integer, below 2^22: adding 1.5 * 2^23 leaves it in the lowest bits.
+inline int32_t rounded(float value) {
+  const float shifted = value + 12582912.0f;
+  int32_t bits;
+  std::memcpy(&bits, &shifted, 4);
+  return bits - 0x4b400000;
 }
 
 // Beyond any canvas a coordinate may be any other such one; a NaN becomes one too.
@@ -84,15 +97,6 @@ inline void find_places(const float* m, bool perspective, int row, int column, P
   split(places);
 }
 
-// The six bytes of two neighbouring pixels.
-inline uint64_t pair_at(const uint8_t* pixel) {
-  uint32_t first;
-  uint16_t last;
-  std::memcpy(&first, pixel, 4);
-  std::memcpy(&last, pixel + 4, 2);
-  return first | static_cast<uint64_t>(last) << 32;
-}
-
 inline uint64_t pixel_at(const View& view, int x, int y) {
   for (const Tile& tile : view.tiles) {
     if (tile.covers(x, y, x, y)) {
@@ -103,9 +107,19 @@ inline uint64_t pixel_at(const View& view, int x, int y) {
   return kGrey * 0x010101u;
 }
 
+// The six bytes of two neighbouring pixels, in the upper and in the lower row; two more bytes may be anything.
 struct Corners {
   alignas(64) uint64_t above[kBlock], below[kBlock];
 };
+
+// Of pixels that may be near the end of memory.
+inline uint64_t pair_at(const uint8_t* pixel) {
+  uint32_t first;
+  uint16_t last;
+  std::memcpy(&first, pixel, 4);
+  std::memcpy(&last, pixel + 4, 2);
+  return first | static_cast<uint64_t>(last) << 32;
+}
 
 inline void read_across(const View& view, const Places& places, int count, Corners& corners) {
   const Tile* last = view.tiles.data();
@@ -129,33 +143,94 @@ inline void read_across(const View& view, const Places& places, int count, Corne
   }
 }
 
-inline void interpolate(const Places& places, const Corners& corners, uint8_t out[3][kBlock]) {
-  for (int c = 0; c < 3; ++c) {
-    for (int k = 0; k < kBlock; ++k) {
-      const auto upper = static_cast<int32_t>(corners.above[k] >> (8 * c) & 255);
-      const auto upper_right = static_cast<int32_t>(corners.above[k] >> (8 * c + 24) & 255);
-      const auto lower = static_cast<int32_t>(corners.below[k] >> (8 * c) & 255);
-      const auto lower_right = static_cast<int32_t>(corners.below[k] >> (8 * c + 24) & 255);
-      const float above =
-          multiply_add(places.right[k], static_cast<float>(upper_right - upper), static_cast<float>(upper));
-      const float below =
-          multiply_add(places.right[k], static_cast<float>(lower_right - lower), static_cast<float>(lower));
-      // Adding 1.5 * 2^23 rounds to the nearest integer, which is then in the lowest bits.
-      const float shifted = multiply_add(places.down[k], below - above, above) + 12582912.0f;
-      int32_t bits;
-      std::memcpy(&bits, &shifted, 4);
-      out[c][k] = static_cast<uint8_t>(bits);
-    }
+inline void read_inside(const Tile& tile, const Places& places, int count, Corners& corners) {
+  for (int k = 0; k < count; ++k) {
+    const uint8_t* pixel = tile.base + places.y[k] * tile.stride + 3 * int64_t{places.x[k]};
+    std::memcpy(&corners.above[k], pixel, 8);
+    std::memcpy(&corners.below[k], pixel + tile.stride, 8);
   }
 }
 
+#if defined(__AVX512VBMI__)
+// Bytes of 128 at the places of `index`, as floats.
+inline __m512 bytes_at(__m512i first, __m512i last, __m512i index) {
+  return _mm512_maskz_cvtepi32_ps(0xffff, _mm512_maskz_permutex2var_epi8(0x1111111111111111, first, index, last));
+}
+
+// 16 pixels, whose places in 128 bytes of the upper and of the lower row are `index`.
+inline void interpolate(const __m512i above[2], const __m512i below[2], __m512i index, __m512 right, __m512 down,
+                        int k, uint8_t out[3][kBlock]) {
+  for (int c = 0; c < 3; ++c) {
+    const __m512i near = _mm512_add_epi32(index, _mm512_set1_epi32(c)), far = _mm512_add_epi32(near, _mm512_set1_epi32(3));
+    const __m512 upper = bytes_at(above[0], above[1], near), lower = bytes_at(below[0], below[1], near);
+    const __m512 first = _mm512_fmadd_ps(right, bytes_at(above[0], above[1], far) - upper, upper);
+    const __m512 last = _mm512_fmadd_ps(right, bytes_at(below[0], below[1], far) - lower, lower);
+    const __m512i level = _mm512_maskz_cvtps_epi32(0xffff, _mm512_fmadd_ps(down, last - first, first));
+    _mm_store_si128(reinterpret_cast<__m128i*>(out[c] + k), _mm512_maskz_cvtepi32_epi8(0xffff, level));
+  }
+}
+
+// A block whose corners lie in two rows, less than 128 bytes apart for every 16 pixels; false if they do not.
+inline bool interpolate_rows(const uint8_t* above, int64_t stride, const uint8_t* end, const Places& places, int count,
+                             uint8_t out[3][kBlock]) {
+  for (int k = 0; k < count; k += 16) {
+    const __m512i x = _mm512_load_si512(places.x + k);
+    const int least = std::min(places.x[k], places.x[std::min(k + 15, count - 1)]);
+    const int most = std::max(places.x[k], places.x[std::min(k + 15, count - 1)]);
+    const uint8_t* upper = above + 3 * int64_t{least};
+    if (3 * (most - least) + 6 > 128 || upper + stride + 128 > end) return false;
+    const __m512i from = x - _mm512_set1_epi32(least), index = from + from + from;
+    const __m512i first[2] = {_mm512_loadu_si512(upper), _mm512_loadu_si512(upper + 64)};
+    const __m512i last[2] = {_mm512_loadu_si512(upper + stride), _mm512_loadu_si512(upper + stride + 64)};
+    interpolate(first, last, index, _mm512_load_ps(places.right + k), _mm512_load_ps(places.down + k), k, out);
+  }
+  return true;
+}
+
+inline void interpolate(const Places& places, const Corners& corners, uint8_t out[3][kBlock]) {
+  const __m512i eighths = _mm512_set_epi32(120, 112, 104, 96, 88, 80, 72, 64, 56, 48, 40, 32, 24, 16, 8, 0);
+  for (int k = 0; k < kBlock; k += 16) {
+    const __m512i above[2] = {_mm512_load_si512(corners.above + k), _mm512_load_si512(corners.above + k + 8)};
+    const __m512i below[2] = {_mm512_load_si512(corners.below + k), _mm512_load_si512(corners.below + k + 8)};
+    interpolate(above, below, eighths, _mm512_load_ps(places.right + k), _mm512_load_ps(places.down + k), k, out);
+  }
+}
+#else
+inline bool interpolate_rows(const uint8_t*, int64_t, const uint8_t*, const Places&, int, uint8_t[3][kBlock]) {
+  return false;
+}
+
+inline void interpolate(const Places& places, const Corners& corners, uint8_t out[3][kBlock]) {
+  alignas(64) uint32_t above[2][kBlock], below[2][kBlock];
+  for (int k = 0; k < kBlock; ++k) {
+    above[0][k] = static_cast<uint32_t>(corners.above[k]);
+    above[1][k] = static_cast<uint32_t>(corners.above[k] >> 24);
+    below[0][k] = static_cast<uint32_t>(corners.below[k]);
+    below[1][k] = static_cast<uint32_t>(corners.below[k] >> 24);
+  }
+  for (int c = 0; c < 3; ++c) {
+    for (int k = 0; k < kBlock; ++k) {
+      const auto level = [&](const uint32_t* pixels) {
+        return static_cast<float>(static_cast<int32_t>(pixels[k] >> (8 * c) & 255));
+      };
+      const float upper = level(above[0]), lower = level(below[0]);
+      const float first = multiply_add(places.right[k], level(above[1]) - upper, upper);
+      const float last = multiply_add(places.right[k], level(below[1]) - lower, lower);
+      out[c][k] = static_cast<uint8_t>(rounded(multiply_add(places.down[k], last - first, first)));
+    }
+  }
+}
+#endif
+
 // Blue, green and red of a block of `count` pixels from (column, row); false, and nothing written, if all are grey.
-inline bool read_block(const View& view, bool perspective, int row, int column, int count,
-                       uint8_t out[3][kBlock]) {
+inline bool read_block(const View& view, bool perspective, int row, int column, int count, uint8_t out[3][kBlock]) {
   Places places;
   find_places(view.matrix, perspective, row, column, places);
-  int left = places.x[0], right = left, top = places.y[0], bottom = top;
-  for (int k = 0; k < count; ++k) {
+  // Rounding keeps the order of coordinates, so that without perspective the ends of a block are its bounds.
+  const int ends = perspective ? count : 1, end = count - 1;
+  int left = std::min(places.x[0], places.x[end]), right = std::max(places.x[0], places.x[end]);
+  int top = std::min(places.y[0], places.y[end]), bottom = std::max(places.y[0], places.y[end]);
+  for (int k = 1; k < ends; ++k) {
     left = std::min(left, places.x[k]);
     right = std::max(right, places.x[k]);
     top = std::min(top, places.y[k]);
@@ -169,21 +244,15 @@ inline bool read_block(const View& view, bool perspective, int row, int column, 
     if (tile.covers(left, top, right + 1, bottom + 1)) only = &tile;
   }
   if (!touched) return false;
+  if (only != nullptr && top == bottom && !perspective &&
+      interpolate_rows(only->base + top * only->stride, only->stride, view.end, places, count, out)) {
+    return true;
+  }
   Corners corners;
-  if (only == nullptr) {
-    read_across(view, places, count, corners);
-  } else if (top == bottom) {
-    const uint8_t* above = only->base + top * only->stride;
-    for (int k = 0; k < count; ++k) {
-      corners.above[k] = pair_at(above + 3 * int64_t{places.x[k]});
-      corners.below[k] = pair_at(above + only->stride + 3 * int64_t{places.x[k]});
-    }
+  if (only != nullptr && only->base + (bottom + 1) * only->stride + 3 * int64_t{right} + 8 <= view.end) {
+    read_inside(*only, places, count, corners);
   } else {
-    for (int k = 0; k < count; ++k) {
-      const uint8_t* pixel = only->base + places.y[k] * only->stride + 3 * int64_t{places.x[k]};
-      corners.above[k] = pair_at(pixel);
-      corners.below[k] = pair_at(pixel + only->stride);
-    }
+    read_across(view, places, count, corners);
   }
   for (int k = count; k < kBlock; ++k) corners.above[k] = corners.below[k] = 0;
   interpolate(places, corners, out);
@@ -195,11 +264,7 @@ inline void blend(uint8_t first[3][kBlock], const uint8_t second[3][kBlock], flo
   for (int c = 0; c < 3; ++c) {
     for (int k = 0; k < kBlock; ++k) {
       const float sum = multiply_add(static_cast<float>(first[c][k]), share, static_cast<float>(second[c][k]) * rest);
-      const float bounded_sum = std::min(std::max(sum, 0.0f), 255.0f);
-      const float shifted = bounded_sum + 12582912.0f;
-      int32_t bits;
-      std::memcpy(&bits, &shifted, 4);
-      first[c][k] = static_cast<uint8_t>(bits);
+      first[c][k] = static_cast<uint8_t>(rounded(std::min(std::max(sum, 0.0f), 255.0f)));
     }
   }
 }

@@ -148,15 +148,14 @@ def mosaic(
         (centre_x if position % 2 else centre_x - width, centre_y if position // 2 else centre_y - height)
         for position, (height, width) in enumerate(sizes)
     ]
-    boxes, polygons = [], []
-    with_polygons = any(part.polygons for part in parts)
-    for part, place in zip(parts, places, strict=True):
-        offset = np.array(place, dtype=np.float32)
-        boxes.append(clip(part.boxes + np.tile(offset, 2), side, side))
-        if with_polygons:
-            polygons += _shift(part, offset, side)
-    classes = np.concatenate([part.classes for part in parts])
-    return places, Objects(classes, np.concatenate(boxes), polygons)
+    boxes = np.concatenate([part.boxes for part in parts])
+    offsets = np.array([(*place, *place) for place in places], dtype=np.float32)
+    boxes += offsets.repeat([len(part.boxes) for part in parts], axis=0)
+    polygons = []
+    if any(part.polygons for part in parts):
+        for part, place in zip(parts, places, strict=True):
+            polygons += _shift(part, np.array(place, dtype=np.float32), side)
+    return places, Objects(np.concatenate([part.classes for part in parts]), clip(boxes, side, side), polygons)
 
 
 def mixup(first: Objects, second: Objects, rng: Generator) -> tuple[float, Objects]:

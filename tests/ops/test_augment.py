@@ -72,6 +72,7 @@ def drawn(seed: int) -> dict[str, Any]:
     canvases = np.full((batch, views, 2), side)
     canvases[:, 1:] *= rng.random((batch, views - 1, 1)) < 0.7
     tables = rng.integers(0, 256, (batch, 3, 256), np.uint8)
+    tables[:, 0] %= 180
     return {
         "pixels": torch.from_numpy(rng.integers(0, 256, end + int(rng.integers(0, 3)), np.uint8)),
         "tiles": torch.from_numpy(tiles),

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,8 @@ from torch.utils import _pytree as pytree
 from tests.engine.test_flat import addresses
 from tests.engine.test_step import make_step
 from tests.recording import Recording, record
+from yolov9_fast.data.plan import Arrays
+from yolov9_fast.data.planned import PlannedImages
 from yolov9_fast.engine.clock import PhaseClock
 from yolov9_fast.engine.step import PHASES, StepResult, TrainStep
 from yolov9_fast.losses.terms import LossTerm
@@ -53,7 +56,7 @@ def trace(program: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
             for place, value in zip(static, graph(), strict=True):
                 place.copy_(value)
 
-    return replay, (static, results[1])
+    return replay, (static, *results[1:])
 
 
 def batch(number: int, images: int = 2) -> tuple[Tensor, Tensor]:
@@ -270,6 +273,55 @@ def test_the_step_itself_reads_nothing_on_the_host(model: DetectionModel) -> Non
     called, replayed = (made(model, one) for one in (None, refusing_reads))
     assert same(run_steps(called, range(12)), run_steps(replayed, range(12)))
     assert len(replayed.captured.recorded) == 2
+
+
+PIXELS = torch.randint(0, 256, (8 * 64 * 64 * 3,), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+"""Eight images of 64 x 64."""
+
+
+def planned_batch(number: int, images: int = 2) -> PlannedImages:
+    """Plans of one form: every other batch has a second view, every third is without mosaic."""
+    draw = np.random.default_rng(number)
+    tiles, canvases = np.zeros((images, 2, 4, 5), np.int64), np.zeros((images, 2, 2), np.int64)
+    matrices = np.zeros((images, 2, 3, 3))
+    for sample in range(images):
+        for view in range(1 + number % 2):
+            places = [(0, 0)] if number % 3 == 0 else [(0, 0), (64, 0), (0, 64), (64, 64)]
+            for tile, place in enumerate(places):
+                tiles[sample, view, tile] = (draw.integers(8) * 64 * 64 * 3, 64, 64, *place)
+            canvases[sample, view] = 64 if number % 3 == 0 else 128
+            matrices[sample, view] = np.eye(3)
+            matrices[sample, view, :2] += draw.uniform(-0.3, 0.3, (2, 3))
+    tables = np.tile(draw.permutation(180).repeat(2)[:256].astype(np.uint8), (images, 3, 1))
+    flips, shares = draw.random((images, 2)) < 0.5, draw.random(images)
+    members = np.zeros((images, 2, 4), np.int64)
+    arrays = Arrays(members, tiles, canvases, matrices, tables, flips, shares)
+    return PlannedImages.of(arrays, 64, perspective=False)
+
+
+def test_a_step_that_makes_its_images_makes_those_of_each_plan(model: DetectionModel) -> None:
+    """With and without mixup and mosaic by one recording; a short batch has its own; nothing of a plan is baked in."""
+    called, replayed = (made(model, one) for one in (None, refusing_reads))
+    results: list[list[Tensor]] = []
+    for step in (called, replayed):
+        step.pixels = PIXELS
+        seen = []
+        for number in range(24):
+            images = 1 if number % 8 == 7 else 2
+            plan, targets = planned_batch(number, images), batch(number, images)[1]
+            loss, _ = step(plan, targets, size=None, update=True, clock=PhaseClock(*PHASES))
+            assert torch.equal(step.images, plan.make(PIXELS))
+            seen.append(loss)
+        results.append([*seen, *(value.clone() for value in step.state.model.state_dict().values())])
+    assert same(*results)
+    assert replayed.captured.reason is None
+    assert len(replayed.captured.recorded) == 1
+    assert len({tuple(loss.tolist()) for loss in results[0][:24]}) == 24
+
+
+def test_plans_without_the_images_that_they_name_are_refused(model: DetectionModel) -> None:
+    with pytest.raises(ValueError, match=r"^images: expected a tensor by a step without pixels, got plans of images$"):
+        made(model, None)(planned_batch(0), batch(0)[1], size=None, update=True, clock=PhaseClock(*PHASES))
 
 
 def test_a_recording_that_fails_leaves_nothing_behind(model: DetectionModel, caplog: pytest.LogCaptureFixture) -> None:

@@ -180,7 +180,9 @@ def place() -> str:
 
 
 def is_map(tensor: Tensor) -> bool:
-    """A map of features: more than one channel, and more pixels than a weight has."""
+    """A map of features or of pixels: more than one channel, and more pixels than a weight has."""
+    if tensor.dtype == torch.int64:
+        return False
     return tensor.dim() == 4 and tensor.shape[1] > 1 and tensor.shape[2] * tensor.shape[3] > 9
 
 

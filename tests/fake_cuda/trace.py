@@ -29,6 +29,7 @@ from tests.fake_cuda import planted  # noqa: E402
 from tests.fake_cuda.pretend import traced  # noqa: E402
 from tests.fake_cuda.record import Record, same_layout  # noqa: E402
 from yolov9_fast.data import ImageRecord, LabelReport  # noqa: E402
+from yolov9_fast.data.planned import PlanForm, PlannedImages  # noqa: E402
 from yolov9_fast.data.sample import Batch  # noqa: E402
 from yolov9_fast.engine.clock import PhaseClock  # noqa: E402
 from yolov9_fast.engine.device import autocast, prepare_images, to_channels_last  # noqa: E402
@@ -60,6 +61,8 @@ class Case:
     and backward of one unit with a fault.
 
     `backend`: of the operators, as in `set_backend`; of foreign models "own" leaves them as they are.
+
+    `planned`: 1 for a step that makes its images, as with `--augment-on gpu`.
     """
 
     network: str
@@ -71,6 +74,7 @@ class Case:
     classes: int = 80
     backend: str = "auto"
     optimizer: str = "sgd"
+    planned: int = 0
 
     @classmethod
     def parse(cls, text: str) -> Case:
@@ -99,10 +103,12 @@ def trace_step(case: Case, record: Record) -> dict[str, Any]:
     optimizer = build_optimizer(model, case.optimizer, lr=0.01, momentum=0.9, weight_decay=5e-4)
     scale = LossScale(DEVICE, enabled=case.amp == "fp16")
     state = TrainingState(model, ModelEMA(model), optimizer, scale)
-    step = TrainStep(state, DetectionLoss(case.classes), DEVICE, amp=case.amp)
+    pixels = torch.zeros(case.height * case.width * 3, dtype=torch.uint8, device=DEVICE) if case.planned else None
+    step = TrainStep(state, DetectionLoss(case.classes), DEVICE, amp=case.amp, pixels=pixels)
     batch = host_batch(case)
-    step(batch.images, batch.targets, size=None, update=True, clock=PhaseClock(*PHASES))  # makes what stays
-    step(batch.images, batch.targets, size=None, update=case.what == "step", clock=Clock(record))
+    images = batch.images if batch.planned is None else batch.planned
+    step(images, batch.targets, size=None, update=True, clock=PhaseClock(*PHASES))  # makes what stays
+    step(images, batch.targets, size=None, update=case.what == "step", clock=Clock(record))
     record.phase = ""
     return {"gradients_with_other_strides": _other_strides(model)}
 
@@ -115,7 +121,10 @@ def host_batch(case: Case) -> Batch:
     targets = torch.cat((image[:, None], others), 1)
     images = torch.zeros(count, 3, case.height, case.width, dtype=torch.uint8)
     shape = (case.height, case.width)
-    return Batch(images, targets, list(range(count)), [shape] * count, [(1.0, 1.0)] * count, [(0, 0) for _ in nothing])
+    form = PlanForm(count, views=2, tiles=4, coloured=True, size=case.height, perspective=False)
+    planned = PlannedImages(torch.zeros(sum(form.sizes()), dtype=torch.uint8), form) if case.planned else None
+    lists = list(range(count)), [shape] * count, [(1.0, 1.0)] * count, [(0, 0) for _ in nothing]
+    return Batch(images, targets, *lists, planned)
 
 
 def _other_strides(model: nn.Module) -> int:

@@ -23,6 +23,7 @@ from yolov9_fast.data.geometry import Floats, clip, corners_from_normalised, nor
 from yolov9_fast.data.images import Image, check_size, pad_to, read_resized, scaled_size, to_tensor
 from yolov9_fast.data.packed import PackedRecords
 from yolov9_fast.data.plan import Plan, hide_unseen, paste, plan_sample, record_objects, stack
+from yolov9_fast.data.planned import PlanForm, PlannedImages
 from yolov9_fast.data.records import ImageRecord
 from yolov9_fast.data.rectangles import rectangular_batches
 from yolov9_fast.data.sample import Sample
@@ -105,6 +106,10 @@ class DetectionDataset(Dataset[Sample]):
             self.order, self._shapes = rectangular_batches(self._packed.sizes, batch_size, image_size, stride, rect_pad)
         self._store: ImageStore
         self.keep_images(cache, cache_dir)
+        self._offsets: NDArray[np.int64] | None = None
+        mosaics = augment is not None and augment.mosaic > 0
+        self._most_views = 2 if augment is not None and mosaics and augment.mixup > 0 else 1
+        self._most_tiles = 4 if mosaics else 1
 
     def __len__(self) -> int:
         return len(self._packed)
@@ -129,6 +134,29 @@ class DetectionDataset(Dataset[Sample]):
     def _resolve(self) -> None:
         self._augmentations = resolve_augmentations(self._given[0])
         self._before = resolve_augmentations(self._given[1], "augmentations_before")
+
+    def offsets(self) -> NDArray[np.int64]:
+        """Where each resized image begins when all lie one after the other, and the end of the last: int64 [n + 1]."""
+        sizes = map(self.resized, range(len(self)))
+        return np.cumsum([0, *(height * width * 3 for height, width in sizes)])
+
+    def resized(self, index: int) -> tuple[int, int]:
+        """(height, width) of a record's image at the size of the network's input."""
+        return scaled_size(*self._packed.size(index), self.image_size)
+
+    def read(self, index: int, out: Image) -> None:
+        """Write a record's resized image, BGR, into uint8 [h, w, 3]."""
+        self._store.read(index, out)
+
+    def leave_out_pixels(self) -> None:
+        """Give samples of training without pixels from now on, `planned` in images that lie as `offsets` says."""
+        self._offsets = self.offsets()
+
+    def sample_bytes(self) -> int:
+        """Of the largest image that a sample has, or of its plan."""
+        if self._offsets is None:
+            return 3 * (self.image_size + (STRIDES[-1] if self.rect else 0)) ** 2
+        return sum(PlanForm(1, self._most_views, self._most_tiles, True, self.image_size, False).sizes())
 
     def plan(self, key: SampleKey) -> Plan:
         """All that is drawn for a training sample, and its objects; reads no image without `augmentations_before`."""
@@ -160,6 +188,8 @@ class DetectionDataset(Dataset[Sample]):
 
     def _training_samples(self, keys: Sequence[SampleKey], augment: AugmentConfig) -> list[Sample]:
         plans = [self.plan(key) for key in keys]
+        if self._offsets is not None:
+            return [self._planned_sample(key.index, plan, augment) for key, plan in zip(keys, plans, strict=True)]
         return [
             self._training_sample(key.index, plan, image)
             for key, plan, image in zip(keys, plans, self._rendered(plans, augment), strict=True)
@@ -172,9 +202,15 @@ class DetectionDataset(Dataset[Sample]):
             labelled = apply_augmentations(self._augmentations, LabelledImage(pixels, classes, boxes), plan.rng)
             image = torch.from_numpy(np.ascontiguousarray(labelled.image.transpose(2, 0, 1)))
             classes, boxes = labelled.classes, labelled.boxes
-        return self._sample(
-            image, classes, boxes, index, scaled_size(*self._packed.size(index), self.image_size), plan.pad
-        )
+        return self._sample(image, classes, boxes, index, self.resized(index), plan.pad)
+
+    def _planned_sample(self, index: int, plan: Plan, augment: AugmentConfig) -> Sample:
+        arrays = stack([plan], self._most_views, self._most_tiles)
+        assert self._offsets is not None
+        arrays.tiles[..., 0] = self._offsets[arrays.members]  # that of -1 is never read
+        planned = PlannedImages.of(arrays, self.image_size, perspective=augment.perspective > 0)
+        classes, boxes, nothing = plan.objects.classes, plan.objects.boxes, torch.empty(3, 0, 0, dtype=torch.uint8)
+        return self._sample(nothing, classes, boxes, index, self.resized(index), plan.pad, planned)
 
     def _rendered(self, plans: Sequence[Plan], augment: AugmentConfig) -> Tensor:
         """uint8 RGB [B, 3, size, size] of these plans."""
@@ -229,13 +265,14 @@ class DetectionDataset(Dataset[Sample]):
         index: int,
         resized: tuple[int, int],
         pad: tuple[int, int],
+        planned: PlannedImages | None = None,
     ) -> Sample:
-        height, width = image.shape[1:]
+        height, width = (image if planned is None else planned).shape[-2:]
         rows = normalised_from_corners(boxes, width, height)
         targets = np.concatenate((classes[:, None], rows), axis=1).astype(np.float32)
         original = self._packed.size(index)
         ratio = (resized[0] / original[0], resized[1] / original[1])
-        return Sample(image, torch.from_numpy(targets), index, original, ratio, pad)
+        return Sample(image, torch.from_numpy(targets), index, original, ratio, pad, planned)
 
     def _load(self, index: int, out: Image | None = None) -> Image:
         training = self.augment is not None

@@ -29,7 +29,6 @@ from yolov9_fast.data.shm import loader_memory
 from yolov9_fast.data.watch import WorkerWatch
 from yolov9_fast.errors import ProcessError, UserError
 from yolov9_fast.limits import above_limit, limit
-from yolov9_fast.ops._boxes import STRIDES
 
 
 def create_loader(
@@ -97,8 +96,7 @@ class DetectionLoader:
         if workers > limit("WORKERS"):
             raise UserError(f"workers: {above_limit('WORKERS', workers)}")
         self.dataset = dataset
-        side = dataset.image_size + (STRIDES[-1] if dataset.rect else 0)
-        self.memory = loader_memory(workers, order.batch_size * 3 * side**2, sharers)
+        self.memory = loader_memory(workers, order.batch_size * dataset.sample_bytes(), sharers)
         workers = self.memory.workers
         self._order = order
         self.waited = 0.0

@@ -162,23 +162,23 @@ def map_to_canvas(matrix: NDArray[np.float64], perspective: bool) -> NDArray[np.
     return np.array([[a, b, -a * x - b * y], [c, d, -c * x - d * y], [0.0, 0.0, 1.0]])
 
 
-def stack(plans: Sequence[Plan]) -> Arrays:
-    """Plans of one configuration as arrays."""
-    batch, count = len(plans), max(len(plan.views) for plan in plans)
-    most = max(len(view.tiles) for plan in plans for view in plan.views)
+def stack(plans: Sequence[Plan], views: int = 1, tiles: int = 1) -> Arrays:
+    """Plans of one configuration as arrays; V and T are at least `views` and `tiles`."""
+    batch, count = len(plans), max(views, *(len(plan.views) for plan in plans))
+    most = max(tiles, *(len(view.tiles) for plan in plans for view in plan.views))
     members = np.full((batch, count, most), -1)
-    tiles = np.zeros((batch, count, most, 5), dtype=np.int64)
+    placed = np.zeros((batch, count, most, 5), dtype=np.int64)
     canvases = np.zeros((batch, count, 2), dtype=np.int64)
     matrices = np.zeros((batch, count, 3, 3))
     for number, plan in enumerate(plans):
         for which, view in enumerate(plan.views):
             members[number, which, : len(view.members)] = view.members
-            tiles[number, which, : len(view.tiles), 1:] = view.tiles
+            placed[number, which, : len(view.tiles), 1:] = view.tiles
             canvases[number, which] = view.canvas
             matrices[number, which] = view.matrix
     tables = [plan.tables for plan in plans if plan.tables is not None]
     flips, shares = np.array([plan.flips for plan in plans]), np.array([plan.share for plan in plans])
-    return Arrays(members, tiles, canvases, matrices, np.stack(tables) if tables else None, flips, shares)
+    return Arrays(members, placed, canvases, matrices, np.stack(tables) if tables else None, flips, shares)
 
 
 def hide_unseen(arrays: Arrays, size: int) -> None:

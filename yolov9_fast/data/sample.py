@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from yolov9_fast.data.planned import PlannedImages
+
 
 @dataclass
 class Sample:
@@ -16,7 +18,8 @@ class Sample:
     `image`: uint8 RGB [3, H, W]; `targets`: float32 [n, 5] (class, cx, cy, w, h), normalised to W and H; `index`:
     position in the dataset's records. In evaluation `original_shape` (height, width), `ratio` (scale of height and
     width) and `pad` (left, top in pixels) are the arguments of `scale_boxes_to_original`; in training they describe the
-    image of this index before augmentation.
+    image of this index before augmentation. `planned`: where the image is to be made from, if it has no pixels,
+    [3, 0, 0].
     """
 
     image: Tensor
@@ -25,11 +28,13 @@ class Sample:
     original_shape: tuple[int, int]
     ratio: tuple[float, float]
     pad: tuple[int, int]
+    planned: PlannedImages | None = None
 
 
 @dataclass
 class Batch:
-    """B samples: `images` uint8 [B, 3, H, W]; `targets` float32 [n, 6] (image, class, cx, cy, w, h); lists of B."""
+    """B samples: `images` uint8 [B, 3, H, W]; `targets` float32 [n, 6] (image, class, cx, cy, w, h); lists of B;
+    `planned`: as in `Sample`."""
 
     images: Tensor
     targets: Tensor
@@ -37,10 +42,12 @@ class Batch:
     original_shapes: list[tuple[int, int]]
     ratios: list[tuple[float, float]]
     pads: list[tuple[int, int]]
+    planned: PlannedImages | None = None
 
     def pin_memory(self) -> Batch:
         """The same batch with tensors in page-locked memory, for asynchronous copies to a GPU."""
-        return replace(self, images=self.images.pin_memory(), targets=self.targets.pin_memory())
+        planned = None if self.planned is None else self.planned.pin_memory()
+        return replace(self, images=self.images.pin_memory(), targets=self.targets.pin_memory(), planned=planned)
 
 
 def collate(samples: Sequence[Sample]) -> Batch:
@@ -49,6 +56,7 @@ def collate(samples: Sequence[Sample]) -> Batch:
         torch.cat((torch.full((len(sample.targets), 1), float(position)), sample.targets), dim=1)
         for position, sample in enumerate(samples)
     ]
+    plans = [sample.planned for sample in samples if sample.planned is not None]
     return Batch(
         images=torch.stack([sample.image for sample in samples]),
         targets=torch.cat(targets),
@@ -56,4 +64,5 @@ def collate(samples: Sequence[Sample]) -> Batch:
         original_shapes=[sample.original_shape for sample in samples],
         ratios=[sample.ratio for sample in samples],
         pads=[sample.pad for sample in samples],
+        planned=PlannedImages.joined(plans) if plans else None,
     )

@@ -25,7 +25,8 @@ class BatchResult:
         epoch: counted from 0.
         index: of the batch in its epoch.
         iteration: batches of all epochs before this one.
-        batch: uint8 images [B, 3, H, W] and targets [n, 6].
+        batch: uint8 images [B, 3, H, W] and targets [n, 6]. With `augment_on` gpu the images are on the run's device,
+            and the next batch overwrites them.
         loss: the loss terms in the order of `trainer.criterion.names`, float64 [terms] on the run's device; reading its
             numbers waits for a GPU.
         update: the optimiser's turn: gradient accumulation ends with this batch.

@@ -129,6 +129,11 @@ class TrainConfig:
         "keep decoded images: auto (in memory where they fit in half of the free), ram, disk or off",
         choices=("auto", "ram", "disk", "off"),
     )
+    augment_on: str = _option(
+        "cpu",
+        "where images are augmented: cpu (loader processes), gpu (the run's device, which holds all training images)",
+        choices=("cpu", "gpu"),
+    )
     save_period: int = _option(0, "keep the weights of every n-th epoch (0: only last and best)")
     conf: float = _option(0.001, "confidence threshold of validation")
     iou: float = _option(0.7, "IoU threshold of NMS in validation")

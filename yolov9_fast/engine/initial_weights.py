@@ -9,8 +9,8 @@ import os
 from torch import Tensor
 
 from yolov9_fast._untrusted import user_path
-from yolov9_fast.data import DataConfig, DetectionLoader
 from yolov9_fast.engine.config import TrainConfig
+from yolov9_fast.engine.training_data import TrainingData
 from yolov9_fast.errors import UserError
 from yolov9_fast.models import (
     DetectionModel,
@@ -25,7 +25,7 @@ _CALIBRATION_IMAGES = 64
 
 
 def build_model(
-    config: TrainConfig, data: DataConfig, loader: DetectionLoader, *, load: bool = True
+    config: TrainConfig, training_data: TrainingData, *, load: bool = True
 ) -> tuple[DetectionModel, TrainConfig]:
     """Make the run's network.
 
@@ -34,7 +34,7 @@ def build_model(
     whose statistics are measured on training images.
 
     Args:
-        loader: of training images; read only for fused weights.
+        training_data: the classes, and training images, which are read only for fused weights.
         load: False builds the network only (a resumed run loads its own weights, and its options have the widths).
 
     Returns:
@@ -43,7 +43,7 @@ def build_model(
     Raises:
         UserError: the network cannot be built or trained, or the weights cannot be read.
     """
-    layout = None
+    data, layout = training_data.config, None
     if config.weights and load:
         if not os.path.isfile(user_path(config.weights, "weights", UserError)):
             raise UserError(f"weights: expected a file, got {config.weights}")
@@ -70,18 +70,18 @@ def build_model(
         names = None if config.classes_by_index else data.names
         loaded = set(load_pretrained(model, config.weights, names=names).loaded)
         if layout.fused:
-            images = _calibration_images(loader)
+            images = _calibration_images(training_data)
             seen = calibrate_batch_norm(model, images, only=lambda name: f"{name}.running_mean" in loaded)
             log.info(f"{config.weights} is fused: BatchNorm statistics measured on {seen} training images")
     return model, dataclasses.replace(config, box_groups=model.box_groups)
 
 
-def _calibration_images(loader: DetectionLoader) -> list[Tensor]:
+def _calibration_images(training_data: TrainingData) -> list[Tensor]:
     """A few training batches as the network gets them: float32 [B, 3, H, W] in [0, 1]."""
-    loader.set_epoch(0, mosaic=True)
+    training_data.loader.set_epoch(0, mosaic=True)
     images: list[Tensor] = []
-    for batch in loader:
-        images.append(batch.images.float().div_(255))
+    for batch in training_data.loader:
+        images.append(training_data.images_of(batch).cpu().float().div_(255))
         if sum(map(len, images)) >= _CALIBRATION_IMAGES:
             break
     return images

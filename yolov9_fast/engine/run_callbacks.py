@@ -183,7 +183,7 @@ class Preview(Callback):
         trainer.loader.set_epoch(epoch, mosaic=epoch < config.epochs - config.close_mosaic)
         for number, key in enumerate(itertools.islice(trainer.loader.keys(), self.count)):
             batch = collate([dataset[key]])
-            image = viz.draw_targets(batch.images, batch.targets, trainer.class_names)
+            image = viz.draw_targets(trainer.training_data.images_of(batch), batch.targets, trainer.class_names)
             data = require("cv2").imencode(".jpg", image)[1].tobytes()
             atomic_write(trainer.run_folder.path / f"augment_preview{number}.jpg", data)
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Hashable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from yolov9_fast._capture import Capture, Recorder, Unchanged
+from yolov9_fast.data.planned import PlannedImages
 from yolov9_fast.engine.clock import PhaseClock
 from yolov9_fast.engine.device import autocast, prepare_images
 from yolov9_fast.engine.distributed import GradientSum, ProcessGroup
@@ -52,6 +53,8 @@ class TrainStep:
         group: the data-parallel processes.
         capture: auto or off: whether steps are recorded.
         record: makes the recordings; None: CUDA graphs.
+        pixels: the images that planned ones are made of (`data.resident`), on the device.
+        images: those of the last step, uint8 [B, 3, H, W] on the device; valid until the next one.
         totals: the sum of each loss term over the batches with finite loss, then their number, float64 [terms + 1].
         skipped: the number of skipped updates, int64, 0-dimensional; both since `reset_totals`.
     """
@@ -65,11 +68,13 @@ class TrainStep:
     group: ProcessGroup = field(default_factory=lambda: ProcessGroup(0, 1, torch.device("cpu")))
     capture: str = "auto"
     record: Recorder | None = None
+    pixels: Tensor | None = None
+    images: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
         self.totals = torch.zeros(len(self.criterion.names) + 1, dtype=torch.float64, device=self.device)
         self.skipped = torch.zeros((), dtype=torch.int64, device=self.device)
-        self._images: dict[torch.Size, Tensor] = {}
+        self._images: dict[Hashable, Tensor] = {}
         self._targets: dict[torch.Size, PaddedTargets] = {}
         self._sum: GradientSum | None = None
         self.captured = Capture(
@@ -78,12 +83,12 @@ class TrainStep:
         self._unchanged: Unchanged | None = None
 
     def __call__(
-        self, images: Tensor, targets: Tensor, *, size: int | None, update: bool, clock: PhaseClock
+        self, images: Tensor | PlannedImages, targets: Tensor, *, size: int | None, update: bool, clock: PhaseClock
     ) -> StepResult:
         """Accumulate the gradients of a batch; with `update` also step the optimiser and the moving average.
 
         Args:
-            images: uint8 [B, 3, H, W].
+            images: uint8 [B, 3, H, W], or plans of images that the step makes of `pixels`.
             targets: float32 [n, 6]: image, class, cx, cy, w, h (normalised), on the CPU.
             size: resize the images to this many pixels (multi-scale training); None: leave them.
             clock: of `PHASES`; gets the times of all of them but the optimiser's. Of a replayed step, which has no
@@ -96,7 +101,7 @@ class TrainStep:
         static_images, static_targets = self._load(images, targets, size)
         clock.end("data")
         self._prepare(update)
-        result, received = self.captured.run(
+        result, received, self.images = self.captured.run(
             self._key(static_images, static_targets, size, update),
             lambda: self._program(static_images, static_targets, size, update, clock),
         )
@@ -119,10 +124,12 @@ class TrainStep:
         flat.missing = flat.all_missing
         return finite
 
-    def _load(self, images: Tensor, targets: Tensor, size: int | None) -> tuple[Tensor, PaddedTargets]:
+    def _load(
+        self, images: Tensor | PlannedImages, targets: Tensor, size: int | None
+    ) -> tuple[Tensor | PlannedImages, PaddedTargets]:
         """The batch in buffers that stay; targets padded to one of a few numbers of objects per image."""
         height, width = (size, size) if size is not None else (images.shape[2], images.shape[3])
-        batch, classes = len(images), self.criterion.num_classes
+        batch, classes = images.shape[0], self.criterion.num_classes
         padded = pad_targets(
             targets,
             batch,
@@ -132,14 +139,15 @@ class TrainStep:
             self.criterion.max_objects,
             smallest=_FEWEST_OBJECTS,
         )
-        if images.shape not in self._images:
-            self._images[images.shape] = torch.empty(images.shape, dtype=images.dtype, device=self.device)
+        given, form = (images.buffer, images.form) if isinstance(images, PlannedImages) else (images, images.shape)
+        if form not in self._images:
+            self._images[form] = torch.empty(given.shape, dtype=given.dtype, device=self.device)
         if padded.mask.shape not in self._targets:
             self._targets[padded.mask.shape] = padded.to(self.device, torch.float32)
-        static_images, static_targets = self._images[images.shape], self._targets[padded.mask.shape]
-        static_images.copy_(images, non_blocking=True)
+        static, static_targets = self._images[form], self._targets[padded.mask.shape]
+        static.copy_(given, non_blocking=True)
         static_targets.copy_(padded)
-        return static_images, static_targets
+        return (replace(images, buffer=static) if isinstance(images, PlannedImages) else static), static_targets
 
     def _prepare(self, update: bool) -> None:
         """What the host decides before a step."""
@@ -157,7 +165,7 @@ class TrainStep:
             self.captured.reset()
             self._unchanged = Unchanged(self.state.model)
 
-    def _key(self, images: Tensor, targets: PaddedTargets, size: int | None, update: bool) -> Hashable:
+    def _key(self, images: Tensor | PlannedImages, targets: PaddedTargets, size: int | None, update: bool) -> Hashable:
         """What the program depends on besides tensors that stay and the model; None if nothing is recorded."""
         if self.captured.reason is not None:
             return None
@@ -165,16 +173,27 @@ class TrainStep:
         weights = tuple(term.weight for term in self.criterion.terms)
         group = self.state.optimizer.param_groups[0]
         options = tuple(group.get(name) for name in ("nesterov", "eps"))
-        shapes = (images.shape, targets.mask.shape, size)
+        form = images.form if isinstance(images, PlannedImages) else images.shape
+        shapes = (form, targets.mask.shape, size)
         return (*shapes, update, self.state.flat.missing, self.amp, self.clip, loss, weights, options)
 
     def _program(
-        self, images: Tensor, targets: PaddedTargets, size: int | None, update: bool, clock: PhaseClock
-    ) -> tuple[StepResult, list[int]]:
-        """A step on buffers that stay; also the indices of the parameters that received a gradient."""
+        self,
+        images: Tensor | PlannedImages,
+        targets: PaddedTargets,
+        size: int | None,
+        update: bool,
+        clock: PhaseClock,
+    ) -> tuple[StepResult, list[int], Tensor]:
+        """A step on buffers that stay; also the indices of the parameters that received a gradient, and the images."""
         for parameter in self.state.flat.trained:
             parameter.grad = None  # what an attempt to record the step may have left
-        images = prepare_images(images, self.device, channels_last=self.channels_last)
+        if isinstance(images, PlannedImages):
+            if self.pixels is None:
+                raise ValueError("images: expected a tensor by a step without pixels, got plans of images")
+            images = images.make(self.pixels)
+        made = images
+        images = prepare_images(made, self.device, channels_last=self.channels_last)
         if size is not None:
             images = nn.functional.interpolate(images, size=(size, size), mode="bilinear", align_corners=False)
         with autocast(self.device, self.amp):
@@ -199,7 +218,7 @@ class TrainStep:
             self.skipped += skipped
         items = loss.items.double()
         self.totals += torch.where(items.isfinite().all(), torch.cat((items, items.new_ones(1))), 0.0)
-        return StepResult(items, skipped), received
+        return StepResult(items, skipped), received, made
 
     def _end(self, clock: PhaseClock, phase: str) -> None:
         """A recording would hold the clock's events, which nothing reads then."""

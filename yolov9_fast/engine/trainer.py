@@ -103,7 +103,7 @@ class Trainer:
         self.amp = resolve_amp(config.amp, group.device)
         self.training_data = open_training_data(config, group)
         self.loader = self.training_data.loader
-        model, self.config = build_model(config, self.training_data.config, self.loader, load=not self.resumed)
+        model, self.config = build_model(config, self.training_data, load=not self.resumed)
         self._build_step(model)
         callbacks = [*run_callbacks(self.config), *imported_callbacks(self.config.callbacks), *callbacks]
         own = run or (new_run(config.project, config.name) if group.is_main else None)
@@ -203,6 +203,7 @@ class Trainer:
             channels_last=config.channels_last,
             group=group,
             capture=config.capture,
+            pixels=self.training_data.pixels,
         )
 
     def _restore(self, saved: dict[str, Any]) -> None:
@@ -320,7 +321,10 @@ class Trainer:
                 accumulate = self.schedule.apply(state.optimizer, iteration, epoch)
                 update = iteration - state.last_step >= accumulate
                 size = self._image_size(iteration)
-                loss, skipped = self.step(batch.images, batch.targets, size=size, update=update, clock=clock)
+                images = batch.images if batch.planned is None else batch.planned
+                loss, skipped = self.step(images, batch.targets, size=size, update=update, clock=clock)
+                if batch.planned is not None:
+                    batch = dataclasses.replace(batch, images=self.step.images, planned=None)
                 if update:
                     updates, state.last_step = updates + 1, iteration
                 clock.end("step")

@@ -10,8 +10,10 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
 from yolov9_fast.data import (
+    Batch,
     DataConfig,
     DetectionDataset,
     DetectionLoader,
@@ -21,6 +23,7 @@ from yolov9_fast.data import (
     load_split,
 )
 from yolov9_fast.data.loader import local_processes
+from yolov9_fast.data.resident import hold_images
 from yolov9_fast.data.stores import choose_cache
 from yolov9_fast.engine.config import TrainConfig
 from yolov9_fast.engine.device import default_workers
@@ -39,7 +42,8 @@ class TrainingData:
     Attributes:
         config: the data file.
         labels: float32 [n, 5], all training boxes: class, then centre and size, normalised.
-        loader: of augmented training images.
+        loader: of augmented training images, or of plans for them.
+        pixels: the images that plans refer to, uint8 [n] on the run's device; None: the loader has images.
         evaluation: the validation split.
         description: class names, batches per epoch, and of each split the number of images and a digest of names, sizes
             and boxes; the same wherever the images are.
@@ -50,6 +54,14 @@ class TrainingData:
     loader: DetectionLoader
     evaluation: EvaluationSet
     description: dict[str, Any]
+    pixels: Tensor | None = None
+
+    def images_of(self, batch: Batch) -> Tensor:
+        """Those of a training batch, uint8 [B, 3, H, W]."""
+        if batch.planned is None:
+            return batch.images
+        assert self.pixels is not None
+        return batch.planned.make(self.pixels)
 
 
 def _describe(records: Sequence[ImageRecord]) -> dict[str, Any]:
@@ -105,9 +117,6 @@ def open_training_data(config: TrainConfig, process_group: ProcessGroup) -> Trai
     )
     if process_group.is_main:
         process_group.barrier()
-    sizes = [(record.height, record.width) for record in (*records, *evaluation.records)]
-    cache = choose_cache(config.cache or "off", sizes, config.imgsz, local_processes(process_group.size))
-    evaluation.loader.dataset.keep_images(cache)
     log.info(f"train: {report.summary()}", extra={"lines": True})
     log.info(f"val: {evaluation.report.summary()}", extra={"lines": True})
     if config.imgsz <= MAX_STRIDE and len(records) < 2:
@@ -121,11 +130,21 @@ def open_training_data(config: TrainConfig, process_group: ProcessGroup) -> Trai
         records,
         image_size=config.imgsz,
         augment=config.augment,
-        cache=cache,
+        cache="disk" if config.cache == "disk" else None,
         seed=config.seed,
         augmentations=[path for path in config.augmentations.split(",") if path],
         augmentations_before=[path for path in config.augmentations_before.split(",") if path],
     )
+    pixels = None
+    if config.augment_on == "gpu":
+        _check_no_pixels_needed(config, records)
+        pixels = hold_images(dataset, process_group.device)
+    cached = [*(records if pixels is None else []), *evaluation.records]
+    sizes = [(record.height, record.width) for record in cached]
+    cache = choose_cache(config.cache or "off", sizes, config.imgsz, local_processes(process_group.size))
+    evaluation.loader.dataset.keep_images(cache)
+    if pixels is None:
+        dataset.keep_images(cache)
     loader = create_loader(
         dataset,
         batch_size=local_batch,
@@ -145,4 +164,17 @@ def open_training_data(config: TrainConfig, process_group: ProcessGroup) -> Trai
         "train": _describe(records),
         "val": _describe(evaluation.records),
     }
-    return TrainingData(data, labels, loader, evaluation, description)
+    return TrainingData(data, labels, loader, evaluation, description, pixels)
+
+
+def _check_no_pixels_needed(config: TrainConfig, records: Sequence[ImageRecord]) -> None:
+    """Raise `UserError` for augmentations that need pixels on the host."""
+    own = config.augmentations or config.augmentations_before
+    if own:
+        raise UserError(f"augment_on: expected cpu with augmentations of your own ({own}), got gpu")
+    mosaics = config.augment.mosaic > 0 and config.close_mosaic < config.epochs
+    if mosaics and config.augment.copy_paste > 0 and any(record.polygons for record in records):
+        raise UserError(
+            "augment_on: expected cpu with copy-paste of polygons, which these labels have, got gpu; "
+            "use --copy-paste 0, or --augment-on cpu"
+        )

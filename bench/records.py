@@ -118,7 +118,7 @@ def newest_runs(folder: Path) -> dict[str, Path]:
     """For each device folder below `folder` the newest file of records (their names begin with the time)."""
     found = {}
     for device in sorted(path for path in folder.glob("*") if path.is_dir()) if folder.is_dir() else []:
-        files = sorted(path for path in device.glob("*.jsonl") if path.name not in (STEP_TABLE, COMMANDS, DATA))
+        files = sorted(device.glob("[0-9]*.jsonl"))
         if files:
             found[device.name] = files[-1]
     return found

@@ -163,17 +163,15 @@ def test_an_old_driver_is_the_reason_for_no_gpu(monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.parametrize(
-    ("units", "wanted", "lines"),
+    ("units", "lines"),
     [
-        ([], True, ["emulated: slow", "off: the processor has neither AVX512-BF16 nor AMX-BF16"]),
-        (["AVX512-BF16"], True, ["AVX512-BF16", "bf16: the processor has AVX512-BF16"]),
-        (["AVX512-BF16"], False, ["AVX512-BF16", "off: the processor has AVX512-BF16, which `--amp bf16` uses"]),
+        ([], ["emulated: slow", "off: the processor has neither AVX512-BF16 nor AMX-BF16"]),
+        (["AVX512-BF16"], ["AVX512-BF16", "bf16: the processor has AVX512-BF16"]),
     ],
 )
 def test_the_precision_of_auto_on_this_processor_and_why(
-    units: list[str], wanted: bool, lines: list[str], monkeypatch: pytest.MonkeyPatch
+    units: list[str], lines: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for module in (device, info):
         monkeypatch.setattr(module, "cpu_bf16_units", lambda: units)
-    monkeypatch.setattr(device, "AUTOMATIC_BF16_ON_CPU", wanted)
     assert section("Processor") == [f"  bf16        {lines[0]}", f"  amp auto    {lines[1]}"]

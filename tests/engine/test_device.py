@@ -10,7 +10,6 @@ import pytest
 import torch
 from torch import nn
 
-from yolov9_fast.engine import device
 from yolov9_fast.engine.device import (
     autocast,
     automatic_amp,
@@ -81,24 +80,20 @@ def processor(monkeypatch: pytest.MonkeyPatch, **units: bool) -> None:
         ({"avx512_bf16": True, "amx_bf16": True}, "AVX512-BF16 and AMX-BF16"),
     ],
 )
-@pytest.mark.parametrize("wanted", [False, True])
 def test_automatic_precision_on_a_cpu_that_computes_in_bf16(
-    units: dict[str, bool], words: str, wanted: bool, monkeypatch: pytest.MonkeyPatch
+    units: dict[str, bool], words: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     processor(monkeypatch, **units)
-    monkeypatch.setattr(device, "AUTOMATIC_BF16_ON_CPU", wanted)
-    assert resolve_amp("auto", CPU) == ("bf16" if wanted else "off")
+    assert resolve_amp("auto", CPU) == "bf16"
     assert words in automatic_amp(CPU)[1]
     assert has_bf16(CPU)
 
 
 @pytest.mark.parametrize("units", [{}, {"avx512_bf16": False, "amx_bf16": False}])
-@pytest.mark.parametrize("wanted", [False, True])
 def test_automatic_precision_is_off_on_a_cpu_that_emulates_bf16(
-    units: dict[str, bool], wanted: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    units: dict[str, bool], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     processor(monkeypatch, **units)
-    monkeypatch.setattr(device, "AUTOMATIC_BF16_ON_CPU", wanted)
     assert automatic_amp(CPU) == ("off", "the processor has neither AVX512-BF16 nor AMX-BF16")
     with caplog.at_level(logging.WARNING, "yolov9_fast"):
         assert resolve_amp("auto", CPU) == "off"

@@ -84,10 +84,6 @@ def resolve_amp(amp: str, device: torch.device) -> str:
     return amp
 
 
-AUTOMATIC_BF16_ON_CPU = False
-"""Whether `auto` takes bf16 on a CPU that computes in it: the one place that decides it."""
-
-
 def automatic_amp(device: torch.device) -> tuple[str, str]:
     """What `auto` means on this device, and why."""
     if device.type == "cuda":
@@ -95,8 +91,7 @@ def automatic_amp(device: torch.device) -> tuple[str, str]:
     units = cpu_bf16_units()
     if not units:
         return "off", "the processor has neither AVX512-BF16 nor AMX-BF16"
-    known = f"the processor has {' and '.join(units)}"
-    return ("bf16", known) if AUTOMATIC_BF16_ON_CPU else ("off", f"{known}, which `--amp bf16` uses")
+    return "bf16", f"the processor has {' and '.join(units)}"
 
 
 def has_bf16(device: torch.device) -> bool:

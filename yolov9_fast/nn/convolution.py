@@ -101,7 +101,7 @@ def convolve(
     if memory_format is not None:
         weight = weight.contiguous(memory_format=memory_format)
     if isinstance(x, Tensor):
-        if not pointwise and _needs_centre_alone(x, conv):
+        if not pointwise and x.shape[2:] == (1, 1) and _needs_centre_alone(x, conv):
             row, column = (size // 2 for size in weight.shape[2:])
             weight = weight[:, :, row : row + 1, column : column + 1]
             return F.conv2d(x, weight, bias, 1, 0, 1, conv.groups)
@@ -114,13 +114,12 @@ def convolve(
 
 
 def _needs_centre_alone(x: Tensor, conv: nn.Conv2d) -> bool:
-    """Whether `conv` of a map of one pixel is left to the centre of its kernel, which alone meets the pixel.
+    """Whether `conv` of the one pixel of `x` is left to the centre of its kernel, which alone meets the pixel.
 
     PyTorch's gradient of the other weights (3×3, stride 2, bfloat16, CPU) is what lay in memory.
     """
     return (
-        x.shape[2:] == (1, 1)
-        and x.is_cpu
+        x.is_cpu
         and x.dtype == torch.bfloat16
         and tuple(conv.padding) == tuple(size // 2 for size in conv.kernel_size)
         and tuple(conv.dilation) == (1, 1)

@@ -17,6 +17,7 @@ from yolov9_fast.data.images import Image
 
 # Of a corner of the image towards the horizon of a perspective: there it is enlarged to 1 / (1 - 0.8) = 5 times.
 _LARGEST_REACH = 0.8
+_LEVELS = np.arange(256, dtype=np.float64)
 
 
 @dataclass(frozen=True)
@@ -85,13 +86,13 @@ def random_hsv(config: AugmentConfig, rng: Generator) -> NDArray[np.uint8] | Non
 
     uint8 [3, 256], or None without strength: colours do not change.
     """
-    strengths = np.array([config.hsv_h, config.hsv_s, config.hsv_v])
-    if not strengths.any():
+    strengths = (config.hsv_h, config.hsv_s, config.hsv_v)
+    if not any(strengths):
         return None
     gains = 1 + rng.uniform(-1, 1, 3) * strengths
-    tables = np.arange(256, dtype=np.float64) * gains[:, None]
-    tables[0] %= 180
-    np.clip(tables, 0, 255, out=tables)
+    tables = _LEVELS * gains[:, None]
+    np.fmod(tables[0], 180, out=tables[0])
+    np.minimum(tables, 255, out=tables)
     result: NDArray[np.uint8] = tables.astype(np.uint8)
     return result
 
@@ -103,10 +104,12 @@ def random_flips(
     (height, width), boxes = shape, objects.boxes
     vertical = rng.random() < config.flipud
     if vertical:
-        boxes = np.stack((boxes[:, 0], height - boxes[:, 3], boxes[:, 2], height - boxes[:, 1]), axis=1)
+        boxes = boxes[:, [0, 3, 2, 1]]
+        boxes[:, 1::2] = height - boxes[:, 1::2]
     horizontal = rng.random() < config.fliplr
     if horizontal:
-        boxes = np.stack((width - boxes[:, 2], boxes[:, 1], width - boxes[:, 0], boxes[:, 3]), axis=1)
+        boxes = boxes[:, [2, 1, 0, 3]]
+        boxes[:, ::2] = width - boxes[:, ::2]
     return (vertical, horizontal), Objects(objects.classes, boxes)
 
 
@@ -200,21 +203,23 @@ def _shift(part: Objects, offset: Floats, side: int) -> list[Floats | None]:
 def _random_matrix(
     size: tuple[int, int], shape: tuple[int, int], config: AugmentConfig, rng: Generator
 ) -> tuple[NDArray[np.float64], float]:
-    centre, perspective, rotation, shear, translation = (np.eye(3) for _ in range(5))
-    centre[0, 2], centre[1, 2] = -size[1] / 2, -size[0] / 2
     slope = rng.uniform(-config.perspective, config.perspective, 2)
     # How far a corner comes towards the horizon, where 1 + slope · point is 0; behind it a point appears mirrored.
     reach = float(np.abs(slope) @ (size[1] / 2, size[0] / 2))
-    perspective[2, :2] = slope * min(1.0, _LARGEST_REACH / max(reach, 1e-12))
+    to_horizon = slope * min(1.0, _LARGEST_REACH / max(reach, 1e-12))
     angle = np.deg2rad(rng.uniform(-config.degrees, config.degrees))
     scale = float(rng.uniform(1 - config.scale, 1 + config.scale))
-    rotation[:2, :2] = scale * np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])
-    shear[0, 1], shear[1, 0] = np.tan(np.deg2rad(rng.uniform(-config.shear, config.shear, 2)))
-    translation[0, 2], translation[1, 2] = rng.uniform(0.5 - config.translate, 0.5 + config.translate, 2) * (
-        shape[1],
-        shape[0],
-    )
-    return translation @ shear @ rotation @ perspective @ centre, scale
+    shear_x, shear_y = np.tan(np.deg2rad(rng.uniform(-config.shear, config.shear, 2)))
+    x, y = rng.uniform(0.5 - config.translate, 0.5 + config.translate, 2) * (shape[1], shape[0])
+    cosine, sine = scale * np.cos(angle), scale * np.sin(angle)
+    # The product from left to right, without those that are 1.
+    matrix = np.array([[1, 0, x], [0, 1, y], [0, 0, 1]])
+    if config.shear:
+        matrix = matrix @ np.array([[1, shear_x, 0], [shear_y, 1, 0], [0, 0, 1]])
+    matrix = matrix @ np.array([[cosine, sine, 0], [-sine, cosine, 0], [0, 0, 1]])
+    if config.perspective:
+        matrix = matrix @ np.array([[1, 0, 0], [0, 1, 0], [*to_horizon, 1]])
+    return matrix @ np.array([[1, 0, -size[1] / 2], [0, 1, -size[0] / 2], [0, 0, 1]]), scale
 
 
 def _transform_boxes(boxes: Floats, matrix: NDArray[np.float64]) -> Floats:

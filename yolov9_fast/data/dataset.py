@@ -29,8 +29,7 @@ from yolov9_fast.data.rectangles import rectangular_batches
 from yolov9_fast.data.sample import Sample
 from yolov9_fast.data.stores import DiskStore, ImageStore, MemoryStore, NoStore, fits_memory
 from yolov9_fast.errors import DataError
-from yolov9_fast.ops import augment as augmented
-from yolov9_fast.ops._augment import canvas_of
+from yolov9_fast.ops._augment import OPERATOR, canvas_of
 from yolov9_fast.ops._boxes import STRIDES
 
 _own = threading.local()
@@ -170,7 +169,7 @@ class DetectionDataset(Dataset[Sample]):
     ) -> tuple[Objects, Image]:
         """A source image of the sample `key` and its objects, changed by `augmentations_before`."""
         rng = np.random.default_rng((self.seed, key.epoch, key.index, next(numbers)))
-        objects, cv2 = record_objects(self._packed, index, shape), require("cv2")
+        [objects], cv2 = record_objects(self._packed, [index], [shape]), require("cv2")
         image = cv2.cvtColor(self._store.get(index), cv2.COLOR_BGR2RGB)
         labelled = LabelledImage(image, objects.classes.copy(), clip(objects.boxes, *shape[::-1]), objects.polygons)
         labelled = apply_augmentations(self._before, labelled, rng)
@@ -227,7 +226,11 @@ class DetectionDataset(Dataset[Sample]):
         tables = None if arrays.tables is None else torch.from_numpy(arrays.tables)
         flips, shares = torch.from_numpy(arrays.flips), torch.from_numpy(arrays.shares)
         projective = augment.perspective > 0
-        return augmented(sources, tiles, canvases, matrices, tables, flips, shares, self.image_size, projective)
+        # Without the checks of `ops.augment`: plans are right, and the compiled kernel looks at all offsets itself.
+        result: Tensor = OPERATOR(
+            sources, tiles, canvases, matrices, tables, flips, shares, self.image_size, projective
+        )
+        return result
 
     def _gathered(self, plans: Sequence[Plan], tiles: NDArray[np.int64]) -> Image:
         """The images of these plans one after the other, whose offsets are written to `tiles`; until the next call.
@@ -268,8 +271,8 @@ class DetectionDataset(Dataset[Sample]):
         planned: PlannedImages | None = None,
     ) -> Sample:
         height, width = (image if planned is None else planned).shape[-2:]
-        rows = normalised_from_corners(boxes, width, height)
-        targets = np.concatenate((classes[:, None], rows), axis=1).astype(np.float32)
+        targets = np.empty((len(boxes), 5), dtype=np.float32)
+        targets[:, 0], targets[:, 1:] = classes, normalised_from_corners(boxes, width, height)
         original = self._packed.size(index)
         ratio = (resized[0] / original[0], resized[1] / original[1])
         return Sample(image, torch.from_numpy(targets), index, original, ratio, pad, planned)

@@ -16,7 +16,11 @@ _NEAR_PARTS = 16
 
 def corners_from_normalised(boxes: Floats, width: float, height: float) -> Floats:
     """[n, 4] (cx, cy, w, h) normalised → (x1, y1, x2, y2) pixels."""
-    scale = np.array([width, height], dtype=np.float32)
+    return scaled_corners(boxes, np.array([width, height], dtype=np.float32))
+
+
+def scaled_corners(boxes: Floats, scale: Floats) -> Floats:
+    """[n, 4] (cx, cy, w, h) → (x1, y1, x2, y2), times `scale` (x, y) [2], or [n, 2] for each box its own."""
     centre, half = boxes[:, :2] * scale, boxes[:, 2:4] * scale / 2
     return np.concatenate((centre - half, centre + half), axis=1)
 
@@ -30,7 +34,8 @@ def normalised_from_corners(boxes: Floats, width: float, height: float) -> Float
 
 def clip(boxes: Floats, width: float, height: float) -> Floats:
     """Clip boxes [n, 4] (x1, y1, x2, y2) to the image."""
-    return np.clip(boxes, 0, np.array([width, height, width, height], dtype=np.float32))
+    # Several times as fast as np.clip on few boxes.
+    return np.minimum(np.maximum(boxes, 0), np.array([width, height, width, height], dtype=np.float32))
 
 
 def covered_share(box: Floats, boxes: Floats) -> Floats:

@@ -21,7 +21,7 @@ from yolov9_fast.data.augment import (
     random_flips,
     random_hsv,
 )
-from yolov9_fast.data.geometry import Floats, corners_from_normalised
+from yolov9_fast.data.geometry import Floats, scaled_corners
 from yolov9_fast.data.images import Image, scaled_size
 from yolov9_fast.data.packed import PackedRecords
 
@@ -77,7 +77,7 @@ class Arrays(NamedTuple):
     shares: NDArray[np.float64]
 
 
-Source = Callable[[int, tuple[int, int]], tuple[Objects, Image | None]]
+Source = Callable[[int, tuple[int, int]], tuple[Objects, Image]]
 """`source(index, shape)`: the objects of a record's image of that (height, width), and an image in place of it."""
 
 
@@ -92,7 +92,6 @@ def plan_sample(
     source: Source | None = None,
 ) -> Plan:
     """Draw the sample of record `index` at `size` pixels; without mosaic there is no mixup or copy-paste either."""
-    source = source or (lambda member, shape: (record_objects(records, member, shape), None))
     share, pad = 1.0, (0, 0)
     if with_mosaic and rng.random() < config.mosaic:
         view, objects = _mosaic_view(records, index, size, config, rng, source)
@@ -110,26 +109,25 @@ def plan_sample(
 
 
 def _single_view(
-    records: PackedRecords, index: int, size: int, config: AugmentConfig, rng: Generator, source: Source
+    records: PackedRecords, index: int, size: int, config: AugmentConfig, rng: Generator, source: Source | None
 ) -> tuple[View, Objects]:
     height, width = scaled_size(*records.size(index), size)
     left, top = round((size - width) / 2 - 0.1), round((size - height) / 2 - 0.1)
-    objects, image = source(index, (height, width))
+    [objects], images = _sources(records, [index], [(height, width)], source)
     moved = Objects(objects.classes, objects.boxes + np.array([left, top, left, top], dtype=np.float32))
     matrix, objects = random_affine(moved, (size, size), (size, size), config, rng)
     place = (height, width, left, top)
     back = map_to_canvas(matrix, config.perspective > 0)
-    return View([index], [place], (size, size), back, [], [] if image is None else [image]), objects
+    return View([index], [place], (size, size), back, [], images), objects
 
 
 def _mosaic_view(
-    records: PackedRecords, index: int, size: int, config: AugmentConfig, rng: Generator, source: Source
+    records: PackedRecords, index: int, size: int, config: AugmentConfig, rng: Generator, source: Source | None
 ) -> tuple[View, Objects]:
     members = rng.permutation([index, *rng.integers(len(records), size=3)]).tolist()
     sizes = [scaled_size(*records.size(member), size) for member in members]
-    parts = [source(member, shape) for member, shape in zip(members, sizes, strict=True)]
-    images = [image for _, image in parts if image is not None]
-    places, objects = mosaic([part for part, _ in parts], sizes, size, rng)
+    parts, images = _sources(records, members, sizes, source)
+    places, objects = mosaic(parts, sizes, size, rng)
     pasted, objects = copy_paste(objects, 2 * size, config.copy_paste, rng)
     matrix, objects = random_affine(objects, (2 * size, 2 * size), (size, size), config, rng)
     tiles = [(*shape, *place) for shape, place in zip(sizes, places, strict=True)]
@@ -137,12 +135,27 @@ def _mosaic_view(
     return View(members, tiles, (2 * size, 2 * size), back, pasted, images), objects
 
 
-def record_objects(records: PackedRecords, index: int, shape: tuple[int, int]) -> Objects:
-    """The objects of a record, on its image of (height, width) `shape`."""
-    height, width = shape
-    rows, scale = records.boxes(index), np.array([width, height], dtype=np.float32)
-    polygons = [None if polygon is None else polygon * scale for polygon in records.polygons(index)]
-    return Objects(rows[:, 0], corners_from_normalised(rows[:, 1:], width, height), polygons)
+def _sources(
+    records: PackedRecords, members: Sequence[int], shapes: Sequence[tuple[int, int]], source: Source | None
+) -> tuple[list[Objects], list[Image]]:
+    """The objects of these records' images of (height, width) `shapes`, and the images that replace them, if any."""
+    if source is None:
+        return record_objects(records, members, shapes), []
+    parts = [source(member, shape) for member, shape in zip(members, shapes, strict=True)]
+    return [objects for objects, _ in parts], [image for _, image in parts]
+
+
+def record_objects(records: PackedRecords, members: Sequence[int], shapes: Sequence[tuple[int, int]]) -> list[Objects]:
+    """The objects of each of these records, on its image of (height, width) `shapes`; computed together."""
+    parts = [records.boxes(member) for member in members]
+    rows, scales = np.concatenate(parts), np.array(shapes, dtype=np.float32)[:, ::-1]
+    boxes = scaled_corners(rows[:, 1:], scales.repeat([len(part) for part in parts], axis=0))
+    found, end = [], 0
+    for member, part, scale in zip(members, parts, scales, strict=True):
+        start, end = end, end + len(part)
+        polygons = [None if polygon is None else polygon * scale for polygon in records.polygons(member)]
+        found.append(Objects(part[:, 0], boxes[start:end], polygons))
+    return found
 
 
 # Pixel centres have coordinates n + 0.5 in labels and n in OpenCV.
@@ -178,23 +191,27 @@ def stack(plans: Sequence[Plan], views: int = 1, tiles: int = 1) -> Arrays:
             matrices[number, which] = view.matrix
     tables = [plan.tables for plan in plans if plan.tables is not None]
     flips, shares = np.array([plan.flips for plan in plans]), np.array([plan.share for plan in plans])
-    return Arrays(members, placed, canvases, matrices, np.stack(tables) if tables else None, flips, shares)
+    return Arrays(members, placed, canvases, matrices, np.array(tables) if tables else None, flips, shares)
 
 
 def hide_unseen(arrays: Arrays, size: int) -> None:
     """Remove the tiles of which no pixel of a sample of `size` pixels is made: their images need not be read."""
     last = size - 1
-    corners = np.array([[0, last, 0, last], [0, 0, last, last], [1, 1, 1, 1]], dtype=np.float64)
-    points = arrays.matrices @ corners
-    depth = points[..., 2:, :]
-    known = depth.min((-1, -2)) > 0  # Beyond a horizon the corners are no bounds.
-    places = points[..., :2, :] / np.where(depth > 0, depth, 1)
-    # Bilinear weights reach one pixel further, and coordinates are rounded.
-    first, end = (places.min(-1) - 2)[..., None, :], (places.max(-1) + 2)[..., None, :]
-    begins = arrays.tiles[..., 3:]
-    ends = begins + arrays.tiles[..., 2:0:-1]
-    unseen = ((begins > end) | (ends < first)).any(-1) & known[..., None]
-    arrays.tiles[unseen] = 0
+    corners = ((0, 0), (last, 0), (0, last), (last, last))
+    # Of numbers as few as those of one sample Python is faster than NumPy.
+    views = arrays.tiles.reshape(-1, *arrays.tiles.shape[2:])
+    for matrix, tiles in zip(arrays.matrices.reshape(-1, 9).tolist(), views, strict=True):
+        a, b, c, d, e, f, g, h, i = matrix
+        depths = [g * x + h * y + i for x, y in corners]
+        if min(depths) <= 0:  # Beyond a horizon the corners are no bounds.
+            continue
+        xs = [(a * x + b * y + c) / depth for (x, y), depth in zip(corners, depths, strict=True)]
+        ys = [(d * x + e * y + f) / depth for (x, y), depth in zip(corners, depths, strict=True)]
+        # Bilinear weights reach one pixel further, and coordinates are rounded.
+        x1, y1, x2, y2 = min(xs) - 2, min(ys) - 2, max(xs) + 2, max(ys) + 2
+        for number, (_, height, width, left, top) in enumerate(tiles.tolist()):
+            if left > x2 or top > y2 or left + width < x1 or top + height < y1:
+                tiles[number] = 0
 
 
 def paste(canvas: Image, polygons: Sequence[Floats]) -> None:

@@ -157,6 +157,8 @@ class Invocation:
     relative: float | None = None
     skip: Callable[[str, int, Tensor], Tensor | None] | None = None
     """`skip(backend, output, expected)`: the elements that are not compared."""
+    backends: tuple[str, ...] | None = None
+    """Those to run beside "auto"; None: all that can run here."""
 
 
 def finite(*made: Made | None) -> bool:
@@ -192,7 +194,8 @@ def check(invocation: Invocation) -> None:
         _check_error(expected.error)
     bound = _magnitudes(invocation) if expected.error is None else []
     errors = _errors_of_gradients(invocation, expected)
-    for name in ("auto", *backends_of(invocation.op)):
+    names = backends_of(invocation.op) if invocation.backends is None else invocation.backends
+    for name in ("auto", *names):
         found = _run(name, invocation)
         if isinstance(found.error, ops.BackendUnavailable):
             continue

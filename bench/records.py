@@ -115,12 +115,12 @@ def measures(records: Iterable[Record]) -> dict[tuple[str, str, str], Record]:
 
 
 def newest_runs(folder: Path) -> dict[str, Path]:
-    """For each device folder below `folder` the newest file of records (their names begin with the time)."""
+    """For each device folder below `folder` the newest file of records, those named by a time first."""
     found = {}
     for device in sorted(path for path in folder.glob("*") if path.is_dir()) if folder.is_dir() else []:
-        files = sorted(device.glob("[0-9]*.jsonl"))
+        files = [path for path in device.glob("*.jsonl") if path.name not in (STEP_TABLE, COMMANDS, DATA)]
         if files:
-            found[device.name] = files[-1]
+            found[device.name] = max(files, key=lambda path: (path.name[0].isdigit(), path.name))
     return found
 
 

@@ -159,7 +159,8 @@ def test_two_processes_equal_one_of_twice_the_batch(tiny_config: Make, nominal_b
     With 24 images per step, gradients of one epoch are used in the next.
     """
     options = {"epochs": 2, "warmup_epochs": 0.0, "lr0": 0.002, "clip": 0.0, "nominal_batch": nominal_batch}
-    one, two = tiny_config(name="one", **options), tiny_config(name="two", **options)
+    # In bfloat16 sums of another order are rounded to other weights.
+    one, two = (tiny_config(name=name, amp="off", **options) for name in ("one", "two"))
     assert _run(_command(one)).returncode == 0
     finished = _run(_command(two, processes=2))
     assert finished.returncode == 0, finished.stderr
